@@ -1,0 +1,70 @@
+"""Starting points computed from activations."""
+
+import torch
+from jaxtyping import Float
+
+
+def geometric_median(
+    x: Float[torch.Tensor, "tokens d_in"],
+    max_iterations: int = 100,
+    tolerance: float = 1e-6,
+) -> Float[torch.Tensor, " d_in"]:
+    """
+    The point with the smallest summed distance to all of ``x``.
+
+    Weiszfeld's iteration from the mean. Unlike the mean it is hardly moved by the
+    few tokens of enormous norm that language models have.
+
+    Args:
+        x: Points, ``[tokens, d_in]``.
+        max_iterations: Iterations at most.
+        tolerance: Stop when a step is shorter than this share of the mean distance.
+
+    Returns:
+        ``[d_in]``.
+    """
+    median = x.mean(dim=0)
+    for _ in range(max_iterations):
+        distances = (x - median).norm(dim=-1)
+        # Keeps a point that the estimate coincides with from dividing by zero.
+        weights = 1 / distances.clamp(min=torch.finfo(x.dtype).eps)
+        previous, median = median, (weights @ x) / weights.sum()
+        if (median - previous).norm() <= tolerance * distances.mean():
+            break
+    return median
+
+
+def spherical_kmeans(
+    x: Float[torch.Tensor, "tokens d_in"],
+    num_clusters: int,
+    max_iterations: int = 50,
+) -> Float[torch.Tensor, "num_clusters d_in"]:
+    """
+    Cluster points by direction: Lloyd's algorithm with cosine similarity.
+
+    Clusters start at points drawn at random; one that loses all its points restarts
+    at the point that its own centre explains worst. Randomness is torch's.
+
+    Args:
+        x: Points, ``[tokens, d_in]``, at least ``num_clusters`` of them.
+        num_clusters: Number of clusters.
+        max_iterations: Iterations at most; it stops when no point moves.
+
+    Returns:
+        Unit-norm centres, ``[num_clusters, d_in]``.
+    """
+    directions = torch.nn.functional.normalize(x, dim=-1)
+    start = torch.randperm(len(x), device=x.device)[:num_clusters]
+    centers = directions[start]
+    assignment = torch.full((len(x),), -1, device=x.device)
+    for _ in range(max_iterations):
+        similarity, nearest = (directions @ centers.T).max(dim=-1)
+        if torch.equal(nearest, assignment):
+            break
+        assignment = nearest
+        sums = torch.zeros_like(centers).index_add_(0, assignment, directions)
+        empty = torch.bincount(assignment, minlength=num_clusters) == 0
+        worst = similarity.topk(num_clusters, largest=False).indices
+        sums[empty] = directions[worst[: int(empty.sum())]]
+        centers = torch.nn.functional.normalize(sums, dim=-1)
+    return centers

@@ -1,0 +1,1 @@
+"""Loading language models to train autoencoders on."""

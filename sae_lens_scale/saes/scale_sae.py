@@ -1,0 +1,274 @@
+"""
+Scale SAE: several experts per token, and amplified encoder deviations.
+
+Xu et al., "Beyond Redundancy: Diverse and Specialized Multi-Expert Sparse
+Autoencoder"; the authors' code is https://github.com/shahinxu/Scale-Sparse-Autoencoder.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from typing_extensions import override
+
+from sae_lens_scale.feature_scaling import scale_pre_acts, scaled_encoder
+from sae_lens_scale.ops import DecompositionName, GateName
+
+from .mixture import MixtureSAE, MixtureSAEConfig, require_choice
+from .mixture_training import MixtureTrainingSAE, MixtureTrainingSAEConfig
+
+
+@dataclass
+class ScaleSAEConfig(MixtureSAEConfig):
+    """
+    Configuration class for ScaleSAE inference.
+
+    Args:
+        num_experts (int): Number of experts (N); divides d_sae.
+        experts_per_token (int): Number of experts that each token selects (e).
+        k (int): Number of latents kept per token, over all its experts together; at
+            most experts_per_token * d_sae / num_experts.
+        gate (GateName): What multiplies a selected expert's activations: "softmax" (its
+            probability over all experts; equation 2.4 of the paper), "renormalized"
+            (divided by the sum over the selected experts), "rescaled" (that times
+            experts_per_token, so that gates average 1), "double_softmax" (softmax of
+            the selected probabilities; the authors' code) or "uniform" (1).
+        topk_over (TopKOver): What TopK ranks candidates by: "activations" (equation 2.3
+            of the Scale SAE paper) or "gated_activations" (its authors' code).
+        rescale_acts_by_decoder_norm (bool): Whether to treat the decoder as if its rows
+            had unit norm, by moving their norms into the activations before TopK.
+            Requires that the SAE was trained this way.
+        d_in (int): Input dimension (dimensionality of the activations being encoded).
+            Inherited from SAEConfig.
+        d_sae (int): SAE latent dimension (number of latents over all experts).
+            Inherited from SAEConfig.
+        dtype (str): Data type for the SAE parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Whether to subtract the decoder bias from the
+            encoder's input. Inherited from SAEConfig.
+        normalize_activations (Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"]):
+            Normalization strategy for input activations. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations
+            (useful for attention head outputs). Inherited from SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE (model name, hook name, etc.).
+            Inherited from SAEConfig.
+    """
+
+    num_experts: int = 64
+    experts_per_token: int = 2
+    gate: GateName = "rescaled"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "scale"
+
+
+class ScaleSAE(MixtureSAE[ScaleSAEConfig]):
+    """
+    An inference-only SAE whose router selects several experts per token.
+
+    Feature scaling is part of training only: W_enc is the scaled encoder, and the
+    learned omegas are in ``cfg.metadata.omega``.
+
+    Parameters: W_enc ``[d_in, d_sae]``, b_enc ``[d_sae]``, W_dec ``[d_sae, d_in]``,
+    b_dec ``[d_in]``, W_router ``[d_in, num_experts]``, b_router ``[d_in]``. Latent j
+    belongs to expert ``j // (d_sae / num_experts)``.
+    """
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        omega = state_dict.pop("omega", None)
+        W_low_pass = state_dict.pop("W_low_pass", None)
+        if omega is None:
+            return
+        # A training checkpoint, which keeps omega apart and says how it was applied.
+        details = self.cfg.metadata.training_architecture_details or {}
+        decomposition = details.get("decomposition")
+        require_choice(
+            "metadata.training_architecture_details['decomposition']",
+            decomposition,
+            DecompositionName,
+        )
+        self.cfg.metadata.omega = omega.tolist()
+        state_dict["W_enc"] = scaled_encoder(
+            state_dict["W_enc"], omega, decomposition, W_low_pass
+        )
+
+
+@dataclass
+class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
+    """
+    Configuration class for training a ScaleTrainingSAE.
+
+    Args:
+        num_experts (int): Number of experts (N); divides d_sae.
+        experts_per_token (int): Number of experts that each token selects (e).
+        k (int): Number of latents kept per token, over all its experts together; at
+            most experts_per_token * d_sae / num_experts.
+        gate (GateName): What multiplies a selected expert's activations: "softmax" (its
+            probability over all experts; equation 2.4 of the paper), "renormalized"
+            (divided by the sum over the selected experts), "rescaled" (that times
+            experts_per_token, so that gates average 1), "double_softmax" (softmax of
+            the selected probabilities; the authors' code) or "uniform" (1).
+        topk_over (TopKOver): What TopK ranks candidates by: "activations" (equation 2.3
+            of the Scale SAE paper) or "gated_activations" (its authors' code).
+        feature_scaling (bool): Whether to learn how strongly each expert's encoder weights
+            deviate from their low-pass part (equation 2.5).
+        decomposition (DecompositionName): The low-pass part: "mean" (of the expert's
+            encoder vectors; the paper's method), "identity" or "learned" (Appendix C).
+        rescale_acts_by_decoder_norm (bool): Treat the decoder as if its rows had unit
+            norm, by moving their norms into the activations before TopK. Decoder norms
+            drift during training and would otherwise sway which latents are selected.
+        use_sparse_activations (bool): Whether a training step keeps feature activations
+            as a sparse tensor instead of a d_sae-wide dense one. Results are equal;
+            encode returns dense activations either way.
+        load_balance_coefficient (float): Weight alpha of the load-balancing loss, which
+            is alpha * d_in * num_experts * sum(f_i * P_i). 0 turns it off.
+        aux_loss_coefficient (float): Weight of the dead-latent loss, in which latents
+            that stopped firing reconstruct what the others left unexplained. 0 turns it
+            off.
+        decoder_init_norm (float | None): Norm of the decoder rows at the start of
+            training. Use None to disable. Inherited from TrainingSAEConfig.
+        d_in (int): Input dimension (dimensionality of the activations being encoded).
+            Inherited from SAEConfig.
+        d_sae (int): SAE latent dimension (number of latents over all experts).
+            Inherited from SAEConfig.
+        dtype (str): Data type for the SAE parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Whether to subtract the decoder bias from the
+            encoder's input. Inherited from SAEConfig.
+        normalize_activations (Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"]):
+            Normalization strategy for input activations. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations
+            (useful for attention head outputs). Inherited from SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE (model name, hook name, etc.).
+            Inherited from SAEConfig.
+    """
+
+    num_experts: int = 64
+    experts_per_token: int = 2
+    gate: GateName = "rescaled"
+    feature_scaling: bool = True
+    decomposition: DecompositionName = "mean"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.feature_scaling, bool):
+            raise ValueError(
+                f"feature_scaling must be a bool, got {self.feature_scaling!r}"
+            )
+        require_choice("decomposition", self.decomposition, DecompositionName)
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "scale"
+
+
+class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
+    """
+    Scale SAE with training functionality.
+
+    With ``feature_scaling`` it has a parameter omega ``[num_experts]`` beside those of
+    :class:`ScaleSAE`, and with the "learned" decomposition W_low_pass
+    ``[d_in, d_in]``, which maps each expert's mean to its low-pass part.
+    """
+
+    omega: nn.Parameter | None
+    W_low_pass: nn.Parameter | None
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        cfg = self.cfg
+        like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        omega = W_low_pass = None
+        if cfg.feature_scaling:
+            omega = nn.Parameter(torch.zeros(cfg.num_experts, **like))
+            if cfg.decomposition == "learned":
+                W_low_pass = nn.Parameter(torch.eye(cfg.d_in, **like))
+        self.register_parameter("omega", omega)
+        self.register_parameter("W_low_pass", W_low_pass)
+
+    @override
+    def _products(
+        self, sae_in: torch.Tensor, expert_indices: torch.Tensor
+    ) -> torch.Tensor:
+        products = super()._products(sae_in, expert_indices)
+        if self.omega is None:
+            return products
+        return scale_pre_acts(
+            products,
+            sae_in,
+            expert_indices,
+            self.W_enc,
+            self.omega,
+            self.cfg.decomposition,
+            self.W_low_pass,
+        )
+
+    @torch.no_grad()
+    def effective_W_enc(self) -> torch.Tensor:
+        """The encoder that is applied, omega included, ``[d_in, d_sae]``."""
+        if self.omega is None:
+            return self.W_enc.detach()
+        return scaled_encoder(
+            self.W_enc, self.omega, self.cfg.decomposition, self.W_low_pass
+        )
+
+    @override
+    @torch.no_grad()
+    def _fold_encoder(self) -> None:
+        if self.omega is not None:
+            self._record_omega()
+            self.W_enc.data.copy_(self.effective_W_enc())
+            self.omega.data.zero_()
+
+    def _record_omega(self) -> None:
+        """Keep the omegas in the metadata; once folded, they stay on record there."""
+        if self.omega is not None and (
+            self.omega.any() or "omega" not in self.cfg.metadata
+        ):
+            self.cfg.metadata.omega = self.omega.tolist()
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        if self.cfg.decomposition == "identity":
+            # Only low-pass parts made of W_enc itself scale along with it.
+            self._fold_encoder()
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    def process_state_dict_for_saving_inference(
+        self, state_dict: dict[str, Any]
+    ) -> None:
+        self._record_omega()
+        state_dict["W_enc"] = self.effective_W_enc()
+        state_dict.pop("omega", None)
+        state_dict.pop("W_low_pass", None)
+        super().process_state_dict_for_saving_inference(state_dict)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        # An inference export has its omegas folded into W_enc: scaling starts anew.
+        for name, start in (("omega", torch.zeros), ("W_low_pass", torch.eye)):
+            if getattr(self, name) is not None and name not in state_dict:
+                state_dict[name] = start(
+                    len(getattr(self, name)),
+                    dtype=state_dict["W_enc"].dtype,
+                    device=state_dict["W_enc"].device,
+                )
+
+    @override
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        histograms = super().log_histograms()
+        if self.omega is not None:
+            histograms["weights/omega"] = self.omega.detach().float().cpu().numpy()
+        return histograms

@@ -1,0 +1,114 @@
+"""What several test modules share."""
+
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainStepInput
+
+from sae_lens_scale import (
+    ScaleTrainingSAE,
+    ScaleTrainingSAEConfig,
+    SwitchTrainingSAE,
+    SwitchTrainingSAEConfig,
+)
+from sae_lens_scale.ops.reference import ReferenceSAE
+
+
+def randomize(sae: Any, seed: int = 0) -> None:
+    """Give every parameter random values of a sensible scale, biases included."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sae.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        scale = {"omega": 0.5, "b_enc": 0.3, "W_low_pass": 0.3}.get(name, 0.6)
+        parameter.data.copy_(noise * scale)
+
+
+def scale_sae(seed: int = 0, **overrides: Any) -> ScaleTrainingSAE:
+    """A small random Scale SAE in float64: 12 latents per expert, 2 of 5 experts."""
+    settings: dict[str, Any] = {
+        "d_in": 10,
+        "d_sae": 60,
+        "num_experts": 5,
+        "experts_per_token": 2,
+        "k": 6,
+        "dtype": "float64",
+    }
+    sae = ScaleTrainingSAE(ScaleTrainingSAEConfig(**{**settings, **overrides}))
+    randomize(sae, seed)
+    return sae
+
+
+def switch_sae(seed: int = 0, **overrides: Any) -> SwitchTrainingSAE:
+    """A small random Switch SAE in float64: 12 latents in each of 5 experts."""
+    settings: dict[str, Any] = {
+        "d_in": 10,
+        "d_sae": 60,
+        "num_experts": 5,
+        "k": 6,
+        "dtype": "float64",
+    }
+    sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**{**settings, **overrides}))
+    randomize(sae, seed)
+    return sae
+
+
+def reference_of(sae: Any) -> ReferenceSAE:
+    """The oracle with the SAE's own parameters, so that gradients can be compared."""
+    cfg = sae.cfg
+    return ReferenceSAE(
+        W_enc=sae.W_enc,
+        b_enc=sae.b_enc,
+        W_dec=sae.W_dec,
+        b_dec=sae.b_dec,
+        W_router=sae.W_router,
+        b_router=sae.b_router,
+        k=cfg.k,
+        experts_per_token=cfg.experts_per_token,
+        gate=cfg.gate,
+        topk_over=cfg.topk_over,
+        rescale_acts_by_decoder_norm=cfg.rescale_acts_by_decoder_norm,
+        apply_b_dec_to_input=cfg.apply_b_dec_to_input,
+        omega=getattr(sae, "omega", None),
+        decomposition=getattr(cfg, "decomposition", "mean"),
+        W_low_pass=getattr(sae, "W_low_pass", None),
+    )
+
+
+def step_input(
+    x: torch.Tensor, dead: torch.Tensor | None = None, is_logging_step: bool = False
+) -> TrainStepInput:
+    return TrainStepInput(
+        sae_in=x,
+        coefficients={},
+        dead_neuron_mask=dead,
+        n_training_steps=0,
+        is_logging_step=is_logging_step,
+    )
+
+
+def gradients(sae: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient of ``loss``; zeros where it has none."""
+    names, parameters = zip(*sae.named_parameters(), strict=True)
+    found = torch.autograd.grad(
+        loss, parameters, allow_unused=True, retain_graph=True
+    )
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for name, parameter, gradient in zip(names, parameters, found, strict=True)
+    }
+
+
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-9
+) -> None:
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+def assert_same_gradients(
+    sae: Any, actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-9
+) -> None:
+    want = gradients(sae, expected)
+    for name, gradient in gradients(sae, actual).items():
+        torch.testing.assert_close(
+            gradient, want[name], atol=atol, rtol=1e-9, msg=lambda m: f"{name}: {m}"
+        )

@@ -1,0 +1,186 @@
+"""Every SAE against the oracle: outputs, losses and each parameter's gradient."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    assert_close,
+    assert_same_gradients,
+    gradients,
+    reference_of,
+    scale_sae,
+    step_input,
+    switch_sae,
+)
+
+from sae_lens_scale.ops import reference
+
+GATES = ["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
+TOPK_OVER = ["activations", "gated_activations"]
+DECOMPOSITIONS = ["mean", "identity", "learned", None]
+SHAPES = [(10,), (1, 10), (17, 10), (2, 7, 10), (2, 3, 4, 10)]
+
+
+def draw(*shape: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def check_encode_decode(sae: Any, x: torch.Tensor) -> None:
+    oracle = reference_of(sae)
+    acts, want_acts = sae.encode(x), reference.encode(oracle, x)
+    assert (want_acts != 0).any(), "a test of zeros proves nothing"
+    assert_close(acts, want_acts)
+    out, want_out = sae.decode(acts), reference.decode(oracle, want_acts)
+    assert_close(out, want_out)
+    weights = draw(*out.shape, seed=2)
+    assert_same_gradients(sae, (out * weights).sum(), (want_out * weights).sum())
+    (grad_x,) = torch.autograd.grad((out * weights).sum(), x)
+    (want_grad_x,) = torch.autograd.grad((want_out * weights).sum(), x)
+    assert_close(grad_x, want_grad_x)
+
+
+def check_training(sae: Any, x: torch.Tensor, dead: torch.Tensor | None) -> None:
+    oracle = reference_of(sae)
+    output = sae.training_forward_pass(step_input(x, dead))
+    assert_close(output.feature_acts.to_dense(), reference.encode(oracle, x))
+    cfg = sae.cfg
+    want = {"mse_loss": reference.mse_loss(oracle, x)}
+    want["load_balance_loss"] = (
+        cfg.load_balance_coefficient * cfg.d_in * reference.load_balance_loss(oracle, x)
+    )
+    want["auxiliary_reconstruction_loss"] = torch.zeros_like(want["mse_loss"])
+    if dead is not None:
+        want["auxiliary_reconstruction_loss"] = (
+            cfg.aux_loss_coefficient
+            * reference.dead_latent_loss(
+                oracle, x, set(dead.nonzero().flatten().tolist())
+            )
+        )
+    assert output.losses.keys() == want.keys()
+    for name, loss in output.losses.items():
+        assert_close(loss, want[name])
+    total = sum(want.values(), torch.zeros_like(output.loss))
+    assert_close(output.loss, total)
+    assert_same_gradients(sae, output.loss, total)
+
+
+@pytest.mark.parametrize(
+    ("gate", "topk_over", "decomposition", "rescale", "apply_b_dec"),
+    list(
+        itertools.product(
+            GATES, TOPK_OVER, DECOMPOSITIONS, [True, False], [True, False]
+        )
+    ),
+)
+def test_ScaleTrainingSAE_agrees_with_the_oracle(
+    gate: str,
+    topk_over: str,
+    decomposition: str | None,
+    rescale: bool,
+    apply_b_dec: bool,
+):
+    sae = scale_sae(
+        gate=gate,
+        topk_over=topk_over,
+        feature_scaling=decomposition is not None,
+        decomposition=decomposition or "mean",
+        rescale_acts_by_decoder_norm=rescale,
+        apply_b_dec_to_input=apply_b_dec,
+        load_balance_coefficient=0.3,
+        aux_loss_coefficient=0.7,
+    )
+    check_encode_decode(sae, draw(9, 10).requires_grad_())
+    check_training(sae, draw(9, 10), dead=draw(60, seed=3) > 0)
+
+
+@pytest.mark.parametrize(
+    ("gate", "topk_over", "rescale"),
+    list(itertools.product(GATES, TOPK_OVER, [True, False])),
+)
+def test_SwitchTrainingSAE_agrees_with_the_oracle(
+    gate: str, topk_over: str, rescale: bool
+):
+    sae = switch_sae(
+        gate=gate, topk_over=topk_over, rescale_acts_by_decoder_norm=rescale
+    )
+    check_encode_decode(sae, draw(9, 10).requires_grad_())
+    check_training(sae, draw(9, 10), dead=draw(60, seed=3) > 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ScaleTrainingSAE_agrees_with_the_oracle_for_inputs_of_any_shape(
+    shape: tuple[int, ...],
+):
+    check_encode_decode(scale_sae(), draw(*shape).requires_grad_())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_experts": 1, "experts_per_token": 1},
+        {"num_experts": 5, "experts_per_token": 5},
+        {"num_experts": 60, "experts_per_token": 3, "k": 2},
+        {"k": 24},
+        {"k": 1},
+        {"d_in": 30},
+        {"num_experts": 2, "experts_per_token": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("decomposition", ["mean", "identity", "learned"])
+def test_ScaleTrainingSAE_agrees_with_the_oracle_at_the_edges(
+    overrides: dict[str, int], decomposition: str
+):
+    sae = scale_sae(decomposition=decomposition, **overrides)
+    x = draw(11, sae.cfg.d_in)
+    check_encode_decode(sae, x.clone().requires_grad_())
+    check_training(sae, x, dead=draw(60, seed=3) > 0)
+    check_training(sae, x, dead=None)
+
+
+@pytest.mark.parametrize("use_sparse_activations", [True, False])
+def test_ScaleTrainingSAE_agrees_with_the_oracle_sparse_or_dense(
+    use_sparse_activations: bool,
+):
+    sae = scale_sae(use_sparse_activations=use_sparse_activations)
+    check_training(sae, draw(9, 10), dead=draw(60, seed=3) > 0)
+    output = sae.training_forward_pass(step_input(draw(9, 10)))
+    assert output.feature_acts.is_sparse == use_sparse_activations
+
+
+def test_an_expert_without_tokens_gets_no_gradient_and_the_loss_stays_finite():
+    sae = scale_sae(load_balance_coefficient=0.0)
+    # A column that no token of this batch can prefer.
+    sae.b_router.data.zero_()
+    x = draw(9, 10).abs()
+    sae.W_router.data[:, 4] = -5.0
+    assert not (sae.route(x).indices == 4).any()
+    dead = torch.zeros(60, dtype=torch.bool)
+    dead[48:] = True
+    output = sae.training_forward_pass(step_input(x, dead))
+    assert output.losses["auxiliary_reconstruction_loss"] == 0
+    check_training_gradients = gradients(sae, output.loss)
+    assert all(g.isfinite().all() for g in check_training_gradients.values())
+    assert (check_training_gradients["W_enc"][:, 48:] == 0).all()
+    assert (check_training_gradients["W_dec"][48:] == 0).all()
+    assert (check_training_gradients["W_enc"][:, :48] != 0).any()
+
+
+def test_ties_between_candidates_still_keep_exactly_k_equal_values():
+    sae = scale_sae(gate="uniform", feature_scaling=False)
+    # All latents of an expert are equal, so that every choice of k is a tie.
+    for parameter, dim in ((sae.W_enc, 1), (sae.b_enc, 0), (sae.W_dec, 0)):
+        experts = parameter.data.unflatten(dim, (5, 12))
+        first = experts.narrow(dim + 1, 0, 1)
+        parameter.data.copy_(first.expand_as(experts).flatten(dim, dim + 1))
+    x = draw(9, 10)
+    acts = sae.encode(x)
+    want = reference.encode(reference_of(sae), x)
+    assert (want != 0).any()
+    # Which of the equals survive is free; how many, their values and the
+    # reconstruction are not.
+    assert_close(acts.sort(dim=-1).values, want.sort(dim=-1).values)
+    assert_close(sae.decode(acts), reference.decode(reference_of(sae), want))
