@@ -42,8 +42,9 @@ def spherical_kmeans(
     """
     Cluster points by direction: Lloyd's algorithm with cosine similarity.
 
-    Clusters start at points drawn at random; one that loses all its points restarts
-    at the point that its own centre explains worst. Randomness is torch's.
+    Centres start at points drawn as in k-means++ (Arthur & Vassilvitskii 2007), and one
+    that loses all its points restarts at the point that its own centre explains worst.
+    Randomness is torch's.
 
     Args:
         x: Points, ``[tokens, d_in]``, at least ``num_clusters`` of them.
@@ -54,8 +55,7 @@ def spherical_kmeans(
         Unit-norm centres, ``[num_clusters, d_in]``.
     """
     directions = torch.nn.functional.normalize(x, dim=-1)
-    start = torch.randperm(len(x), device=x.device)[:num_clusters]
-    centers = directions[start]
+    centers = _spread_out_points(directions, num_clusters)
     assignment = torch.full((len(x),), -1, device=x.device)
     for _ in range(max_iterations):
         similarity, nearest = (directions @ centers.T).max(dim=-1)
@@ -68,3 +68,15 @@ def spherical_kmeans(
         sums[empty] = directions[worst[: int(empty.sum())]]
         centers = torch.nn.functional.normalize(sums, dim=-1)
     return centers
+
+
+def _spread_out_points(directions: torch.Tensor, count: int) -> torch.Tensor:
+    """Draw points with probability proportional to the distance from those drawn."""
+    distance = torch.ones_like(directions[:, 0])
+    chosen = []
+    for _ in range(count):
+        # The floor keeps a draw possible when all that is left are duplicates.
+        chosen.append(int(torch.multinomial(distance.clamp(min=1e-12), 1)))
+        distance = distance.minimum(1 - directions @ directions[chosen[-1]])
+        distance[chosen[-1]] = 0
+    return directions[chosen]

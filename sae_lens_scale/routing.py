@@ -81,9 +81,7 @@ def expert_load(
     return counts.to(dtype) / indices.numel()
 
 
-def load_balance_loss(
-    routing: Routing, num_experts: int
-) -> Float[torch.Tensor, ""]:
+def load_balance_loss(routing: Routing, num_experts: int) -> Float[torch.Tensor, ""]:
     """
     Switch Transformer's balancing term ``N * sum_i f_i P_i`` (equation 2.2).
 

@@ -89,9 +89,7 @@ def step_input(
 def gradients(sae: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     """Every parameter's gradient of ``loss``; zeros where it has none."""
     names, parameters = zip(*sae.named_parameters(), strict=True)
-    found = torch.autograd.grad(
-        loss, parameters, allow_unused=True, retain_graph=True
-    )
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
     return {
         name: torch.zeros_like(parameter) if gradient is None else gradient
         for name, parameter, gradient in zip(names, parameters, found, strict=True)

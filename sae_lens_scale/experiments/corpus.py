@@ -14,6 +14,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,7 @@ _TEST_PERCENT = 5
 # Share of letters among the visible characters: about 0.95 in prose, 0.75 in code, less in tables.
 _MIN_LETTER_SHARE = 0.8
 
-_Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def docstring_corpus(
@@ -55,7 +56,8 @@ def docstring_corpus(
     A document is a module (its docstring and those of its functions) or a class (its docstring
     and those of its methods). No docstring is used twice, and what is mostly code or tables is
     left out. The source is only parsed, never imported. All documents of a file are in the same
-    split, so a split depends on which packages are installed, and on nothing else.
+    split, so a split depends on which packages are installed, and on nothing else. The files are
+    read (for about half a minute) in the first call of a process only.
 
     Args:
         split: ``"train"``, or ``"test"`` for the 5 % of the files that are held out.
@@ -63,9 +65,9 @@ def docstring_corpus(
         roots: Folders to search for Python files, by default those of the standard library and
             of the installed packages.
         seed: Seed of the order of the documents.
-        min_total_characters: Fewer characters than this in the whole split's source are an error.
+        min_total_characters: Fewer characters than this, in both splits together, are an error.
         min_characters: Leave out documents shorter than this.
-        max_characters: Split documents longer than this.
+        max_characters: Split documents longer than this, and cut a docstring that is.
 
     Returns:
         The documents in shuffled order, in the column ``"text"``.
@@ -77,33 +79,41 @@ def docstring_corpus(
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     if roots is None:
-        roots = list(
-            dict.fromkeys(
-                sysconfig.get_path(n) for n in ("stdlib", "purelib", "platlib")
-            )
+        roots = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    # The same folder twice (purelib and platlib often are) would be read twice.
+    folders = tuple(dict.fromkeys(map(Path, roots)))
+    splits = _read(folders, min_characters, max_characters)
+    total = sum(len(text) for texts in splits.values() for text in texts)
+    if total < min_total_characters or not splits[split]:
+        raise RuntimeError(
+            f"Found only {total:,} characters of docstrings ({len(splits[split]):,} {split} "
+            f"documents) in {', '.join(map(str, folders))}; {min_total_characters:,} are needed. "
+            "Install more packages, or use a text data set of your own."
         )
-    files = [(Path(root), path) for root in roots for path in _python_files(root)]
-    documents: list[str] = []
-    total = 0
+    documents = splits[split].copy()
+    random.Random(seed).shuffle(documents)
+    return Dataset.from_dict({"text": documents[:max_documents]})
+
+
+@lru_cache(maxsize=1)
+def _read(
+    folders: tuple[Path, ...], min_characters: int, max_characters: int
+) -> dict[str, list[str]]:
+    """Return the documents of each split, in the order of their files."""
+    splits: dict[str, list[str]] = {"train": [], "test": []}
     seen: set[str] = set()
-    with _no_garbage_collection():
-        for root, path in tqdm(files, desc="Reading docstrings", unit="file"):
-            found = [
+    files = [(folder, path) for folder in folders for path in _python_files(folder)]
+    with _no_garbage_collection(), warnings.catch_warnings():
+        # The parser warns of each dubious escape in other people's files.
+        warnings.simplefilter("ignore")
+        for folder, path in tqdm(files, desc="Reading docstrings", unit="file"):
+            split = "test" if _is_test(path.relative_to(folder)) else "train"
+            splits[split] += [
                 document
                 for document in _documents(path, seen, max_characters)
                 if len(document) >= min_characters and _is_prose(document)
             ]
-            total += sum(map(len, found))
-            if _is_test(path.relative_to(root)) == (split == "test"):
-                documents += found
-    if total < min_total_characters or not documents:
-        raise RuntimeError(
-            f"Found only {total:,} characters of docstrings ({len(documents):,} {split} documents) "
-            f"in {', '.join(map(str, roots))}: {min_total_characters:,} are needed. Install more "
-            "packages, or use a text data set of your own."
-        )
-    random.Random(seed).shuffle(documents)
-    return Dataset.from_dict({"text": documents[:max_documents]})
+    return splits
 
 
 def _python_files(root: str | Path) -> Iterator[Path]:
@@ -120,40 +130,30 @@ def _python_files(root: str | Path) -> Iterator[Path]:
 
 
 def _documents(path: Path, seen: set[str], max_characters: int) -> Iterator[str]:
-    """Yield the documents of a file, without the docstrings that are in `seen` already."""
-    source = path.read_bytes()
-    if _GENERATED.search(source[:_HEAD_BYTES]) or (
-        b'"""' not in source and b"'''" not in source
-    ):
-        return
+    """Yield the documents of a file, of docstrings that are not in `seen`, and add them to it."""
     try:
-        with warnings.catch_warnings():
-            # Old packages are full of escapes that the parser warns of.
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        source = path.read_bytes()
+        if _GENERATED.search(source[:_HEAD_BYTES]):
+            return
+        tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return
     owners: list[ast.Module | ast.ClassDef] = [tree]
     for owner in owners:  # grows as it goes
         owners += [node for node in owner.body if isinstance(node, ast.ClassDef)]
-        functions = (
-            n
-            for n in owner.body
-            if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
-        )
-        parts: list[str] = []
+        functions = (node for node in owner.body if isinstance(node, _Function))
+        document = ""
         for node in (owner, *functions):
             docstring = ast.get_docstring(node)
             if not docstring or docstring in seen:
                 continue
             seen.add(docstring)
-            parts.append(docstring[:max_characters])
-        document = ""
-        for part in parts:
-            if len(document) + len(part) + 2 > max_characters:
+            # An escape such as "\\ud800" makes half a character, which no file can hold.
+            text = docstring.encode(errors="ignore").decode()[:max_characters]
+            if len(document) + len(text) + 2 > max_characters:
                 yield document
                 document = ""
-            document = f"{document}\n\n{part}".strip()
+            document = f"{document}\n\n{text}".strip()
         yield document
 
 

@@ -19,7 +19,7 @@ from sae_lens import HookedSAETransformer
 from tokenizers import pre_tokenizers
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 CACHE_VARIABLE = "SAE_LENS_SCALE_CACHE"
@@ -187,9 +187,12 @@ def _dequantized(gguf: Path) -> Path:
                 f'Reading a GGUF file needs {package}: pip install "sae-lens-scale[demo]"'
             )
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    model = LlamaForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
-    # What is saved is no longer quantized.
-    delattr(model.config, "quantization_config")
+    read = LlamaForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    # transformers does not save a model that it thinks is quantized, though this one no longer is.
+    settings = read.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+    model.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     # The GGUF names its pre-tokenizer ("smollm"), but transformers takes each for GPT-2's. The
     # model was trained with every digit cut off first, which changes how spaces before it group.

@@ -56,8 +56,10 @@ def grouped_encode(
     """
     groups = _ExpertGroups(expert_indices, num_experts)
     experts = rearrange(W_enc, "d (N n) -> N d n", N=num_experts).unbind()
-    products = groups.restore(groups.multiply(x.index_select(0, groups.tokens), experts))
-    return products.view(*expert_indices.shape, -1)
+    products = groups.restore(
+        groups.multiply(x.index_select(0, groups.tokens), experts)
+    )
+    return products.unflatten(0, expert_indices.shape)
 
 
 def grouped_decode(
@@ -86,4 +88,4 @@ def grouped_decode(
     experts = rearrange(W_dec, "(N n) d -> N n d", N=num_experts).unbind()
     rows = acts.flatten(0, 1).index_select(0, groups.order)
     out = groups.restore(groups.multiply(rows, experts))
-    return out.view(*expert_indices.shape, -1).sum(-2)
+    return out.unflatten(0, expert_indices.shape).sum(-2)

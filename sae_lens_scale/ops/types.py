@@ -5,9 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 
-GateName = Literal[
-    "softmax", "renormalized", "rescaled", "double_softmax", "uniform"
-]
+GateName = Literal["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
 TopKOver = Literal["activations", "gated_activations"]
 DecompositionName = Literal["mean", "identity", "learned"]
 

@@ -87,10 +87,11 @@ class MixtureSAEConfig(SAEConfig, ABC):
         require_choice("topk_over", self.topk_over, TopKOver)
 
 
-def require_choice(name: str, value: object, choices: Any) -> None:
-    """Raise ValueError unless ``value`` is one of the values of a Literal."""
+def require_choice(name: str, value: Any, choices: Any) -> Any:
+    """Return ``value`` if it is one of a Literal's, else raise ValueError."""
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
+    return value
 
 
 T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
@@ -200,7 +201,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             latents.indices.reshape(-1, values.shape[-1]),
         )
         recons = sparse_decode(flat, self.W_dec)
-        return self._finish_decoding(recons.view(*values.shape[:-1], -1))
+        return self._finish_decoding(recons.view(*values.shape[:-1], self.cfg.d_in))
 
     def _finish_decoding(self, recons: torch.Tensor) -> torch.Tensor:
         recons = self.hook_sae_recons(recons + self.b_dec)
@@ -286,7 +287,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             expert_indices.reshape(-1, self.cfg.experts_per_token),
             self.cfg.num_experts,
         )
-        return products.view(*expert_indices.shape, -1)
+        return products.view(*expert_indices.shape, self.cfg.expert_size)
 
     def _hook_pre_acts(
         self, pre_acts: torch.Tensor, expert_indices: torch.Tensor

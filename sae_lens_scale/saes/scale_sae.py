@@ -87,10 +87,9 @@ class ScaleSAE(MixtureSAE[ScaleSAEConfig]):
             return
         # A training checkpoint, which keeps omega apart and says how it was applied.
         details = self.cfg.metadata.training_architecture_details or {}
-        decomposition = details.get("decomposition")
-        require_choice(
+        decomposition = require_choice(
             "metadata.training_architecture_details['decomposition']",
-            decomposition,
+            details.get("decomposition"),
             DecompositionName,
         )
         self.cfg.metadata.omega = omega.tolist()

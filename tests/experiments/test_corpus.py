@@ -1,10 +1,16 @@
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from sae_lens_scale.experiments.corpus import docstring_corpus
 
-PROSE = "This sentence says something that nobody has written before, about {}. " * 4
+
+def _prose(subject: object = "anything") -> str:
+    return (
+        f"Nobody wrote such a sentence about {subject} before this one. " * 4 + "End."
+    )
 
 
 def _write(folder: Path, name: str, source: str | bytes) -> None:
@@ -13,17 +19,17 @@ def _write(folder: Path, name: str, source: str | bytes) -> None:
     path.write_bytes(source if isinstance(source, bytes) else source.encode())
 
 
-def _texts(*roots: Path, **settings: int) -> list[str]:
-    """The documents of both splits; one of them may be empty."""
+def _split(split: Literal["train", "test"], root: Path, **settings: int) -> list[str]:
+    corpus = docstring_corpus(split, roots=[root], min_total_characters=0, **settings)
+    return list(corpus["text"])
+
+
+def _texts(root: Path, **settings: int) -> list[str]:
+    """The documents of both splits, of which one may have none."""
     texts: list[str] = []
     for split in ("train", "test"):
-        try:
-            corpus = docstring_corpus(
-                split, roots=roots, min_total_characters=0, **settings
-            )
-        except RuntimeError:
-            continue
-        texts += corpus["text"]
+        with suppress(RuntimeError):
+            texts += _split(split, root, **settings)
     return texts
 
 
@@ -31,59 +37,58 @@ def _texts(*roots: Path, **settings: int) -> list[str]:
 def packages(tmp_path: Path) -> Path:
     """200 modules of a package, with a different docstring each."""
     for i in range(200):
-        _write(tmp_path, f"package/module_{i}.py", f'"""{PROSE.format(i)}"""')
-    return tmp_path
+        _write(tmp_path / "here", f"package/module_{i}.py", f'"""{_prose(i)}"""')
+    return tmp_path / "here"
 
 
 def test_docstring_corpus_makes_a_document_of_each_module_and_class(tmp_path: Path):
     source = f'''
-"""{PROSE.format("modules")}"""
+"""{_prose("modules")}"""
 
 def function():
-    """{PROSE.format("functions")}"""
+    """{_prose("functions")}"""
 
 class Outer:
-    """{PROSE.format("classes")}
+    """{_prose("classes")}
 
-        indented
+    Indented like its class.
     """
 
     async def method(self):
-        """{PROSE.format("methods")}"""
+        """{_prose("methods")}"""
 
     class Inner:
-        """{PROSE.format("inner classes")}"""
+        """{_prose("inner classes")}"""
 '''
     _write(tmp_path, "package/module.py", source)
     assert sorted(_texts(tmp_path)) == sorted(
         [
-            f"{PROSE.format('modules').strip()}\n\n{PROSE.format('functions').strip()}",
-            f"{PROSE.format('classes').strip()}\n\n    indented\n\n"
-            f"{PROSE.format('methods').strip()}",
-            PROSE.format("inner classes").strip(),
+            f"{_prose('modules')}\n\n{_prose('functions')}",
+            f"{_prose('classes')}\n\nIndented like its class.\n\n{_prose('methods')}",
+            _prose("inner classes"),
         ]
     )
 
 
 def test_docstring_corpus_never_imports_what_it_reads(tmp_path: Path):
-    _write(tmp_path, "module.py", f'"""{PROSE}"""\nraise SystemExit')
-    assert _texts(tmp_path) == [PROSE.strip()]
+    _write(tmp_path, "module.py", f'"""{_prose()}"""\nraise SystemExit')
+    assert _texts(tmp_path) == [_prose()]
 
 
 def test_docstring_corpus_uses_a_docstring_once(tmp_path: Path):
     for name in ("a.py", "b.py", "c/d.py"):
-        _write(tmp_path, name, f'"""{PROSE}"""')
-    assert _texts(tmp_path) == [PROSE.strip()]
+        _write(tmp_path, name, f'"""{_prose()}"""')
+    assert _texts(tmp_path) == [_prose()]
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        b'"""' + PROSE.encode() + b'\xff"""',  # not UTF-8
-        b'"""' + PROSE.encode() + b'\x00"""',
-        f'"""{PROSE}"""\nprint "Python 2"',
-        f'"""{PROSE}',
-        f'# This file was auto-generated, do not edit.\n"""{PROSE}"""',
+        b'"""' + _prose().encode() + b'\xff"""',  # not UTF-8
+        b'"""' + _prose().encode() + b'\x00"""',
+        f'"""{_prose()}"""\nprint "Python 2"',
+        f'"""{_prose()}',
+        f'# This file was auto-generated, do not edit.\n"""{_prose()}"""',
         '"""Too short."""',
         '"""' + "x[0, 1:2] = {'a': (3.14, -2)}\n" * 20 + '"""',
     ],
@@ -91,56 +96,49 @@ def test_docstring_corpus_uses_a_docstring_once(tmp_path: Path):
 def test_docstring_corpus_passes_over_files_without_usable_prose(
     tmp_path: Path, source: str | bytes
 ):
-    _write(tmp_path, "good.py", f'"""{PROSE.format("the good file")}"""')
+    _write(tmp_path, "good.py", f'"""{_prose("the good file")}"""')
     _write(tmp_path, "bad.py", source)
-    assert _texts(tmp_path) == [PROSE.format("the good file").strip()]
+    assert _texts(tmp_path) == [_prose("the good file")]
 
 
 @pytest.mark.parametrize("name", ["tests/a.py", "pkg/test/a.py", "test_a.py", "a.txt"])
 def test_docstring_corpus_passes_over_tests_and_other_files(tmp_path: Path, name: str):
-    _write(tmp_path, "good.py", f'"""{PROSE.format("the good file")}"""')
-    _write(tmp_path, name, f'"""{PROSE}"""')
-    assert _texts(tmp_path) == [PROSE.format("the good file").strip()]
+    _write(tmp_path, "good.py", f'"""{_prose("the good file")}"""')
+    _write(tmp_path, name, f'"""{_prose()}"""')
+    assert _texts(tmp_path) == [_prose("the good file")]
 
 
 def test_docstring_corpus_splits_long_documents(tmp_path: Path):
-    functions = (f'def f{i}():\n    """{PROSE.format(i)}"""\n' for i in range(20))
+    functions = (f'def f{i}():\n    """{_prose(i)}"""\n' for i in range(20))
     _write(tmp_path, "module.py", "\n".join(functions))
     texts = _texts(tmp_path, max_characters=1000)
-    assert sum(text.count("nobody") for text in texts) == 80
+    assert sum(text.count("Nobody") for text in texts) == 80
     assert max(map(len, texts)) <= 1000
 
 
+def test_docstring_corpus_drops_half_characters(tmp_path: Path):
+    _write(tmp_path, "module.py", f'"""{_prose()} \\ud800"""')
+    assert _texts(tmp_path) == [f"{_prose()}"]
+
+
 def test_docstring_corpus_has_disjoint_splits_that_cover_everything(packages: Path):
-    train, test = (
-        set(docstring_corpus(split, roots=[packages], min_total_characters=0)["text"])
-        for split in ("train", "test")
-    )
+    train, test = set(_split("train", packages)), set(_split("test", packages))
     assert len(train) + len(test) == len(train | test) == 200
     assert 1 <= len(test) <= 30
 
 
-def test_docstring_corpus_splits_by_the_path_within_the_root(
-    packages: Path, tmp_path: Path
-):
-    test = docstring_corpus("test", roots=[packages], min_total_characters=0)["text"]
-    moved = packages.rename(tmp_path.with_name("elsewhere"))
-    assert (
-        docstring_corpus("test", roots=[moved], min_total_characters=0)["text"] == test
-    )
+def test_docstring_corpus_splits_by_the_path_within_the_root(packages: Path):
+    test = _split("test", packages)
+    moved = packages.rename(packages.with_name("elsewhere"))
+    assert _split("test", moved) == test
 
 
 def test_docstring_corpus_is_shuffled_by_the_seed_alone(packages: Path):
-    def order(**settings: int) -> list[str]:
-        corpus = docstring_corpus(
-            "train", roots=[packages], min_total_characters=0, **settings
-        )
-        return list(corpus["text"])
-
-    assert order() == order()
-    assert order() != order(seed=1)
-    assert sorted(order()) == sorted(order(seed=1))
-    assert order(max_documents=7) == order()[:7]
+    order = _split("train", packages)
+    assert _split("train", packages) == order
+    assert _split("train", packages, seed=1) != order
+    assert sorted(_split("train", packages, seed=1)) == sorted(order)
+    assert _split("train", packages, max_documents=7) == order[:7]
 
 
 def test_docstring_corpus_complains_when_there_is_too_little_text(packages: Path):

@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all the set-up that they need; see README.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+# torch's newest builds pull gigabytes of CUDA packages in; this is the one tested.
+CONSTRAINTS := constraints.txt
+# Threads that spin while they wait starve each other on few cores.
+RUN := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test lint bench-gates clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(RUN) examples/train_scale_smollm2.py $(ARGS)
+
+test: $(INSTALLED)
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+bench-gates: $(INSTALLED)
+	$(RUN) benchmarks/gates.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) outputs

@@ -1,0 +1,1 @@
+"""What trained SAEs have learned: measurements on tensors and SAEs, and pictures."""

@@ -1,0 +1,89 @@
+"""Pictures of measured records. Needs the extra ``plots``."""
+
+from collections.abc import Sequence
+
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .tokens import TokenExplanation
+
+
+def plot_token_explanations(
+    explanations: Sequence[TokenExplanation], title: str
+) -> Figure:
+    """
+    Each token's strongest latents, grouped by expert (after figure 9 of the paper).
+
+    A row per token. A bar is a latent, as long as its feature activation; bars of one
+    expert stand together in one colour, which is the expert's in the whole picture.
+
+    Args:
+        explanations: What :func:`~sae_lens_scale.analysis.tokens.explain_tokens` found.
+        title: Title of the picture.
+
+    Returns:
+        The figure; save it with ``savefig``.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    if not explanations:
+        raise ValueError("explanations must not be empty")
+    # A figure of its own, not pyplot's: it leaves the caller's backend alone.
+    figure = Figure(figsize=(10, 1.2 + 0.62 * len(explanations)), layout="constrained")
+    axes = figure.subplots()
+    colors = _expert_colors(explanations)
+    for row, explanation in enumerate(explanations):
+        by_expert = sorted(
+            explanation.latents,
+            key=lambda a: (explanation.experts.index(a.expert), -a.activation),
+        )
+        left = 0.0
+        for active in by_expert:
+            axes.barh(
+                row,
+                active.activation,
+                left=left,
+                height=0.7,
+                color=colors[active.expert],
+                edgecolor="white",
+            )
+            axes.text(
+                left + active.activation / 2,
+                row,
+                str(active.latent),
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                clip_on=True,
+            )
+            left += active.activation
+    axes.set_yticks(
+        range(len(explanations)), [repr(e.token)[1:-1] for e in explanations]
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "feature activation (one bar per latent, with its index; colours are experts)"
+    )
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(colors) <= 24:
+        handles = [
+            Line2D([], [], color=color, linewidth=6, label=f"expert {expert}")
+            for expert, color in sorted(colors.items())
+        ]
+        figure.legend(handles=handles, fontsize=7, loc="outside right upper")
+    return figure
+
+
+def _expert_colors(
+    explanations: Sequence[TokenExplanation],
+) -> dict[int, str]:
+    experts = sorted({a.expert for e in explanations for a in e.latents})
+    colormap = colormaps["tab20" if len(experts) <= 20 else "gist_rainbow"]
+    return {
+        expert: to_hex(colormap(i if len(experts) <= 20 else i / len(experts)))
+        for i, expert in enumerate(experts)
+    }

