@@ -9,16 +9,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 from sae_lens import HookedSAETransformer
 
-from sae_lens_scale.loading.smollm2 import fetch_smollm2, load_smollm2
+from sae_lens_scale.loading.smollm2 import load_smollm2
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> HookedSAETransformer:
     """SmolLM2-135M-Instruct in float32."""
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    try:
-        fetch_smollm2()
-    except RuntimeError as error:
-        pytest.skip(str(error))
     return load_smollm2()

@@ -1,8 +1,11 @@
 """What several test modules share."""
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from sae_lens.saes.sae import TrainStepInput
 
 from sae_lens_scale import (
@@ -11,6 +14,7 @@ from sae_lens_scale import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
 )
+from sae_lens_scale.experiments.corpus import docstring_corpus
 from sae_lens_scale.ops.reference import ReferenceSAE
 
 
@@ -110,3 +114,13 @@ def assert_same_gradients(
         torch.testing.assert_close(
             gradient, want[name], atol=atol, rtol=1e-9, msg=lambda m: f"{name}: {m}"
         )
+
+
+@cache
+def small_corpus() -> Dataset:
+    """A few hundred documents of real text, read in a second."""
+    return docstring_corpus(
+        "train",
+        roots=[Path(torch.nn.__file__).parent, Path(torch.optim.__file__).parent],
+        min_total_characters=100_000,
+    )

@@ -1,0 +1,97 @@
+"""The examples that need no model hub, run at a tiny size; the demo's results."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sae_lens.saes.sae import SAE
+
+from sae_lens_scale.experiments.demo import DemoConfig
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: str) -> dict[str, Any]:
+    before = sys.argv
+    sys.argv = [name, *arguments]
+    try:
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a tiny demo, run as `make demo` runs it."""
+    output = tmp_path_factory.mktemp("demo")
+    arguments = (
+        "--training_tokens 8192 --batch_size 512 --expansion 2 --num_experts 8 "
+        "--switch_experts 4 --k 16 --context_size 64 --eval_batches 1 "
+        f"--prompts_per_batch 8 --output {output}"
+    )
+    run("train_scale_smollm2.py", *arguments.split())
+    return output
+
+
+def test_demo_leaves_SAEs_metrics_and_picture(demo: Path):
+    assert sorted(path.name for path in demo.iterdir()) == [
+        "metrics.json",
+        "scale",
+        "switch",
+        "tokens.json",
+        "tokens.png",
+        "topk",
+    ]
+    for name in ("scale", "switch", "topk"):
+        assert SAE.load_from_disk(demo / name).cfg.architecture() == name
+    # Matched in active latents per token.
+    assert SAE.load_from_disk(demo / "topk").cfg.d_sae == 2 * 1_152 // 8
+    saes = json.loads((demo / "metrics.json").read_text())["saes"]
+    for name, metrics in saes.items():
+        assert metrics["ce_loss_without_sae"] < metrics["ce_loss_with_ablation"]
+        assert 0 < metrics["l0"] <= 16
+        assert 0 <= metrics["silent_latents"] <= 1
+        assert ("idle_experts" in metrics) == (name != "topk")
+    tokens = json.loads((demo / "tokens.json").read_text())
+    assert "".join(t["token"] for t in tokens) == DemoConfig().sentence
+    assert (demo / "tokens.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_splice_and_steer(demo: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = f"--sae {demo / 'scale'} --new_tokens 3".split()
+    run("splice_and_steer.py", *arguments)
+    out = capsys.readouterr().out
+    assert "strongest latent" in out
+    change = float(out.split("by splicing: ")[1].split()[0])
+    steering = float(out.split("by steering: ")[1].split()[0])
+    assert change < 1e-2 < steering
+
+
+def test_architecture_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = f"--training_tokens 4096 --output {tmp_path / 'sae'}".split()
+    run("architecture_by_name.py", *arguments)
+    out = capsys.readouterr().out
+    assert f"trained ScaleTrainingSAE into {tmp_path / 'sae'}" in out
+    assert "--k 8: ScaleTrainingSAEConfig" in out
+    assert SAE.load_from_disk(tmp_path / "sae").cfg.architecture() == "scale"
+
+
+def test_train_scale_gpt2_has_the_papers_settings():
+    # Running it needs a model hub; its settings must at least be valid.
+    settings = runpy.run_path(str(EXAMPLES / "train_scale_gpt2.py"))["settings"]
+    sae = settings.sae
+    assert (sae.d_in, sae.d_sae) == (768, 24_576)
+    assert (sae.num_experts, sae.experts_per_token, sae.k) == (64, 2, 32)
+    assert settings.hook_name == "blocks.8.hook_resid_post"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("training_tokens", 0), ("eval_batches", -1), ("batch_size", 10**9)],
+)
+def test_DemoConfig_refuses_what_cannot_run(name: str, value: int):
+    with pytest.raises(ValueError, match="must be"):
+        DemoConfig(**{name: value})  # type: ignore[arg-type]
