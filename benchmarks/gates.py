@@ -1,5 +1,5 @@
 """
-Which gate reconstructs best? Trains SAEs that differ in one setting on the same tokens.
+Which gate reconstructs best, and what do the other settings do? Trains SAEs that differ in one setting on the same tokens.
 
     python benchmarks/gates.py --tokens 400000 --seeds 2
 
@@ -60,12 +60,21 @@ RUNS: dict[str, dict[str, Any]] = {
         **SCALE,
         "aux_loss_coefficient": 0.0,
     },
+    "scale 64/2, rescaled, dead-latent loss / 32": {
+        **SCALE,
+        "aux_loss_coefficient": 1 / 32,
+    },
     "switch 32, softmax": {**SWITCH, "gate": "softmax"},
     "switch 32, uniform": {**SWITCH, "gate": "uniform"},
     "switch 32, softmax, router not initialised": {
         **SWITCH,
         "gate": "softmax",
         "init": False,
+    },
+    "topk 576, as many latents per token": {"architecture": "topk", "d_sae": 576},
+    "topk 18432, 32 times the encoder FLOPs": {
+        "architecture": "topk",
+        "use_sparse_activations": False,
     },
 }
 

@@ -23,16 +23,18 @@ def run(name: str, *arguments: str) -> dict[str, Any]:
         sys.argv = before
 
 
+DEMO_ARGUMENTS = (
+    "--training_tokens 8192 --batch_size 512 --expansion 2 --num_experts 8 "
+    "--switch_experts 4 --k 16 --context_size 64 --eval_batches 1 "
+    "--prompts_per_batch 8"
+)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a tiny demo, run as `make demo` runs it."""
     output = tmp_path_factory.mktemp("demo")
-    arguments = (
-        "--training_tokens 8192 --batch_size 512 --expansion 2 --num_experts 8 "
-        "--switch_experts 4 --k 16 --context_size 64 --eval_batches 1 "
-        f"--prompts_per_batch 8 --output {output}"
-    )
-    run("train_scale_smollm2.py", *arguments.split())
+    run("train_scale_smollm2.py", *f"{DEMO_ARGUMENTS} --output {output}".split())
     return output
 
 
@@ -95,3 +97,16 @@ def test_train_scale_gpt2_has_the_papers_settings():
 def test_DemoConfig_refuses_what_cannot_run(name: str, value: int):
     with pytest.raises(ValueError, match="must be"):
         DemoConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_demo_does_not_train_again_what_it_has(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+):
+    weights = demo / "scale" / "sae_weights.safetensors"
+    before = weights.stat().st_mtime_ns
+    arguments = f"{DEMO_ARGUMENTS} --output {demo} --sentence Hello"
+    run("train_scale_smollm2.py", *arguments.split())
+    assert "Training" not in capsys.readouterr().out
+    assert weights.stat().st_mtime_ns == before
+    tokens = json.loads((demo / "tokens.json").read_text())
+    assert [t["token"] for t in tokens] == ["Hello"]

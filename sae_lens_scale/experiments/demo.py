@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +42,7 @@ from .corpus import docstring_corpus
 
 # Documents of a hub dataset that are held out for evaluation.
 _HELD_OUT_DOCUMENTS = 2_000
+_NOT_FOR_TRAINING = ("output", "sentence", "eval_batches", "device")
 
 
 @dataclass
@@ -87,7 +87,7 @@ class DemoConfig:
     switch_experts: int = 32
     k: int = 32
     context_size: int = 128
-    prompts_per_batch: int = 32
+    prompts_per_batch: int = 16
     eval_batches: int = 2
     sentence: str = "I love apples but hate oranges completely."
     device: str = "cpu"
@@ -124,14 +124,28 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     sae_cfgs = sae_configs(cfg, model.cfg.d_model)
     runners = {n: runner_config(cfg, sae_cfg) for n, sae_cfg in sae_cfgs.items()}
 
-    for name, runner_cfg in runners.items():
-        folder = cfg.output / name
-        settings = json.dumps(sae_cfgs[name].to_dict() | _json(cfg), sort_keys=True)
-        if _is_finished(folder, settings):
-            _say(f"{name}: already trained in {folder}")
-            continue
-        _say(f"{name}: training on {cfg.training_tokens:,} tokens")
-        _train(runner_cfg, model, train, folder, settings, cfg.seed)
+    # What decides the weights, to tell whether an earlier run's are these.
+    training = {k: v for k, v in _json(cfg).items() if k not in _NOT_FOR_TRAINING}
+    settings = {
+        name: json.dumps(sae_cfg.to_dict() | training, sort_keys=True)
+        for name, sae_cfg in sae_cfgs.items()
+    }
+    missing = [n for n in runners if not _is_finished(cfg.output / n, settings[n])]
+    if missing:
+        _say(f"Training {', '.join(missing)} on {cfg.training_tokens:,} tokens each")
+        # A few hundred tokens for each expert of the SAE that has most of them. They
+        # come from a store of their own, so that all SAEs train on the same tokens.
+        start = sample_activations(
+            model,
+            runners["scale"],
+            train,
+            200 * max(cfg.num_experts, cfg.switch_experts),
+        )
+        for name in missing:
+            _say(name)
+            _train(
+                runners[name], model, train, start, cfg.output / name, settings[name]
+            )
 
     metrics = {}
     for name, runner_cfg in runners.items():
@@ -155,9 +169,9 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
 
 
 def load_language_model(name: str, device: str) -> HookedSAETransformer:
-    """ "smollm2" in bfloat16, or any other name through TransformerLens."""
+    """SmolLM2 from PyPI for "smollm2"; any other name through TransformerLens."""
     if name == "smollm2":
-        return load_smollm2(device=device, dtype=torch.bfloat16)
+        return load_smollm2(device=device)
     return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
 
 
@@ -216,8 +230,8 @@ def runner_config(
         training_tokens=cfg.training_tokens,
         train_batch_size_tokens=cfg.batch_size,
         store_batch_size_prompts=cfg.prompts_per_batch,
-        n_batches_in_buffer=16,
-        n_batches_for_norm_estimate=min(20, steps),
+        n_batches_in_buffer=32,
+        n_batches_for_norm_estimate=min(5, steps),
         lr=cfg.lr,
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=steps // 5,
@@ -233,35 +247,43 @@ def runner_config(
     )
 
 
+def sample_activations(
+    model: HookedSAETransformer,
+    runner_cfg: LanguageModelSAERunnerConfig[Any],
+    text: Dataset | IterableDataset,
+    n_tokens: int,
+) -> torch.Tensor:
+    """At least ``n_tokens`` raw activations, ``[n, d_in]``, of the start of a text."""
+    # A store fills its whole buffer first, and these few tokens need only a small one.
+    small = replace(runner_cfg, n_batches_in_buffer=2)
+    store = ActivationsStore.from_config(model, small, override_dataset=text)
+    n_batches = -(-n_tokens // runner_cfg.train_batch_size_tokens)
+    return torch.cat([next(store) for _ in range(n_batches)])
+
+
 def _train(
     runner_cfg: LanguageModelSAERunnerConfig[Any],
     model: HookedSAETransformer,
     train: Dataset | IterableDataset,
+    start: torch.Tensor,
     folder: Path,
     settings: str,
-    seed: int,
 ) -> None:
     partial_folder = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     runner_cfg = replace(runner_cfg, output_path=str(partial_folder))
-    torch.manual_seed(seed)
+    torch.manual_seed(runner_cfg.seed)
     sae = TrainingSAE.from_dict(runner_cfg.get_training_sae_cfg_dict())
     if isinstance(sae, MixtureTrainingSAE):
-        # A store of its own: the SAEs must not differ in the tokens they train on.
-        store = ActivationsStore.from_config(model, runner_cfg, override_dataset=train)
-        n_batches = -(-200 * sae.cfg.num_experts // runner_cfg.train_batch_size_tokens)
-        sae.initialize_from_activations(
-            torch.cat([next(store) for _ in range(n_batches)])
-        )
-    start = time.perf_counter()
-    torch.manual_seed(seed)
+        sae.initialize_from_activations(start)
+    begin = time.perf_counter()
+    # The store shuffles with torch's generator: the same tokens in the same order.
+    torch.manual_seed(runner_cfg.seed)
     LanguageModelSAETrainingRunner(
         runner_cfg, override_dataset=train, override_model=model, override_sae=sae
     ).run()
-    seconds = time.perf_counter() - start
-    (partial_folder / "demo.json").write_text(
-        json.dumps({"settings": settings, "seconds": seconds})
-    )
+    record = {"settings": settings, "seconds": time.perf_counter() - begin}
+    (partial_folder / "demo.json").write_text(json.dumps(record))
     shutil.rmtree(folder, ignore_errors=True)
     partial_folder.rename(folder)
 
@@ -291,12 +313,9 @@ def evaluate(
     Returns:
         Metrics by name; expert metrics for mixtures only.
     """
-    make_store = partial(
-        ActivationsStore.from_config, model, runner_cfg, override_dataset=test
-    )
     by_group, by_latent = run_evals(
         sae,
-        make_store(),
+        ActivationsStore.from_config(model, runner_cfg, override_dataset=test),
         model,
         ActivationScaler(),
         EvalConfig(
@@ -318,8 +337,7 @@ def evaluate(
     metrics["d_sae"] = sae.cfg.d_sae
     metrics["silent_latents"] = (density == 0).double().mean().item()
     if isinstance(sae, MixtureSAE):
-        store = make_store()
-        usage = expert_usage(sae, (next(store) for _ in range(cfg.eval_batches)))
+        usage = expert_usage(sae, [sample_activations(model, runner_cfg, test, 8_192)])
         metrics["idle_experts"] = usage.idle_experts
         metrics["expert_entropy"] = usage.entropy
     return metrics
@@ -333,7 +351,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ce_loss_without_sae": ("CE without", "{:.3f}".format),
     "ce_loss_with_ablation": ("CE ablated", "{:.3f}".format),
     "ce_loss_score": ("loss recovered", "{:.4f}".format),
-    "silent_latents": ("silent latents", "{:.1%}".format),
+    "silent_latents": ("latents silent on this text", "{:.1%}".format),
     "idle_experts": ("idle experts", "{:.0f}".format),
     "expert_entropy": ("expert entropy", "{:.3f}".format),
 }
