@@ -193,10 +193,13 @@ def table(records: list[dict[str, Any]]) -> str:
     lines += ["|---|---|---|---|---|---|"]
     for name in dict.fromkeys(r["name"] for r in records):
         rows = [r for r in records if r["name"] == name]
-        mean = {k: statistics.mean(r[k] for r in rows) for k in rows[0]["metrics"]}
+        mean = {
+            k: statistics.mean(r["metrics"][k] for r in rows)
+            for k in rows[0]["metrics"]
+        }
         spread = ""
         if len(rows) > 1:
-            spread = f" ± {statistics.stdev(r['fvu'] for r in rows):.4f}"
+            spread = f" ± {statistics.stdev(r['metrics']['fvu'] for r in rows):.4f}"
         lines.append(
             f"| {name} | {mean['fvu']:.4f}{spread} | {mean['alive']:.0%} | "
             f"{mean['dead']:.0%} | {mean['idle_experts']:.1f} | {len(rows)} |"
@@ -209,21 +212,25 @@ def main() -> None:
     acts = collect(args, "train", args.tokens)
     test = collect(args, "test", args.test_tokens)
     records = []
+    # What a record must agree in to count as the same run.
+    where = ("output", "only", "seeds")
+    settings = {k: v for k, v in asdict(args).items() if k not in where}
     for seed in range(args.seeds):
         for name, run in RUNS.items():
             if args.only not in name:
                 continue
             stem = "".join(c if c.isalnum() else "-" for c in name)
             path = args.output / f"{stem}-lr{args.lr}-seed{seed}.json"
-            if not path.exists():
+            record = json.loads(path.read_text()) if path.exists() else {}
+            if record.get("run") != run or record.get("args") != settings:
                 start = time.perf_counter()
                 metrics = evaluate(train(args, run, seed, acts), test)
                 record = {"name": name, "seed": seed, "run": run, "metrics": metrics}
-                record |= {"seconds": time.perf_counter() - start, "args": asdict(args)}
+                record |= {"seconds": time.perf_counter() - start, "args": settings}
                 partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(record | metrics, default=str, indent=1))
+                partial.write_text(json.dumps(record, indent=1))
                 partial.replace(path)
-            records.append(json.loads(path.read_text()))
+            records.append(record)
             print(table(records), flush=True)
     (args.output / "table.md").write_text(table(records) + "\n")
 

@@ -44,7 +44,7 @@ def dead_latent_loss(
     """
     dead = rearrange(dead_mask, "(N n) -> N n", N=num_experts)[expert_indices]
     available = dead.sum(dim=(-2, -1))
-    k_aux = residual.shape[-1] // 2
+    k_aux = max(1, residual.shape[-1] // 2)
     ranking = pre_acts.masked_fill(~dead, -torch.inf).flatten(-2)
     top = ranking.topk(min(k_aux, ranking.shape[-1]), dim=-1, sorted=False).indices
     taken = torch.zeros_like(ranking, dtype=torch.bool).scatter_(-1, top, True)

@@ -26,8 +26,8 @@ def geometric_median(
     median = x.mean(dim=0)
     for _ in range(max_iterations):
         distances = (x - median).norm(dim=-1)
-        # Keeps a point that the estimate coincides with from dividing by zero.
-        weights = 1 / distances.clamp(min=torch.finfo(x.dtype).eps)
+        # Keeps a point that the estimate coincides with from holding it there.
+        weights = 1 / distances.clamp(min=1e-3 * distances.mean() + 1e-30)
         previous, median = median, (weights @ x) / weights.sum()
         if (median - previous).norm() <= tolerance * distances.mean():
             break

@@ -154,7 +154,7 @@ def test_splicing_with_the_error_term_leaves_the_logits_alone(
 
     smollm2.add_sae(sae, use_error_term=True)
     try:
-        hooks = [(f"{HOOK}.hook_sae_acts_post", steer)]
+        hooks: list[Any] = [(f"{HOOK}.hook_sae_acts_post", steer)]
         steered = smollm2.run_with_hooks(SENTENCE, fwd_hooks=hooks)
         _, cache = smollm2.run_with_cache(SENTENCE)
     finally:

@@ -25,7 +25,7 @@ def run(name: str, *arguments: str) -> dict[str, Any]:
 
 DEMO_ARGUMENTS = (
     "--training_tokens 8192 --batch_size 512 --expansion 2 --num_experts 8 "
-    "--switch_experts 4 --k 16 --context_size 64 --eval_batches 1 "
+    "--k 16 --context_size 64 --eval_batches 1 "
     "--prompts_per_batch 8"
 )
 

@@ -28,6 +28,14 @@ def test_geometric_median_ignores_a_few_huge_points():
     assert x.mean(0).norm() > 100
 
 
+def test_geometric_median_leaves_a_point_that_the_mean_falls_on():
+    x = torch.tensor([[0.0], [-3.0], [1.0], [1.0], [1.0]])
+    assert x.mean() == 0
+    torch.testing.assert_close(
+        geometric_median(x), torch.tensor([1.0]), atol=1e-2, rtol=0
+    )
+
+
 def test_geometric_median_of_equal_points_is_that_point():
     x = torch.full((10, 3), 2.5)
     torch.testing.assert_close(geometric_median(x), x[0])

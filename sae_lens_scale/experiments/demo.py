@@ -29,6 +29,7 @@ from sae_lens.training.activations_store import ActivationsStore
 
 from sae_lens_scale.analysis.experts import expert_usage
 from sae_lens_scale.analysis.tokens import TokenExplanation, explain_tokens
+from sae_lens_scale.initialization import geometric_median
 from sae_lens_scale.loading.smollm2 import load_smollm2
 from sae_lens_scale.saes import (
     ScaleSAE,
@@ -42,7 +43,7 @@ from .corpus import docstring_corpus
 
 # Documents of a hub dataset that are held out for evaluation.
 _HELD_OUT_DOCUMENTS = 2_000
-_NOT_FOR_TRAINING = ("output", "sentence", "eval_batches", "device")
+_NOT_FOR_TRAINING = ("output", "sentence", "eval_batches")
 
 
 @dataclass
@@ -62,8 +63,9 @@ class DemoConfig:
         lr (float): Learning rate of all SAEs; it decays to 0 over the last fifth.
         expansion (int): d_sae divided by d_in.
         num_experts (int): Experts of the Scale SAE.
-        experts_per_token (int): Experts that each token selects in the Scale SAE.
-        switch_experts (int): Experts of the Switch SAE.
+        experts_per_token (int): Experts that each token selects in the Scale SAE. The
+            Switch SAE has num_experts / experts_per_token experts, and the TopK SAE as
+            many latents as one of those: a token pays for as many in all three.
         k (int): Active latents per token of all SAEs.
         context_size (int): Tokens per prompt.
         prompts_per_batch (int): Prompts that the language model reads at once.
@@ -84,7 +86,6 @@ class DemoConfig:
     expansion: int = 32
     num_experts: int = 64
     experts_per_token: int = 2
-    switch_experts: int = 32
     k: int = 32
     context_size: int = 128
     prompts_per_batch: int = 16
@@ -101,6 +102,11 @@ class DemoConfig:
             raise ValueError(
                 f"training_tokens must be at least batch_size={self.batch_size}, got "
                 f"{self.training_tokens}"
+            )
+        if self.num_experts % self.experts_per_token:
+            raise ValueError(
+                f"num_experts must be divisible by experts_per_token="
+                f"{self.experts_per_token}, got {self.num_experts}"
             )
 
 
@@ -133,13 +139,13 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     missing = [n for n in runners if not _is_finished(cfg.output / n, settings[n])]
     if missing:
         _say(f"Training {', '.join(missing)} on {cfg.training_tokens:,} tokens each")
-        # A few hundred tokens for each expert of the SAE that has most of them. They
-        # come from a store of their own, so that all SAEs train on the same tokens.
+        # A few hundred tokens per expert. They come from a store of their own, so that
+        # all SAEs train on the same tokens.
         start = sample_activations(
             model,
             runners["scale"],
             train,
-            200 * max(cfg.num_experts, cfg.switch_experts),
+            200 * cfg.num_experts,
         )
         for name in missing:
             _say(name)
@@ -203,10 +209,9 @@ def sae_configs(cfg: DemoConfig, d_in: int) -> dict[str, TrainingSAEConfig]:
         experts_per_token=cfg.experts_per_token,
     )
     switch = SwitchTrainingSAEConfig(
-        **shared, d_sae=d_sae, num_experts=cfg.switch_experts
+        **shared, d_sae=d_sae, num_experts=cfg.num_experts // cfg.experts_per_token
     )
-    active_latents = scale.experts_per_token * scale.expert_size
-    topk = TopKTrainingSAEConfig(**shared, d_sae=active_latents)
+    topk = TopKTrainingSAEConfig(**shared, d_sae=switch.expert_size)
     return {"scale": scale, "switch": switch, "topk": topk}
 
 
@@ -276,6 +281,11 @@ def _train(
     sae = TrainingSAE.from_dict(runner_cfg.get_training_sae_cfg_dict())
     if isinstance(sae, MixtureTrainingSAE):
         sae.initialize_from_activations(start)
+    else:
+        # The same start for the bias of the dense SAE, in the trainer's units.
+        scaler = ActivationScaler()
+        scaler.estimate_scaling_factor(sae.cfg.d_in, iter([start]), 1)
+        sae.b_dec.data.copy_(geometric_median(scaler(start)))
     begin = time.perf_counter()
     # The store shuffles with torch's generator: the same tokens in the same order.
     torch.manual_seed(runner_cfg.seed)
@@ -335,6 +345,7 @@ def evaluate(
     }
     density = torch.tensor(by_latent["feature_density"])
     metrics["d_sae"] = sae.cfg.d_sae
+    metrics["dead_latents"] = sae.cfg.metadata.num_dead_features / sae.cfg.d_sae
     metrics["silent_latents"] = (density == 0).double().mean().item()
     if isinstance(sae, MixtureSAE):
         usage = expert_usage(sae, [sample_activations(model, runner_cfg, test, 8_192)])
@@ -351,6 +362,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ce_loss_without_sae": ("CE without", "{:.3f}".format),
     "ce_loss_with_ablation": ("CE ablated", "{:.3f}".format),
     "ce_loss_score": ("loss recovered", "{:.4f}".format),
+    "dead_latents": ("dead latents", "{:.1%}".format),
     "silent_latents": ("latents silent on this text", "{:.1%}".format),
     "idle_experts": ("idle experts", "{:.0f}".format),
     "expert_entropy": ("expert entropy", "{:.3f}".format),

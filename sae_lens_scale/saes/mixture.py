@@ -3,7 +3,7 @@
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
@@ -83,6 +83,11 @@ class MixtureSAEConfig(SAEConfig, ABC):
                 f"(experts_per_token={self.experts_per_token} times d_sae / "
                 f"num_experts={self.expert_size}), got {self.k}"
             )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # A string such as "False", from a JSON file, would count as true.
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name} must be a bool, got {value!r}")
         require_choice("gate", self.gate, GateName)
         require_choice("topk_over", self.topk_over, TopKOver)
 
@@ -92,6 +97,11 @@ def require_choice(name: str, value: Any, choices: Any) -> Any:
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
     return value
+
+
+def is_hooked(hook: nn.Module) -> bool:
+    """Whether anybody watches or edits what passes a hook point."""
+    return bool(hook._forward_hooks or hook._backward_hooks)
 
 
 T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
@@ -292,11 +302,11 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
     def _hook_pre_acts(
         self, pre_acts: torch.Tensor, expert_indices: torch.Tensor
     ) -> torch.Tensor:
-        hook = self.hook_sae_acts_pre
         # The d_sae-wide tensor costs more than the whole encoder: only on request.
-        if not (hook._forward_hooks or hook._backward_hooks):
+        if not is_hooked(self.hook_sae_acts_pre):
             return pre_acts
-        wide = self._by_expert(hook(self._to_wide(pre_acts, expert_indices)))
+        wide = self.hook_sae_acts_pre(self._to_wide(pre_acts, expert_indices))
+        wide = self._by_expert(wide)
         return wide.gather(-2, expert_indices.unsqueeze(-1).expand_as(pre_acts))
 
     def _to_wide(

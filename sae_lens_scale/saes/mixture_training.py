@@ -15,7 +15,6 @@ from sae_lens.saes.sae import (
     TrainStepInput,
     TrainStepOutput,
 )
-from sae_lens.saes.topk_sae import SparseHookPoint
 from sae_lens.training.activation_scaler import ActivationScaler
 from typing_extensions import override
 
@@ -24,7 +23,7 @@ from sae_lens_scale.initialization import geometric_median, spherical_kmeans
 from sae_lens_scale.ops import decoder_norm
 from sae_lens_scale.routing import expert_load, load_balance_loss
 
-from .mixture import Encoding, MixtureSAE, MixtureSAEConfig
+from .mixture import Encoding, MixtureSAE, MixtureSAEConfig, is_hooked
 
 
 @dataclass
@@ -68,6 +67,17 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
                 "normalised space to a residual in the original one"
             )
 
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> Any:
+        # An inference export lacks the fields that only training has, but its metadata
+        # keeps them: training that goes on from it goes on as it was.
+        metadata = config_dict.get("metadata") or {}
+        if metadata.get("training_architecture") == cls.architecture():
+            details = metadata.get("training_architecture_details") or {}
+            config_dict = {**details, **config_dict}
+        return super().from_dict(config_dict)
+
 
 T_MIXTURE_TRAINING_CONFIG = TypeVar(
     "T_MIXTURE_TRAINING_CONFIG", bound=MixtureTrainingSAEConfig
@@ -78,11 +88,6 @@ class MixtureTrainingSAE(
     MixtureSAE[T_MIXTURE_TRAINING_CONFIG], TrainingSAE[T_MIXTURE_TRAINING_CONFIG], ABC
 ):
     """Training of a mixture-of-experts SAE."""
-
-    def __init__(self, cfg: T_MIXTURE_TRAINING_CONFIG, use_error_term: bool = False):
-        super().__init__(cfg, use_error_term)
-        self.hook_sae_acts_post = SparseHookPoint(cfg.d_sae)
-        self.setup()
 
     @override
     def encode_with_hidden_pre(
@@ -117,38 +122,36 @@ class MixtureTrainingSAE(
             ``[tokens, experts_per_token * d_sae / num_experts]``.
 
         Raises:
-            ValueError: If the reconstruction loss is not finite. One such step
-                would turn every weight into NaN, without an error.
+            ValueError: If the loss is not finite. One such step would turn every
+                weight into NaN, without an error.
         """
         encoding = self._encode(step_input.sae_in)
         latents = encoding.latents
-        feature_acts = self.hook_sae_acts_post(
-            latents.to_coo(self.cfg.d_sae)
-            if self.cfg.use_sparse_activations
-            else latents.to_dense(self.cfg.d_sae)
-        )
-        # The hook point makes sparse activations dense wherever somebody hooks them:
-        # still sparse, they are what the compact form says.
-        sae_out = (
-            self._decode_latents(latents)
-            if feature_acts.is_sparse
-            else self.decode(feature_acts)
-        )
+        # Hooks are written for dense activations.
+        if self.cfg.use_sparse_activations and not is_hooked(self.hook_sae_acts_post):
+            feature_acts = latents.to_coo(self.cfg.d_sae)
+            sae_out = self._decode_latents(latents)
+        else:
+            feature_acts = self.hook_sae_acts_post(latents.to_dense(self.cfg.d_sae))
+            sae_out = self.decode(feature_acts)
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
-        if not mse_loss.isfinite():
-            raise ValueError(
-                f"the reconstruction loss is {mse_loss.item()} at training step "
-                f"{step_input.n_training_steps}: sae_in or the weights hold NaN or "
-                "infinite values"
-            )
         losses = {"mse_loss": mse_loss}
         losses |= self._aux_losses(step_input, encoding, sae_out)
+        loss = torch.stack(list(losses.values())).sum()
+        if not loss.isfinite():
+            values = ", ".join(f"{n} {v.item()}" for n, v in losses.items())
+            raise ValueError(
+                f"the loss is not finite at training step "
+                f"{step_input.n_training_steps} ({values}): sae_in, of shape "
+                f"{tuple(step_input.sae_in.shape)}, or the weights hold NaN or infinite "
+                "values, or the batch is empty"
+            )
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
             feature_acts=feature_acts,
             hidden_pre=encoding.pre_acts.flatten(-2),
-            loss=torch.stack(list(losses.values())).sum(),
+            loss=loss,
             losses=losses,
             metrics=self._metrics(encoding) if step_input.is_logging_step else {},
         )
@@ -163,7 +166,9 @@ class MixtureTrainingSAE(
     ) -> dict[str, torch.Tensor]:
         # SAELens's signature carries no routing, so this routes anew. Training does
         # not come this way.
-        return self._aux_losses(step_input, self._encode(step_input.sae_in), sae_out)
+        with self._keep_run_time_norm_state():
+            encoding = self._encode(step_input.sae_in)
+        return self._aux_losses(step_input, encoding, sae_out)
 
     def _aux_losses(
         self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor
@@ -247,7 +252,9 @@ class MixtureTrainingSAE(
         directions and the encoder becomes the decoder transposed.
 
         SAELens rescales activations before training if ``normalize_activations`` says
-        so; the batch is rescaled here in the same way, from its own statistics.
+        so; the batch is rescaled here in the same way, from its own statistics. Whitening
+        it so is refused: whitened coordinates turn with the sample that they are
+        estimated from, and the trainer will estimate its own.
 
         Args:
             batch: Raw activations of the language model, ``[tokens, d_in]`` or with
@@ -257,8 +264,13 @@ class MixtureTrainingSAE(
 
         Raises:
             ValueError: If the batch has the wrong width, too few tokens, or NaN or
-                infinite values.
+                infinite values, or if normalize_activations is "covariance_whitening".
         """
+        if self.cfg.normalize_activations == "covariance_whitening":
+            raise ValueError(
+                "initialize_from_activations cannot foresee the coordinates of "
+                "normalize_activations='covariance_whitening'"
+            )
         if batch.shape[-1:] != (self.cfg.d_in,):
             raise ValueError(
                 f"the last dimension of batch must be d_in={self.cfg.d_in}, "
@@ -286,7 +298,5 @@ class MixtureTrainingSAE(
         scaler = ActivationScaler()
         if self.cfg.normalize_activations == "expected_average_only_in":
             scaler.estimate_scaling_factor(self.cfg.d_in, iter([x]), 1)
-        elif self.cfg.normalize_activations == "covariance_whitening":
-            scaler.estimate_whitening(self.cfg.d_in, iter([x]), 1)
         with self._keep_run_time_norm_state():
             return self.run_time_activation_norm_fn_in(scaler(x))

@@ -34,7 +34,9 @@ class ScaleSAEConfig(MixtureSAEConfig):
             probability over all experts; equation 2.4 of the paper), "renormalized"
             (divided by the sum over the selected experts), "rescaled" (that times
             experts_per_token, so that gates average 1), "double_softmax" (softmax of
-            the selected probabilities; the authors' code) or "uniform" (1).
+            the selected probabilities; the authors' code) or "uniform" (1). With one
+            expert per token, "renormalized", "rescaled" and "double_softmax" are all 1,
+            and a router whose gates are 1 learns from load balancing only.
         topk_over (TopKOver): What TopK ranks candidates by: "activations" (equation 2.3
             of the Scale SAE paper) or "gated_activations" (its authors' code).
         rescale_acts_by_decoder_norm (bool): Whether to treat the decoder as if its rows
@@ -71,7 +73,8 @@ class ScaleSAE(MixtureSAE[ScaleSAEConfig]):
     An inference-only SAE whose router selects several experts per token.
 
     Feature scaling is part of training only: W_enc is the scaled encoder, and the
-    learned omegas are in ``cfg.metadata.omega``.
+    learned omegas are in ``cfg.metadata.omega``. Training that goes on from an export
+    starts omega at 0 again, so that it records what it added.
 
     Parameters: W_enc ``[d_in, d_sae]``, b_enc ``[d_sae]``, W_dec ``[d_sae, d_in]``,
     b_dec ``[d_in]``, W_router ``[d_in, num_experts]``, b_router ``[d_in]``. Latent j
@@ -92,10 +95,22 @@ class ScaleSAE(MixtureSAE[ScaleSAEConfig]):
             details.get("decomposition"),
             DecompositionName,
         )
-        self.cfg.metadata.omega = omega.tolist()
+        record_omega(self.cfg, omega)
+        W_enc = state_dict["W_enc"]
+        # Folded in float32 at least, as an export is.
+        dtype = torch.promote_types(W_enc.dtype, torch.float32)
         state_dict["W_enc"] = scaled_encoder(
-            state_dict["W_enc"], omega, decomposition, W_low_pass
-        )
+            W_enc.to(dtype),
+            omega.to(dtype),
+            decomposition,
+            None if W_low_pass is None else W_low_pass.to(dtype),
+        ).to(W_enc.dtype)
+
+
+def record_omega(cfg: MixtureSAEConfig, omega: torch.Tensor) -> None:
+    """Keep omegas in the metadata for study; once folded, those on record stay."""
+    if omega.any() or "omega" not in cfg.metadata:
+        cfg.metadata.omega = omega.tolist()
 
 
 @dataclass
@@ -112,7 +127,9 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
             probability over all experts; equation 2.4 of the paper), "renormalized"
             (divided by the sum over the selected experts), "rescaled" (that times
             experts_per_token, so that gates average 1), "double_softmax" (softmax of
-            the selected probabilities; the authors' code) or "uniform" (1).
+            the selected probabilities; the authors' code) or "uniform" (1). With one
+            expert per token, "renormalized", "rescaled" and "double_softmax" are all 1,
+            and a router whose gates are 1 learns from load balancing only.
         topk_over (TopKOver): What TopK ranks candidates by: "activations" (equation 2.3
             of the Scale SAE paper) or "gated_activations" (its authors' code).
         feature_scaling (bool): Whether to learn how strongly each expert's encoder weights
@@ -157,10 +174,6 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.feature_scaling, bool):
-            raise ValueError(
-                f"feature_scaling must be a bool, got {self.feature_scaling!r}"
-            )
         require_choice("decomposition", self.decomposition, DecompositionName)
 
     @override
@@ -224,16 +237,9 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
     @torch.no_grad()
     def _fold_encoder(self) -> None:
         if self.omega is not None:
-            self._record_omega()
+            record_omega(self.cfg, self.omega)
             self.W_enc.data.copy_(self.effective_W_enc())
             self.omega.data.zero_()
-
-    def _record_omega(self) -> None:
-        """Keep the omegas in the metadata; once folded, they stay on record there."""
-        if self.omega is not None and (
-            self.omega.any() or "omega" not in self.cfg.metadata
-        ):
-            self.cfg.metadata.omega = self.omega.tolist()
 
     @override
     @torch.no_grad()
@@ -244,10 +250,15 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
         super().fold_activation_norm_scaling_factor(scaling_factor)
 
     @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        if self.omega is not None:
+            record_omega(self.cfg, self.omega)
+
+    @override
     def process_state_dict_for_saving_inference(
         self, state_dict: dict[str, Any]
     ) -> None:
-        self._record_omega()
         state_dict["W_enc"] = self.effective_W_enc()
         state_dict.pop("omega", None)
         state_dict.pop("W_low_pass", None)

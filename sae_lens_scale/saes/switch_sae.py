@@ -26,6 +26,7 @@ class SwitchSAEConfig(MixtureSAEConfig):
         gate (GateName): What multiplies the selected expert's activations: "softmax"
             (its probability) or "uniform" (1, the "heaviside" of Mudide et al.).
             "renormalized", "rescaled" and "double_softmax" are all 1 for one expert.
+            A router whose gates are 1 learns from load balancing only.
         topk_over (TopKOver): What TopK ranks candidates by: "activations" (equation 2.3
             of the Scale SAE paper) or "gated_activations" (its authors' code).
         rescale_acts_by_decoder_norm (bool): Whether to treat the decoder as if its rows
@@ -74,6 +75,7 @@ class SwitchTrainingSAEConfig(MixtureTrainingSAEConfig):
         gate (GateName): What multiplies the selected expert's activations: "softmax"
             (its probability) or "uniform" (1, the "heaviside" of Mudide et al.).
             "renormalized", "rescaled" and "double_softmax" are all 1 for one expert.
+            A router whose gates are 1 learns from load balancing only.
         topk_over (TopKOver): What TopK ranks candidates by: "activations" (equation 2.3
             of the Scale SAE paper) or "gated_activations" (its authors' code).
         rescale_acts_by_decoder_norm (bool): Treat the decoder as if its rows had unit

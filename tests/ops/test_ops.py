@@ -121,8 +121,7 @@ def test_SparseLatents_dense_and_sparse_forms_agree(batch: tuple[int, ...]):
     assert dense.shape == (*batch, D_SAE)
     torch.testing.assert_close(dense.gather(-1, indices), values)
     assert dense.count_nonzero() == values.numel()
-    if batch:
-        assert torch.equal(latents.to_coo(D_SAE).to_dense(), dense)
+    assert torch.equal(latents.to_coo(D_SAE).to_dense(), dense)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])

@@ -149,10 +149,19 @@ def test_dead_latent_loss_with_run_time_normalisation_is_refused(
     config_class(**settings, normalize_activations=norm, aux_loss_coefficient=0)
 
 
-@pytest.mark.parametrize("value", [1, "yes", None])
-def test_feature_scaling_must_be_a_bool(value: Any):
-    with pytest.raises(ValueError, match="feature_scaling must be a bool"):
-        ScaleTrainingSAEConfig(d_in=512, d_sae=1024, feature_scaling=value)
+@pytest.mark.parametrize("value", [1, "False", None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "feature_scaling",
+        "rescale_acts_by_decoder_norm",
+        "use_sparse_activations",
+        "apply_b_dec_to_input",
+    ],
+)
+def test_what_is_no_bool_is_refused(name: str, value: Any):
+    with pytest.raises(ValueError, match=f"{name} must be a bool, got {value!r}"):
+        ScaleTrainingSAEConfig(d_in=512, d_sae=1024, **{name: value})
 
 
 def test_unknown_decomposition_is_refused():

@@ -169,6 +169,58 @@ def test_learned_omegas_are_kept_in_the_metadata(tmp_path: Path):
     assert loaded.cfg.metadata.omega == omega
 
 
+@pytest.mark.parametrize("decomposition", ["mean", "identity"])
+def test_omegas_stay_on_record_in_checkpoints_saved_after_a_fold(
+    decomposition: str, tmp_path: Path
+):
+    sae = scale_sae(decomposition=decomposition)
+    assert sae.omega is not None
+    omega = sae.omega.tolist()
+    sae.fold_activation_norm_scaling_factor(2.0)
+    sae.fold_W_dec_norm()
+    sae.save_model(tmp_path)
+    assert SAE.load_from_disk(tmp_path).cfg.metadata.omega == omega
+
+
+def test_a_checkpoint_records_the_omegas_of_its_own_time(tmp_path: Path):
+    sae = scale_sae()
+    assert sae.omega is not None
+    sae.save_inference_model(tmp_path)
+    sae.omega.data += 1
+    sae.save_model(tmp_path)
+    metadata = SAE.load_from_disk(tmp_path).cfg.metadata
+    assert metadata.omega == sae.omega.tolist()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"normalize_activations": "layer_norm", "aux_loss_coefficient": 0.0},
+        {"feature_scaling": False},
+        {"decomposition": "identity", "load_balance_coefficient": 0.7},
+    ],
+    ids=str,
+)
+def test_training_goes_on_from_an_export_with_the_settings_it_had(
+    overrides: dict[str, Any], tmp_path: Path
+):
+    sae = scale_sae(**overrides)
+    sae.save_inference_model(tmp_path)
+    loaded = TrainingSAE.load_from_disk(tmp_path)
+    for name, value in overrides.items():
+        assert getattr(loaded.cfg, name) == value
+    assert_same(loaded(X), sae(X))
+
+
+def test_a_checkpoint_loaded_in_bfloat16_is_folded_in_float32(tmp_path: Path):
+    sae = scale_sae()
+    sae.save_model(tmp_path)
+    want = sae.effective_W_enc()
+    got = SAE.load_from_disk(tmp_path, dtype="bfloat16").W_enc.double()
+    # Rounding of the inputs and of the result, and nothing in between.
+    assert ((got - want).norm() / want.norm()) < 2 * 2**-8
+
+
 def test_a_checkpoint_that_does_not_say_how_omega_applies_is_refused(tmp_path: Path):
     sae = scale_sae()
     sae.save_model(tmp_path)

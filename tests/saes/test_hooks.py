@@ -178,6 +178,25 @@ def test_a_hook_on_the_activations_acts_in_training_too():
     torch.testing.assert_close(watched.sae_out, clean.sae_out)
 
 
+@pytest.mark.parametrize("make", MAKERS[1:])
+def test_backward_hooks_work_in_training(make: Any):
+    sae = make()
+    seen = []
+    hook = ("hook_sae_acts_post", lambda grad, hook: seen.append(grad.shape))
+    with sae.hooks(bwd_hooks=[hook]):
+        sae.training_forward_pass(step_input(X.flatten(0, 1))).loss.backward()
+    assert seen == [(21, 60)]
+
+
+def test_calculate_aux_loss_leaves_a_pending_decode_undisturbed():
+    sae = scale_sae(normalize_activations="layer_norm", aux_loss_coefficient=0.0)
+    x = X.flatten(0, 1)
+    want = sae(x)
+    acts, pre = sae.encode_with_hidden_pre(x)
+    sae.calculate_aux_loss(step_input(x * 5 + 1), acts, pre, x)
+    torch.testing.assert_close(sae.decode(acts), want)
+
+
 def test_gradients_reach_the_cache_backwards():
     sae = inference_sae()
     x = X.clone().requires_grad_()

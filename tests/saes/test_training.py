@@ -82,8 +82,20 @@ def test_a_batch_with_non_finite_values_stops_training(architecture: str, bad: f
     x = draw(20, 16)
     x[3, 5] = bad
     sae = fresh(architecture)
-    with pytest.raises(ValueError, match="sae_in or the weights hold NaN or infinite"):
+    with pytest.raises(ValueError, match="loss is not finite .*NaN or infinite"):
         sae.training_forward_pass(step_input(x))
+
+
+def test_a_router_gone_wrong_stops_training_though_reconstruction_is_finite():
+    sae = fresh("scale", gate="uniform")
+    sae.W_router.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="load_balance_loss nan"):
+        sae.training_forward_pass(step_input(draw(20, 16)))
+
+
+def test_an_empty_batch_stops_training_and_says_so():
+    with pytest.raises(ValueError, match=r"shape \(0, 16\), .*the batch is empty"):
+        fresh("scale").training_forward_pass(step_input(draw(0, 16)))
 
 
 def test_parameters_and_their_order_are_frozen():
@@ -180,17 +192,28 @@ def test_initialize_from_activations_centres_biases_and_spreads_the_router(
     assert (first == first[0]).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("norm", ["expected_average_only_in", "covariance_whitening"])
-def test_initialize_from_activations_normalises_as_the_trainer_will(norm: str):
+def test_initialize_from_activations_rescales_as_the_trainer_will():
     x = draw(500, 16) * 30 + 100
-    sae = fresh("scale", normalize_activations=norm)
+    sae = fresh("scale", normalize_activations="expected_average_only_in")
     sae.initialize_from_activations(x)
-    if norm == "expected_average_only_in":
-        factor = 4.0 / x.norm(dim=-1).mean()
-        torch.testing.assert_close(sae.b_dec.data, geometric_median(x * factor))
-    else:
-        # Whitened activations are centred.
-        assert sae.b_dec.norm() < 0.5
+    factor = 4.0 / x.norm(dim=-1).mean()
+    torch.testing.assert_close(sae.b_dec.data, geometric_median(x * factor))
+
+
+def test_initialize_from_activations_normalises_as_the_SAE_will():
+    x = draw(500, 16) * 30 + 100
+    sae = fresh("scale", normalize_activations="layer_norm", aux_loss_coefficient=0.0)
+    sae.initialize_from_activations(x)
+    centred = x - x.mean(-1, keepdim=True)
+    want = geometric_median(centred / (centred.std(-1, keepdim=True) + 1e-5))
+    torch.testing.assert_close(sae.b_dec.data, want)
+    copy.deepcopy(sae)  # no activation is left on the SAE
+
+
+def test_initialize_from_activations_refuses_whitening():
+    sae = fresh("scale", normalize_activations="covariance_whitening")
+    with pytest.raises(ValueError, match="covariance_whitening"):
+        sae.initialize_from_activations(draw(500, 16))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,39 @@
+"""The wheel that pyproject.toml builds imports and registers on its own."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_built_wheel_imports_registers_and_is_typed(tmp_path: Path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation"]
+        + ["--wheel-dir", str(tmp_path)],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("sae_lens_scale-0.1.0-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "sae_lens_scale/py.typed" in names
+    assert not [n for n in names if n.startswith(("tests", "examples", "benchmarks"))]
+    site = tmp_path / "site"
+    subprocess.run(
+        [*pip, "install", str(wheel), "--no-deps", "--target", str(site)], check=True
+    )
+    code = f"""
+import sae_lens_scale
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+assert sae_lens_scale.__file__.startswith({str(site)!r}), sae_lens_scale.__file__
+for registry in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY):
+    assert {{"scale", "switch"}} <= set(registry)
+"""
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    )
