@@ -170,7 +170,7 @@ def train(args: Args, run: dict[str, Any], seed: int, acts: torch.Tensor) -> SAE
 def evaluate(trainer: SAETrainer, test: torch.Tensor) -> dict[str, float]:
     sae: Any = trainer.sae
     total = (test.double() - test.double().mean(0)).pow(2).sum().item()
-    error, l0, fired, usage = 0.0, 0, torch.zeros(D_SAE, dtype=torch.bool), 0
+    error, l0, fired, usage = 0.0, 0, torch.zeros(D_SAE, dtype=torch.bool), None
     for x in test.float().split(2048):
         acts = sae.encode(x)
         error += (sae.decode(acts) - x).double().pow(2).sum().item()
@@ -178,13 +178,14 @@ def evaluate(trainer: SAETrainer, test: torch.Tensor) -> dict[str, float]:
         fired[: acts.shape[1]] |= (acts != 0).any(0)
         if isinstance(sae.cfg, MixtureSAEConfig):
             indices = sae.route(x).indices.flatten()
-            usage = usage + indices.bincount(minlength=sae.cfg.num_experts)
+            counts = indices.bincount(minlength=sae.cfg.num_experts)
+            usage = counts if usage is None else usage + counts
     return {
         "fvu": error / total,
         "l0": l0 / len(test),
         "alive": fired.float().mean().item() * D_SAE / sae.cfg.d_sae,
         "dead": trainer.dead_neurons.float().mean().item(),
-        "idle_experts": float((torch.as_tensor(usage) == 0).sum()),
+        "idle_experts": 0.0 if usage is None else float((usage == 0).sum()),
     }
 
 

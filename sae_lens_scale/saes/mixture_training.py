@@ -218,7 +218,7 @@ class MixtureTrainingSAE(
         return {
             "router/max_load": load.max() * self.cfg.num_experts,
             "router/idle_experts": (load == 0).sum(),
-            "router/load_entropy": -(load * load.clamp(min=1e-30).log()).sum(),
+            "router/load_entropy": torch.special.entr(load).sum(),
         }
 
     @override
