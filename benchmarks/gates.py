@@ -60,12 +60,22 @@ RUNS: dict[str, dict[str, Any]] = {
         **SCALE,
         "aux_loss_coefficient": 0.0,
     },
-    "scale 64/2, rescaled, dead-latent loss / 32": {
+    "scale 64/2, rescaled, dead-latent loss 1/32": {
         **SCALE,
         "aux_loss_coefficient": 1 / 32,
     },
+    "scale 64/2, rescaled, dead-latent loss 1/32, no feature scaling": {
+        **SCALE,
+        "aux_loss_coefficient": 1 / 32,
+        "feature_scaling": False,
+    },
     "switch 32, softmax": {**SWITCH, "gate": "softmax"},
     "switch 32, uniform": {**SWITCH, "gate": "uniform"},
+    "switch 32, uniform, router not initialised": {
+        **SWITCH,
+        "gate": "uniform",
+        "init": False,
+    },
     "switch 32, softmax, router not initialised": {
         **SWITCH,
         "gate": "softmax",
@@ -130,7 +140,8 @@ def collect(args: Args, split: Any, n_tokens: int) -> torch.Tensor:
 
 def train(args: Args, run: dict[str, Any], seed: int, acts: torch.Tensor) -> SAETrainer:
     torch.manual_seed(seed)
-    settings = {"d_in": D_IN, "d_sae": D_SAE, "k": K, **json.loads(args.overrides)}
+    settings = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "aux_loss_coefficient": 1.0}
+    settings |= json.loads(args.overrides)
     settings |= {k: v for k, v in run.items() if k != "init"}
     settings["normalize_activations"] = "expected_average_only_in"
     sae = TrainingSAE.from_dict(TrainingSAEConfig.from_dict(settings).to_dict())

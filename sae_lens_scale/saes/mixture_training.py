@@ -41,7 +41,8 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
     rescale_acts_by_decoder_norm: bool = True
     use_sparse_activations: bool = True
     load_balance_coefficient: float = 0.03
-    aux_loss_coefficient: float = 1.0
+    # Gao et al.'s value; 1, as in SAELens's TopK, measured worse (docs/defaults.md).
+    aux_loss_coefficient: float = 1 / 32
 
     @override
     def __post_init__(self) -> None:

@@ -55,7 +55,9 @@ def test_ScaleSAE_with_one_expert_equals_TopKSAE_bit_for_bit(
 
 @pytest.mark.parametrize("num_dead", [0, 1, 3, 40, 60])
 def test_ScaleTrainingSAE_with_one_expert_trains_like_TopKTrainingSAE(num_dead: int):
-    scale = scale_sae(**ONE_EXPERT, load_balance_coefficient=0.0)
+    scale = scale_sae(
+        **ONE_EXPERT, load_balance_coefficient=0.0, aux_loss_coefficient=1.0
+    )
     assert scale.omega is not None
     scale.omega.data.zero_()
     topk = TopKTrainingSAE(TopKTrainingSAEConfig(**SHARED, dtype="float64"))
