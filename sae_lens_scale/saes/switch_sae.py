@@ -48,6 +48,8 @@ class SwitchSAEConfig(MixtureSAEConfig):
             Inherited from SAEConfig.
     """
 
+    gate: GateName = "uniform"
+
     @override
     @classmethod
     def architecture(cls) -> str:
@@ -107,7 +109,7 @@ class SwitchTrainingSAEConfig(MixtureTrainingSAEConfig):
             Inherited from SAEConfig.
     """
 
-    gate: GateName = "softmax"
+    gate: GateName = "uniform"
 
     @override
     @classmethod
