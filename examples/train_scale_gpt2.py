@@ -33,6 +33,8 @@ settings = LanguageModelSAERunnerConfig(
     training_tokens=STEPS * BATCH_SIZE,
     train_batch_size_tokens=BATCH_SIZE,
     n_batches_for_norm_estimate=100,
+    # In contexts. SAELens's default, 20, is less than one batch of this size.
+    n_batches_in_buffer=512,
     lr=1.6e-3,
     lr_warm_up_steps=STEPS // 20,
     lr_decay_steps=STEPS // 5,

@@ -88,6 +88,9 @@ def test_train_scale_gpt2_has_the_papers_settings():
     assert (sae.d_in, sae.d_sae) == (768, 24_576)
     assert (sae.num_experts, sae.experts_per_token, sae.k) == (64, 2, 32)
     assert settings.hook_name == "blocks.8.hook_resid_post"
+    # SAELens finds this out only when training starts.
+    buffer = settings.n_batches_in_buffer * settings.context_size
+    assert buffer >= settings.train_batch_size_tokens
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,11 @@ def test_training_snippets_are_valid_up_to_the_runner():
     start = INITIALIZE[: INITIALIZE.index("LanguageModelSAETrainingRunner")]
     exec(settings.replace("24_576", "3_072") + start, namespace)
     assert isinstance(namespace["sae"], ScaleTrainingSAE)
-    assert namespace["cfg"].sae.num_experts == 64
+    cfg = namespace["cfg"]
+    assert cfg.sae.num_experts == 64
+    # SAELens finds this out only when training starts.
+    buffer = cfg.n_batches_in_buffer * cfg.context_size
+    assert buffer >= cfg.train_batch_size_tokens
 
 
 def test_splicing_snippet_runs(smollm2: HookedSAETransformer, tmp_path: Path):

@@ -235,7 +235,8 @@ def runner_config(
         training_tokens=cfg.training_tokens,
         train_batch_size_tokens=cfg.batch_size,
         store_batch_size_prompts=cfg.prompts_per_batch,
-        n_batches_in_buffer=32,
+        # In contexts: what a training batch is mixed from.
+        n_batches_in_buffer=16 * -(-cfg.batch_size // cfg.context_size),
         n_batches_for_norm_estimate=min(5, steps),
         lr=cfg.lr,
         lr_warm_up_steps=steps // 20,
@@ -260,9 +261,11 @@ def sample_activations(
 ) -> torch.Tensor:
     """At least ``n_tokens`` raw activations, ``[n, d_in]``, of the start of a text."""
     # A store fills its whole buffer first, and these few tokens need only a small one.
-    small = replace(runner_cfg, n_batches_in_buffer=2)
+    batch_size = runner_cfg.train_batch_size_tokens
+    contexts = 2 * -(-batch_size // runner_cfg.context_size)
+    small = replace(runner_cfg, n_batches_in_buffer=contexts)
     store = ActivationsStore.from_config(model, small, override_dataset=text)
-    n_batches = -(-n_tokens // runner_cfg.train_batch_size_tokens)
+    n_batches = -(-n_tokens // batch_size)
     return torch.cat([next(store) for _ in range(n_batches)])
 
 
