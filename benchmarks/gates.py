@@ -64,11 +64,6 @@ RUNS: dict[str, dict[str, Any]] = {
         **SCALE,
         "aux_loss_coefficient": 1 / 32,
     },
-    "scale 64/2, rescaled, dead-latent loss 1/32, no feature scaling": {
-        **SCALE,
-        "aux_loss_coefficient": 1 / 32,
-        "feature_scaling": False,
-    },
     "switch 32, softmax": {**SWITCH, "gate": "softmax"},
     "switch 32, uniform": {**SWITCH, "gate": "uniform"},
     "switch 32, uniform, router not initialised": {

@@ -69,7 +69,7 @@ class DemoConfig:
         k (int): Active latents per token of all SAEs.
         context_size (int): Tokens per prompt.
         prompts_per_batch (int): Prompts that the language model reads at once.
-        eval_batches (int): Batches of prompts for the cross-entropies; four times as
+        eval_batches (int): Batches of prompts for the cross-entropies; twice as
             many are used for what needs no language-model loss.
         sentence (str): The sentence to explain token by token.
         device (str): Device of the model and the SAEs.
@@ -80,7 +80,7 @@ class DemoConfig:
     dataset: str = "docstrings"
     hook_name: str = "blocks.8.hook_resid_post"
     output: Path = Path("outputs/demo")
-    training_tokens: int = 300_000
+    training_tokens: int = 200_000
     batch_size: int = 2_048
     lr: float = 1.6e-3
     expansion: int = 32
@@ -333,7 +333,7 @@ def evaluate(
         ActivationScaler(),
         EvalConfig(
             n_eval_reconstruction_batches=cfg.eval_batches,
-            n_eval_sparsity_variance_batches=4 * cfg.eval_batches,
+            n_eval_sparsity_variance_batches=2 * cfg.eval_batches,
             compute_ce_loss=True,
             compute_l2_norms=True,
             compute_sparsity_metrics=True,
