@@ -186,13 +186,15 @@ def evaluate(trainer: SAETrainer, test: torch.Tensor) -> dict[str, float]:
             indices = sae.route(x).indices.flatten()
             counts = indices.bincount(minlength=sae.cfg.num_experts)
             usage = counts if usage is None else usage + counts
-    return {
+    metrics = {
         "fvu": error / total,
         "l0": l0 / len(test),
         "alive": fired.float().mean().item() * D_SAE / sae.cfg.d_sae,
         "dead": trainer.dead_neurons.float().mean().item(),
-        "idle_experts": 0.0 if usage is None else float((usage == 0).sum()),
     }
+    if usage is not None:
+        metrics["idle_experts"] = float((usage == 0).sum())
+    return metrics
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -207,9 +209,10 @@ def table(records: list[dict[str, Any]]) -> str:
         spread = ""
         if len(rows) > 1:
             spread = f" ± {statistics.stdev(r['metrics']['fvu'] for r in rows):.4f}"
+        idle = f"{mean['idle_experts']:.1f}" if "idle_experts" in mean else "-"
         lines.append(
             f"| {name} | {mean['fvu']:.4f}{spread} | {mean['alive']:.0%} | "
-            f"{mean['dead']:.0%} | {mean['idle_experts']:.1f} | {len(rows)} |"
+            f"{mean['dead']:.0%} | {idle} | {len(rows)} |"
         )
     return "\n".join(lines)
 
