@@ -6,6 +6,7 @@ Every setting is an option: `--training_tokens 2000000`, `--num_experts 256`, or
 """
 
 import os
+import warnings
 
 # On shared cores OpenMP's default, spinning, costs more time than the work itself.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,4 +16,7 @@ from simple_parsing import parse
 from sae_lens_scale.experiments.demo import DemoConfig, run_demo
 
 if __name__ == "__main__":
+    # Neither is news to a reader of the demo.
+    for message in ("The training dataset contains fewer", "Dataset is not tokenized"):
+        warnings.filterwarnings("ignore", message)
     run_demo(parse(DemoConfig))

@@ -9,7 +9,6 @@ SAELens's own evaluation.
 import json
 import shutil
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -121,9 +120,6 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
         What ``metrics.json`` in the output folder holds: the settings, and each SAE's
         metrics by name.
     """
-    # Neither is news to a reader of the demo.
-    for message in ("The training dataset contains fewer", "Dataset is not tokenized"):
-        warnings.filterwarnings("ignore", message)
     cfg.output.mkdir(parents=True, exist_ok=True)
     model = load_language_model(cfg.model, cfg.device)
     train, test = load_text(cfg.dataset, "train"), load_text(cfg.dataset, "test")
