@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sae_lens.saes.sae import SAE
 
+from sae_lens_scale.cli import main
 from sae_lens_scale.experiments.demo import DemoConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -60,6 +61,17 @@ def test_demo_leaves_SAEs_metrics_and_picture(demo: Path):
     tokens = json.loads((demo / "tokens.json").read_text())
     assert "".join(t["token"] for t in tokens) == DemoConfig().sentence
     assert (demo / "tokens.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_line_evaluates_what_the_demo_leaves(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = f"evaluate {demo / 'scale'} --n_eval_reconstruction_batches 1 --json"
+    command += " --n_eval_sparsity_variance_batches 1 --batch_size_prompts 4"
+    assert main(command.split()) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert 0 < metrics["sparsity"]["l0"] <= 16
+    assert 0 < metrics["model_performance_preservation"]["ce_loss_score"] < 1
 
 
 def test_splice_and_steer(demo: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,9 +11,11 @@ LAYERS = [
     {"ops"},
     {"routing", "feature_scaling", "dead_latents", "initialization"},
     {"saes"},
+    {"training"},
     {"loading"},
     {"analysis"},
     {"experiments"},
+    {"cli"},
 ]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from sae_lens import HookedSAETransformer
 from tokenizers import pre_tokenizers
 from transformer_lens import HookedTransformerConfig
@@ -121,7 +122,8 @@ def load_smollm2(
 
     The weights are left as they are (nothing folded or centred), as SAELens does for the models
     that it trains on. Contexts are limited to 2,048 tokens. The first call leaves the dequantised
-    model (540 MB) beside the GGUF file, because reading that takes several times as long.
+    model (540 MB for each major version of transformers) beside the GGUF file, because reading
+    that takes several times as long.
 
     Args:
         device: Where to put the model.
@@ -136,11 +138,11 @@ def load_smollm2(
         RuntimeError: The GGUF file could not be had (see `fetch_smollm2`).
     """
     folder = _dequantized(fetch_smollm2(cache_dir))
-    hf_model = LlamaForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True
-    )
+    hf_model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
     # Each field is optional in the type, none of them in this model.
     hf: Any = hf_model.config
+    # transformers 4 and 5 keep it in different places.
+    rope = hf.rope_parameters if hasattr(hf, "rope_parameters") else vars(hf)
     cfg = HookedTransformerConfig(
         model_name=MODEL_NAME,
         original_architecture="LlamaForCausalLM",
@@ -159,7 +161,7 @@ def load_smollm2(
         eps=hf.rms_norm_eps,
         positional_embedding_type="rotary",
         rotary_dim=hf.head_dim,
-        rotary_base=hf.rope_parameters["rope_theta"],
+        rotary_base=rope["rope_theta"],
         init_weights=False,
         dtype=dtype,
         device=device,
@@ -178,7 +180,9 @@ def load_smollm2(
 
 def _dequantized(gguf: Path) -> Path:
     """Return the folder beside `gguf` with the same model as Hugging Face saves it, made once."""
-    folder = gguf.with_name(f"{MODEL_NAME}-float32")
+    # transformers 4 takes another rotary base from a config that 5 saved, without a word.
+    major = transformers.__version__.partition(".")[0]
+    folder = gguf.with_name(f"{MODEL_NAME}-transformers-{major}")
     if folder.exists():
         return folder
     for package in ("gguf", "accelerate"):
@@ -187,7 +191,7 @@ def _dequantized(gguf: Path) -> Path:
                 f'Reading a GGUF file needs {package}: pip install "sae-lens-scale[demo]"'
             )
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    read = LlamaForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    read = LlamaForCausalLM.from_pretrained(gguf.parent, **source)
     # transformers does not save a model that it thinks is quantized, though this one no longer is.
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)
@@ -204,6 +208,8 @@ def _dequantized(gguf: Path) -> Path:
     )
     # TransformerLens wants a tokenizer that prepends BOS.
     tokenizer.add_bos_token = True
+    # transformers 4 reads BOS for EOS, and no padding token.
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     with tempfile.TemporaryDirectory(
         prefix=".dequantize-", dir=gguf.parent
     ) as temporary:

@@ -1,9 +1,12 @@
 """What Scale SAE and Switch SAE share, for inference."""
 
+import os
+import tempfile
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
@@ -97,6 +100,21 @@ def require_choice(name: str, value: Any, choices: Any) -> Any:
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
     return value
+
+
+@contextmanager
+def replacing_files(folder: str | Path) -> Iterator[Path]:
+    """
+    A folder to write into, whose files replace those of ``folder`` once all are written.
+
+    Whatever stops the writing, ``folder`` keeps the files that it had.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        yield Path(temporary)
+        for file in Path(temporary).iterdir():
+            os.replace(file, folder / file.name)
 
 
 def is_hooked(hook: nn.Module) -> bool:
@@ -254,9 +272,10 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             self.cfg.experts_per_token,
             self.cfg.gate,
         )
+        # Indices first: whoever edits weights needs to know whose they are.
         return routing._replace(
-            weights=self.hook_expert_weights(routing.weights),
             indices=self.hook_expert_indices(routing.indices),
+            weights=self.hook_expert_weights(routing.weights),
         )
 
     @override
@@ -378,3 +397,62 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         super().process_state_dict_for_saving(state_dict)
         for name, tensor in state_dict.items():
             state_dict[name] = tensor.contiguous()
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """
+        Save weights and config, both or neither: files that ``path`` has already are
+        replaced only when the new ones are complete.
+
+        Args:
+            path: Folder, made if it is missing.
+
+        Returns:
+            Paths of the weights and of the config.
+        """
+        with replacing_files(path) as temporary:
+            weights, cfg = super().save_model(temporary)
+        return Path(path) / weights.name, Path(path) / cfg.name
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """
+        Check that a file's tensors are those of this SAE, before any is loaded.
+
+        Args:
+            state_dict: What the file holds; subclasses adapt it in place.
+
+        Raises:
+            ValueError: If tensors are missing, unknown, of another shape or not of
+                floating point; the message names all of them.
+        """
+        super().process_state_dict_for_loading(state_dict)
+        self._require_tensors(state_dict, self._shapes_to_load(state_dict))
+
+    def _shapes_to_load(self, state_dict: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """What a file has to hold, given what it does hold."""
+        return self._shapes()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self.named_parameters()}
+
+    def _require_tensors(
+        self, state_dict: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        problems = [f"{name} is missing" for name in shapes if name not in state_dict]
+        for name, tensor in state_dict.items():
+            if name not in shapes:
+                problems.append(f"{name} is not part of it")
+            elif tuple(tensor.shape) != shapes[name]:
+                problems.append(
+                    f"{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}"
+                )
+            elif not tensor.is_floating_point():
+                problems.append(f"{name} must be of floating point, got {tensor.dtype}")
+        if problems:
+            cfg = self.cfg
+            raise ValueError(
+                f"these are not the weights of a {cfg.architecture()!r} SAE with "
+                f"d_in={cfg.d_in}, d_sae={cfg.d_sae} and "
+                f"num_experts={cfg.num_experts}: {'; '.join(problems)}"
+            )

@@ -4,10 +4,12 @@ import math
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from numpy.typing import NDArray
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import (
     TrainCoefficientConfig,
     TrainingSAE,
@@ -16,6 +18,8 @@ from sae_lens.saes.sae import (
     TrainStepOutput,
 )
 from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from typing_extensions import override
 
 from sae_lens_scale.dead_latents import dead_latent_loss
@@ -23,7 +27,13 @@ from sae_lens_scale.initialization import geometric_median, spherical_kmeans
 from sae_lens_scale.ops import decoder_norm
 from sae_lens_scale.routing import expert_load, load_balance_loss
 
-from .mixture import Encoding, MixtureSAE, MixtureSAEConfig, is_hooked
+from .mixture import (
+    Encoding,
+    MixtureSAE,
+    MixtureSAEConfig,
+    is_hooked,
+    replacing_files,
+)
 
 
 @dataclass
@@ -80,6 +90,11 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
         return super().from_dict(config_dict)
 
 
+# As TrainStepOutput types them.
+Metrics: TypeAlias = dict[
+    str, torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
+]
+
 T_MIXTURE_TRAINING_CONFIG = TypeVar(
     "T_MIXTURE_TRAINING_CONFIG", bound=MixtureTrainingSAEConfig
 )
@@ -89,6 +104,9 @@ class MixtureTrainingSAE(
     MixtureSAE[T_MIXTURE_TRAINING_CONFIG], TrainingSAE[T_MIXTURE_TRAINING_CONFIG], ABC
 ):
     """Training of a mixture-of-experts SAE."""
+
+    # Each expert's share of the selections in the last step that was logged.
+    _logged_load: torch.Tensor | None = None
 
     @override
     def encode_with_hidden_pre(
@@ -118,9 +136,11 @@ class MixtureTrainingSAE(
             step_input: The batch, ``sae_in`` of shape ``[tokens, d_in]``.
 
         Returns:
-            ``feature_acts`` is ``[tokens, d_sae]``, sparse COO if
-            ``use_sparse_activations``; ``hidden_pre`` holds the candidates only,
-            ``[tokens, experts_per_token * d_sae / num_experts]``.
+            ``feature_acts`` and ``hidden_pre`` are those of
+            :meth:`encode_with_hidden_pre`. With ``use_sparse_activations``, unless
+            ``hook_sae_acts_post`` is hooked, ``feature_acts`` is a sparse COO tensor and
+            ``hidden_pre`` holds the candidates only, ``[tokens, experts_per_token *
+            d_sae / num_experts]``.
 
         Raises:
             ValueError: If the loss is not finite. One such step would turn every
@@ -131,13 +151,17 @@ class MixtureTrainingSAE(
         # Hooks are written for dense activations.
         if self.cfg.use_sparse_activations and not is_hooked(self.hook_sae_acts_post):
             feature_acts = latents.to_coo(self.cfg.d_sae)
+            hidden_pre = encoding.pre_acts.flatten(-2)
             sae_out = self._decode_latents(latents)
         else:
             feature_acts = self.hook_sae_acts_post(latents.to_dense(self.cfg.d_sae))
+            hidden_pre = self._to_wide(encoding.pre_acts, encoding.routing.indices)
             sae_out = self.decode(feature_acts)
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         losses = {"mse_loss": mse_loss}
-        losses |= self._aux_losses(step_input, encoding, sae_out)
+        losses |= self.calculate_aux_loss(
+            step_input, feature_acts, hidden_pre, sae_out, encoding=encoding
+        )
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
             values = ", ".join(f"{n} {v.item()}" for n, v in losses.items())
@@ -151,10 +175,12 @@ class MixtureTrainingSAE(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
             feature_acts=feature_acts,
-            hidden_pre=encoding.pre_acts.flatten(-2),
+            hidden_pre=hidden_pre,
             loss=loss,
             losses=losses,
-            metrics=self._metrics(encoding) if step_input.is_logging_step else {},
+            metrics=self._metrics(step_input, encoding)
+            if step_input.is_logging_step
+            else {},
         )
 
     @override
@@ -164,16 +190,26 @@ class MixtureTrainingSAE(
         feature_acts: torch.Tensor,
         hidden_pre: torch.Tensor,
         sae_out: torch.Tensor,
+        *,
+        encoding: Encoding | None = None,
     ) -> dict[str, torch.Tensor]:
-        # SAELens's signature carries no routing, so this routes anew. Training does
-        # not come this way.
-        with self._keep_run_time_norm_state():
-            encoding = self._encode(step_input.sae_in)
-        return self._aux_losses(step_input, encoding, sae_out)
+        """
+        The losses beside the reconstruction's, by name, already weighted.
 
-    def _aux_losses(
-        self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+        Args:
+            step_input: The batch, ``sae_in`` of shape ``[tokens, d_in]``.
+            feature_acts: Not needed; for subclasses.
+            hidden_pre: Not needed; for subclasses.
+            sae_out: Reconstruction of the batch, ``[tokens, d_in]``.
+            encoding: What encoding the batch computed, routing included; computed anew
+                if not given. A training step gives it.
+
+        Returns:
+            Scalars, each of them part of the loss.
+        """
+        if encoding is None:
+            with self._keep_run_time_norm_state():
+                encoding = self._encode(step_input.sae_in)
         cfg = self.cfg
         losses: dict[str, torch.Tensor] = {}
         if cfg.load_balance_coefficient:
@@ -209,18 +245,20 @@ class MixtureTrainingSAE(
         )
 
     @torch.no_grad()
-    def _metrics(
-        self, encoding: Encoding
-    ) -> dict[
-        str, torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
-    ]:
-        """Diagnostics of the router, for the logger."""
-        load = expert_load(encoding.routing.indices, self.cfg.num_experts)
-        return {
-            "router/max_load": load.max() * self.cfg.num_experts,
+    def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
+        """Diagnostics for the logger; docs/architectures.md says what they are."""
+        num_experts = self.cfg.num_experts
+        load = expert_load(encoding.routing.indices, num_experts)
+        self._logged_load = load
+        metrics: Metrics = {
+            "router/max_load": load.max() * num_experts,
             "router/idle_experts": (load == 0).sum(),
             "router/load_entropy": torch.special.entr(load).sum(),
         }
+        dead = step_input.dead_neuron_mask
+        if dead is not None:
+            metrics["router/dead_experts"] = dead.view(num_experts, -1).all(-1).sum()
+        return metrics
 
     @override
     def process_state_dict_for_saving_inference(
@@ -234,9 +272,49 @@ class MixtureTrainingSAE(
             state_dict["W_dec"] = state_dict["W_dec"] / norms.unsqueeze(-1)
 
     @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """
+        Save weights and config for inference, both or neither, as :meth:`save_model`.
+
+        Args:
+            path: Folder, made if it is missing.
+
+        Returns:
+            Paths of the weights and of the config.
+        """
+        with replacing_files(path) as temporary:
+            weights, cfg = super().save_inference_model(temporary)
+        return Path(path) / weights.name, Path(path) / cfg.name
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """
+        Load a training checkpoint's weights, all of them or none.
+
+        Args:
+            checkpoint_path: Folder of the checkpoint.
+
+        Raises:
+            FileNotFoundError: If it has no weights.
+            ValueError: If they are damaged, or another SAE's; names the file and,
+                where it can be read, the tensors.
+        """
+        weights = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
+        try:
+            state_dict = load_file(weights)
+            # Exactly its own: what an export lacks would be made up otherwise.
+            self._require_tensors(state_dict, self._shapes())
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{weights} cannot be loaded: {error}") from error
+        self.load_state_dict(state_dict)
+
+    @override
     def log_histograms(self) -> dict[str, NDArray[Any]]:
         norms = self.W_router.detach().float().norm(dim=0).cpu().numpy()
-        return {**super().log_histograms(), "weights/W_router_norms": norms}
+        histograms = {**super().log_histograms(), "weights/W_router_norms": norms}
+        if self._logged_load is not None:
+            histograms["router/load"] = self._logged_load.cpu().numpy()
+        return histograms
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from sae_lens.saes.sae import TrainStepInput
 from torch import nn
 from typing_extensions import override
 
 from sae_lens_scale.feature_scaling import scale_pre_acts, scaled_encoder
 from sae_lens_scale.ops import DecompositionName, GateName
 
-from .mixture import MixtureSAE, MixtureSAEConfig, require_choice
-from .mixture_training import MixtureTrainingSAE, MixtureTrainingSAEConfig
+from .mixture import Encoding, MixtureSAE, MixtureSAEConfig, require_choice
+from .mixture_training import Metrics, MixtureTrainingSAE, MixtureTrainingSAEConfig
 
 
 @dataclass
@@ -82,6 +83,16 @@ class ScaleSAE(MixtureSAE[ScaleSAEConfig]):
     """
 
     @override
+    def _shapes_to_load(self, state_dict: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        shapes = super()._shapes_to_load(state_dict)
+        if has_feature_scaling(state_dict):
+            shapes["omega"] = (self.cfg.num_experts,)
+            details = self.cfg.metadata.training_architecture_details or {}
+            if details.get("decomposition") == "learned":
+                shapes["W_low_pass"] = (self.cfg.d_in, self.cfg.d_in)
+        return shapes
+
+    @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         omega = state_dict.pop("omega", None)
@@ -105,6 +116,11 @@ class ScaleSAE(MixtureSAE[ScaleSAEConfig]):
             decomposition,
             None if W_low_pass is None else W_low_pass.to(dtype),
         ).to(W_enc.dtype)
+
+
+def has_feature_scaling(state_dict: dict[str, Any]) -> bool:
+    """Whether weights are a training checkpoint's; in an export omega is folded."""
+    return "omega" in state_dict or "W_low_pass" in state_dict
 
 
 def record_omega(cfg: MixtureSAEConfig, omega: torch.Tensor) -> None:
@@ -265,6 +281,14 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
         super().process_state_dict_for_saving_inference(state_dict)
 
     @override
+    def _shapes_to_load(self, state_dict: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        shapes = super()._shapes_to_load(state_dict)
+        if not has_feature_scaling(state_dict):
+            shapes.pop("omega", None)
+            shapes.pop("W_low_pass", None)
+        return shapes
+
+    @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         # An inference export has its omegas folded into W_enc: scaling starts anew.
@@ -275,6 +299,16 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
                     dtype=state_dict["W_enc"].dtype,
                     device=state_dict["W_enc"].device,
                 )
+
+    @override
+    @torch.no_grad()
+    def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
+        metrics = super()._metrics(step_input, encoding)
+        if self.omega is not None:
+            metrics["omega/mean"] = self.omega.mean()
+            metrics["omega/min"] = self.omega.min()
+            metrics["omega/max"] = self.omega.max()
+        return metrics
 
     @override
     def log_histograms(self) -> dict[str, NDArray[Any]]:

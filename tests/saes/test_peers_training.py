@@ -1,0 +1,301 @@
+"""What SAELens holds its own architectures to in training."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close, gradients, scale_sae, step_input, switch_sae
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
+from typing_extensions import override
+
+from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
+
+both_architectures = pytest.mark.parametrize("architecture", ["scale", "switch"])
+sparse_or_dense = pytest.mark.parametrize(
+    "sparse", [True, False], ids=["sparse", "dense"]
+)
+X = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+DEAD = torch.arange(60) % 2 == 0
+
+
+def make(architecture: str, **overrides: Any) -> Any:
+    """A small random training SAE in float64: 12 latents in each of 5 experts, k 6."""
+    return {"scale": scale_sae, "switch": switch_sae}[architecture](**overrides)
+
+
+def caching(sae: Any, method: Any, argument: Any) -> tuple[Any, dict[str, Any]]:
+    """What a method returns, and what passed the hooks meanwhile."""
+    cache, forward, _ = sae.get_caching_hooks()
+    with sae.hooks(fwd_hooks=forward):
+        return method(argument), cache
+
+
+@both_architectures
+@sparse_or_dense
+def test_a_training_step_shows_its_hooks_what_a_forward_pass_does(
+    architecture: str, sparse: bool
+):
+    sae = make(
+        architecture,
+        use_sparse_activations=sparse,
+        rescale_acts_by_decoder_norm=False,
+    )
+    step, seen = caching(sae, sae.training_forward_pass, step_input(X))
+    out, want = sae.run_with_cache(X)
+    # The forward pass ends with a hook that training has no use for.
+    assert seen.keys() == want.keys() - {"hook_sae_output"}
+    for name, value in seen.items():
+        assert torch.equal(value, want[name])
+    assert torch.equal(step.feature_acts, seen["hook_sae_acts_post"])
+    assert torch.equal(step.hidden_pre, seen["hook_sae_acts_pre"])
+    assert torch.equal(step.sae_out, out)
+
+
+@both_architectures
+def test_a_dense_training_step_returns_what_encode_with_hidden_pre_does(
+    architecture: str,
+):
+    dense = make(architecture, use_sparse_activations=False)
+    step = dense.training_forward_pass(step_input(X))
+    acts, hidden_pre = dense.encode_with_hidden_pre(X)
+    assert torch.equal(step.feature_acts, acts)
+    assert torch.equal(step.hidden_pre, hidden_pre)
+    sparse = make(architecture, use_sparse_activations=True)
+    candidates = sparse.training_forward_pass(step_input(X)).hidden_pre
+    chosen = hidden_pre > -torch.inf
+    assert_close(candidates.sort().values, hidden_pre[chosen].view(8, -1).sort().values)
+
+
+@both_architectures
+@sparse_or_dense
+def test_a_training_batch_may_have_more_dimensions(architecture: str, sparse: bool):
+    sae = make(architecture, use_sparse_activations=sparse)
+    flat = sae.training_forward_pass(step_input(X, DEAD))
+    folded = sae.training_forward_pass(step_input(X.view(2, 4, 10), DEAD))
+    assert folded.losses.keys() == flat.losses.keys()
+    for name, loss in folded.losses.items():
+        assert_close(loss, flat.losses[name])
+    assert folded.feature_acts.shape == (2, 4, 60)
+    assert_close(
+        folded.feature_acts.to_dense().view(8, 60), flat.feature_acts.to_dense()
+    )
+
+
+class WithDecoderPenalty(ScaleTrainingSAE):
+    @override
+    def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        losses = super().calculate_aux_loss(*args, **kwargs)
+        return {**losses, "decoder_penalty": 0.5 * self.W_dec.square().sum()}
+
+
+class WithoutRouting(ScaleTrainingSAE):
+    @override
+    def calculate_aux_loss(  # type: ignore[override]
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def test_a_subclass_adds_its_own_loss():
+    plain = scale_sae()
+    sae = WithDecoderPenalty(copy.deepcopy(plain.cfg))
+    sae.load_state_dict(plain.state_dict())
+    want = plain.training_forward_pass(step_input(X, DEAD))
+    got = sae.training_forward_pass(step_input(X, DEAD))
+    assert got.losses.keys() == want.losses.keys() | {"decoder_penalty"}
+    assert_close(got.loss, want.loss + 0.5 * plain.W_dec.square().sum())
+    difference = (
+        gradients(sae, got.loss)["W_dec"] - gradients(plain, want.loss)["W_dec"]
+    )
+    assert_close(difference, plain.W_dec.detach())
+
+
+def test_a_subclass_that_cannot_take_the_routing_is_told_so():
+    sae = WithoutRouting(ScaleTrainingSAEConfig(d_in=512, d_sae=1024))
+    with pytest.raises(TypeError, match="'encoding'"):
+        sae.training_forward_pass(step_input(torch.zeros(3, 512)))
+
+
+@both_architectures
+@sparse_or_dense
+def test_freezing_a_parameter_leaves_the_gradients_of_the_others_alone(
+    architecture: str, sparse: bool
+):
+    sae = make(architecture, use_sparse_activations=sparse, gate="softmax")
+
+    def train() -> dict[str, torch.Tensor | None]:
+        sae.zero_grad()
+        sae.training_forward_pass(step_input(X, DEAD)).loss.backward()
+        return {name: p.grad for name, p in sae.named_parameters()}
+
+    want = train()
+    assert all(gradient is not None for gradient in want.values())
+    for frozen, parameter in sae.named_parameters():
+        parameter.requires_grad_(False)
+        got = train()
+        parameter.requires_grad_(True)
+        assert got.pop(frozen) is None
+        for name, gradient in got.items():
+            assert gradient is not None
+            assert_close(gradient, want[name])  # type: ignore[arg-type]
+
+
+@both_architectures
+def test_metadata_tells_how_an_export_was_trained(architecture: str):
+    cfg = make(architecture, load_balance_coefficient=0.5).cfg
+    details = {
+        "decoder_init_norm": 0.1,
+        "use_sparse_activations": True,
+        "load_balance_coefficient": 0.5,
+        "aux_loss_coefficient": 1 / 32,
+    }
+    if architecture == "scale":
+        details |= {"feature_scaling": True, "decomposition": "mean"}
+    metadata = cfg.get_inference_sae_cfg_dict()["metadata"]
+    assert metadata["training_architecture"] == architecture
+    assert metadata["training_architecture_details"] == details
+
+
+def batches(seed: int = 0, scale: float = 3.0) -> Iterator[torch.Tensor]:
+    """Sums of few directions out of 20, off centre: something that can be learned."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(20, 10, generator=torch.Generator().manual_seed(3))
+    while True:
+        chosen = torch.rand(32, 20, generator=generator) < 0.1
+        yield scale * (chosen.float() @ directions) + 2.0
+
+
+def fresh(architecture: str, **overrides: Any) -> Any:
+    torch.manual_seed(0)
+    cfg = make(architecture, dtype="float32", **overrides).cfg
+    return TrainingSAE.from_dict(cfg.to_dict())
+
+
+def trainer(sae: Any, seed: int = 0, **settings: Any) -> SAETrainer[Any, Any]:
+    defaults: dict[str, Any] = {
+        "total_training_samples": 150 * 32,
+        "train_batch_size_samples": 32,
+        "lr": 3e-3,
+        "lr_end": 3e-4,
+        "n_batches_for_norm_estimate": 20,
+        "dead_feature_window": 50,
+    }
+    return SAETrainer(SAETrainerConfig(**{**defaults, **settings}), sae, batches(seed))
+
+
+@both_architectures
+@sparse_or_dense
+def test_the_trainer_counts_what_fired(architecture: str, sparse: bool):
+    sae = fresh(architecture, use_sparse_activations=sparse)
+    run = trainer(sae)
+    fired = torch.zeros(2, 60)
+    for step, batch in zip(range(2), batches(), strict=False):
+        acts = run.step(batch).feature_acts
+        assert acts.is_sparse == sparse
+        fired[step] = (acts.to_dense() > 0).sum(0)
+    assert torch.equal(run.act_freq_scores, fired.sum(0))
+    assert run.n_frac_active_samples == 64
+    waited = torch.where(fired[1] > 0, 0, torch.where(fired[0] > 0, 1, 2))
+    assert torch.equal(run.n_forward_passes_since_fired, waited.float())
+
+
+@both_architectures
+@sparse_or_dense
+def test_the_trainer_logs_numbers(architecture: str, sparse: bool):
+    sae = fresh(architecture, use_sparse_activations=sparse)
+    logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=1)
+    run = trainer(sae, logger=logger)
+    batch = next(batches())
+    output = run.step(batch)
+    logged = run.build_train_step_log_dict(output, n_training_samples=32)
+    assert all(isinstance(value, (int, float)) for value in logged.values())
+    assert logged["metrics/l0"] == pytest.approx(
+        (output.feature_acts.to_dense() > 0).sum(-1).float().mean().item()
+    )
+    error = (batch - output.sae_out).square().sum() / (
+        batch - batch.mean(0)
+    ).square().sum()
+    assert logged["metrics/explained_variance"] == pytest.approx(1 - error.item())
+    losses = {name: value for name, value in logged.items() if "losses/" in name}
+    total = losses.pop("losses/overall_loss")
+    assert total == pytest.approx(sum(losses.values()))
+    assert {"losses/mse_loss", "losses/load_balance_loss"} < losses.keys()
+    assert logged["metrics/router/max_load"] >= 1
+
+
+@both_architectures
+@pytest.mark.parametrize(
+    "norm", ["none", "expected_average_only_in", "covariance_whitening"]
+)
+def test_the_trainer_folds_what_it_estimated(
+    architecture: str, norm: str, tmp_path: Path
+):
+    sae = fresh(architecture, normalize_activations=norm)
+    run = trainer(sae, save_final_checkpoint=True, checkpoint_path=str(tmp_path))
+    run.fit()
+    assert sae.cfg.normalize_activations == "none"
+    assert run.activation_scaler.scaling_factor is None
+    assert run.activation_scaler.whitening is None
+    x = next(batches(seed=1))
+    error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert error < 0.5
+    (checkpoint,) = tmp_path.iterdir()
+    loaded = SAE.load_from_disk(checkpoint)
+    assert_close(loaded(x), sae(x), atol=1e-4)
+    metadata = loaded.cfg.metadata
+    assert 0 < metadata.l0 <= 6  # type: ignore[operator]
+    assert metadata.num_dead_features == run.dead_neurons.sum()
+
+
+@both_architectures
+@pytest.mark.parametrize("norm", ["expected_average_only_in", "covariance_whitening"])
+def test_a_resumed_trainer_folds_the_statistics_of_its_checkpoint(
+    architecture: str, norm: str, tmp_path: Path
+):
+    sae = fresh(architecture, normalize_activations=norm)
+    first = trainer(sae, total_training_samples=32)
+    scaler = first.activation_scaler
+    estimate = {
+        "expected_average_only_in": scaler.estimate_scaling_factor,
+        "covariance_whitening": scaler.estimate_whitening,
+    }[norm]
+    estimate(10, batches(), 20)
+    first.n_training_samples = 32
+    first.save_trainer_state(tmp_path)
+    want = copy.deepcopy(sae)
+    if scaler.whitening is None:
+        want.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    else:
+        want.fold_activation_whitening(
+            scaler.whitening.mean,
+            scaler.whitening.matrix,
+            scaler.whitening.inverse_matrix,
+        )
+    # Nothing is left to train, and other data would give other statistics.
+    second = trainer(sae, seed=7, total_training_samples=32)
+    second.load_trainer_state(tmp_path)
+    second.fit()
+    assert (sae.W_router - fresh(architecture).W_router).abs().max() > 0.01
+    for name, parameter in sae.named_parameters():
+        assert torch.equal(parameter, dict(want.named_parameters())[name])
+
+
+@both_architectures
+def test_training_records_l0_and_the_latents_that_died(architecture: str):
+    sae = fresh(architecture, k=3)
+    sae.b_enc.data += 100  # more candidates are positive than TopK keeps
+    sae.b_enc.data[::7] = -1e6
+    run = trainer(sae, total_training_samples=20 * 32, dead_feature_window=15)
+    run.fit()
+    assert sae.cfg.metadata.l0 == pytest.approx(3)
+    assert run.dead_neurons[::7].all()
+    assert sae.cfg.metadata.num_dead_features == run.dead_neurons.sum() < 60
