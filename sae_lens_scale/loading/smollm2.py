@@ -113,6 +113,24 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def smollm2_folder(cache_dir: str | Path | None = None) -> Path:
+    """Find the model as Hugging Face saves it, making it on the first call.
+
+    For what loads models by name or folder: `AutoModelForCausalLM`, `SAETransformerBridge`.
+
+    Args:
+        cache_dir: Folder of the files (see `fetch_smollm2`).
+
+    Returns:
+        Folder with weights in float32, config and tokenizer.
+
+    Raises:
+        ImportError: ``gguf`` or ``accelerate`` is not installed.
+        RuntimeError: The GGUF file could not be had (see `fetch_smollm2`).
+    """
+    return _dequantized(fetch_smollm2(cache_dir))
+
+
 def load_smollm2(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -137,7 +155,7 @@ def load_smollm2(
         ImportError: ``gguf`` or ``accelerate`` is not installed.
         RuntimeError: The GGUF file could not be had (see `fetch_smollm2`).
     """
-    folder = _dequantized(fetch_smollm2(cache_dir))
+    folder = smollm2_folder(cache_dir)
     hf_model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
     # Each field is optional in the type, none of them in this model.
     hf: Any = hf_model.config
