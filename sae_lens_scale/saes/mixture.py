@@ -9,9 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
+import numpy as np
 import torch
 from einops import rearrange
 from sae_lens.saes.sae import SAE, SAEConfig
+from sae_lens.util import dtype_to_str
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
@@ -64,6 +66,9 @@ class MixtureSAEConfig(SAEConfig, ABC):
 
     @override
     def __post_init__(self) -> None:
+        # What builds an SAE, yet could not be saved once it is trained.
+        for field in fields(self):
+            setattr(self, field.name, _as_json_holds_it(getattr(self, field.name)))
         super().__post_init__()
         for name in ("d_in", "d_sae", "num_experts", "experts_per_token", "k"):
             value = getattr(self, name)
@@ -93,6 +98,15 @@ class MixtureSAEConfig(SAEConfig, ABC):
                 raise ValueError(f"{field.name} must be a bool, got {value!r}")
         require_choice("gate", self.gate, GateName)
         require_choice("topk_over", self.topk_over, TopKOver)
+
+
+def _as_json_holds_it(value: Any) -> Any:
+    """Numpy's scalars (of a sweep, say), dtypes and devices as JSON can hold them."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.dtype):
+        return dtype_to_str(value)
+    return str(value) if isinstance(value, torch.device) else value
 
 
 def require_choice(name: str, value: Any, choices: Any) -> Any:
@@ -146,7 +160,9 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
     An SAE whose latents are divided among experts that a router selects.
 
     ``hook_expert_weights`` and ``hook_expert_indices`` show, and may edit, the gates
-    and indices of the selected experts, both ``[..., experts_per_token]``.
+    and indices of the selected experts, both ``[..., experts_per_token]``. An expert
+    that an edit selects twice counts twice: its latents take two of the k places each,
+    and what they have in both adds up.
     ``hook_sae_acts_pre`` is d_sae wide, as in any SAE of SAELens; latents whose
     expert was not selected have no pre-activation and show -inf.
     """
@@ -212,7 +228,16 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
 
         Returns:
             ``[..., d_in]``.
+
+        Raises:
+            ValueError: If the last dimension of ``feature_acts`` is not d_sae.
         """
+        # Norms would stretch a last dimension of 1 to d_sae without an error.
+        if feature_acts.shape[-1:] != (self.cfg.d_sae,):
+            raise ValueError(
+                f"the last dimension of feature_acts must be d_sae={self.cfg.d_sae}, "
+                f"got shape {tuple(feature_acts.shape)}"
+            )
         if feature_acts.is_sparse:
             feature_acts = feature_acts.to_dense()
         if self.cfg.rescale_acts_by_decoder_norm:
@@ -273,10 +298,30 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             self.cfg.gate,
         )
         # Indices first: whoever edits weights needs to know whose they are.
-        return routing._replace(
-            indices=self.hook_expert_indices(routing.indices),
-            weights=self.hook_expert_weights(routing.weights),
-        )
+        indices = self.hook_expert_indices(routing.indices)
+        if is_hooked(self.hook_expert_indices):
+            self._require_expert_indices(indices, routing.indices.shape)
+        weights = self.hook_expert_weights(routing.weights)
+        if weights.shape != routing.weights.shape:
+            raise ValueError(
+                f"hook_expert_weights must keep the shape "
+                f"{tuple(routing.weights.shape)}, got {tuple(weights.shape)}"
+            )
+        return routing._replace(indices=indices, weights=weights)
+
+    def _require_expert_indices(self, indices: torch.Tensor, shape: torch.Size) -> None:
+        """Refuse edited indices that would run out of memory or out of bounds later."""
+        if indices.shape != shape or indices.dtype != torch.int64:
+            raise ValueError(
+                f"hook_expert_indices must keep the shape {tuple(shape)} and int64, "
+                f"got {tuple(indices.shape)} and {indices.dtype}"
+            )
+        bad = indices[(indices < 0) | (indices >= self.cfg.num_experts)]
+        if bad.numel():
+            raise ValueError(
+                f"hook_expert_indices must be in range(num_experts="
+                f"{self.cfg.num_experts}), got {bad[0].item()}"
+            )
 
     @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
@@ -284,14 +329,14 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
 
     def _process_inputs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The inputs of the router and of the encoder: before and after b_dec."""
-        x = self.reshape_fn_in(x.to(self.dtype))
+        x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
         # A last dimension of 1 would broadcast against b_dec without an error.
         if x.shape[-1:] != (self.cfg.d_in,):
             raise ValueError(
                 f"the last dimension of x must be d_in={self.cfg.d_in}, "
                 f"got shape {tuple(x.shape)}"
             )
-        x = self.run_time_activation_norm_fn_in(self.hook_sae_input(x))
+        x = self.run_time_activation_norm_fn_in(x)
         return x, x - self.b_dec * self.cfg.apply_b_dec_to_input
 
     def _pre_acts(

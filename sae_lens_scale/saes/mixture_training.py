@@ -1,6 +1,6 @@
 """What Scale SAE and Switch SAE share, for training."""
 
-import math
+import sys
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,14 +59,15 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
         super().__post_init__()
         for name in ("load_balance_coefficient", "aux_loss_coefficient"):
             value = getattr(self, name)
-            if (
-                not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or value < 0
-            ):
+            if not _is_finite_number(value) or value < 0:
                 raise ValueError(
                     f"{name} must be a finite number of at least 0, got {value!r}"
                 )
+        norm = self.decoder_init_norm
+        if norm is not None and (not _is_finite_number(norm) or norm <= 0):
+            raise ValueError(
+                f"decoder_init_norm must be a finite number above 0 or None, got {norm!r}"
+            )
         if self.aux_loss_coefficient and self.normalize_activations in (
             "layer_norm",
             "constant_norm_rescale",
@@ -88,6 +89,12 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
             details = metadata.get("training_architecture_details") or {}
             config_dict = {**details, **config_dict}
         return super().from_dict(config_dict)
+
+
+def _is_finite_number(value: Any) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # False for NaN and for huge integers.
 
 
 # As TrainStepOutput types them.
@@ -343,7 +350,8 @@ class MixtureTrainingSAE(
 
         Raises:
             ValueError: If the batch has the wrong width, too few tokens, or NaN or
-                infinite values, or if normalize_activations is "covariance_whitening".
+                infinite values, in norms and once normalised too, or if
+                normalize_activations is "covariance_whitening".
         """
         if self.cfg.normalize_activations == "covariance_whitening":
             raise ValueError(
@@ -355,21 +363,26 @@ class MixtureTrainingSAE(
                 f"the last dimension of batch must be d_in={self.cfg.d_in}, "
                 f"got shape {tuple(batch.shape)}"
             )
-        x = batch.reshape(-1, self.cfg.d_in).to(self.device, torch.float32)
-        if len(x) < self.cfg.num_experts:
+        raw = batch.reshape(-1, self.cfg.d_in).to(self.device, torch.float32)
+        if len(raw) < self.cfg.num_experts:
             raise ValueError(
                 f"batch must hold at least num_experts={self.cfg.num_experts} tokens, "
-                f"got {len(x)}"
+                f"got {len(raw)}"
             )
-        if not x.isfinite().all():
-            raise ValueError("batch must be finite, got NaN or infinite values")
-        x = self._normalize_like_the_trainer(x)
+        x = self._normalize_like_the_trainer(raw)
+        if not torch.cat([raw, x]).norm(dim=-1).isfinite().all():
+            raise ValueError(
+                "batch must be finite, in norms and once normalised too, got NaN or "
+                "infinite values"
+            )
         median = geometric_median(x)
         self.b_dec.data.copy_(median)
         self.b_router.data.copy_(median)
         centers = spherical_kmeans(x - median, self.cfg.num_experts)
         logits = (x - median) @ centers.T
-        self.W_router.data.copy_(centers.T / logits.std().clamp(min=1e-8))
+        # The standard deviation of a single logit is NaN.
+        spread = logits.std().nan_to_num().clamp(min=1e-8)
+        self.W_router.data.copy_(centers.T / spread)
         self.b_enc.data.zero_()
         self.W_enc.data.copy_(self.W_dec.data.T)
 

@@ -125,7 +125,8 @@ def test_omega_starts_at_zero_and_learns():
 
 def test_diagnostics_come_on_logging_steps_only():
     sae = fresh("scale")
-    x, dead = draw(50, 16), torch.arange(128) < 3 * 16
+    # Three experts of 16 latents are dead, and a part of the fourth.
+    x, dead = draw(50, 16), torch.arange(128) < 3 * 16 + 5
     assert sae.training_forward_pass(step_input(x, dead)).metrics == {}
     histograms = {"weights/W_dec_norms", "weights/W_router_norms", "weights/omega"}
     assert set(sae.log_histograms()) == histograms

@@ -1,0 +1,495 @@
+"""Interrupted runs go on as if nothing had happened."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import small_corpus, step_input
+from integration.runs import (
+    ARCHITECTURES,
+    IN_STEP,
+    assert_same_weights,
+    multi_runner,
+    runner_config,
+    sae_config,
+    weights,
+)
+from sae_lens import HookedSAETransformer, LanguageModelSAETrainingRunner
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATION_WHITENING_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
+from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.training._interruption import InterruptedException
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sae_lens_scale.training import InterruptibleTrainingRunner
+
+both_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_model: HookedSAETransformer) -> Dataset:
+    """Rows of exactly one context."""
+    assert tiny_model.tokenizer is not None
+    text = "\n".join(small_corpus()["text"])
+    ids = torch.tensor(tiny_model.tokenizer(text[:50_000])["input_ids"])
+    rows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    return Dataset.from_dict({"input_ids": rows.tolist()})
+
+
+def record_losses(sae: TrainingSAE[Any]) -> list[dict[str, float]]:
+    """Have every training step leave its losses in the list that is returned."""
+    losses: list[dict[str, float]] = []
+    step = sae.training_forward_pass
+
+    def recording(**kwargs: Any) -> Any:
+        output = step(**kwargs)
+        losses.append({name: loss.item() for name, loss in output.losses.items()})
+        return output
+
+    sae.training_forward_pass = recording  # type: ignore[method-assign]
+    return losses
+
+
+def signal_in_step(sae: TrainingSAE[Any], step: int) -> None:
+    """Send this process SIGTERM while the SAE is in a training step, the first being 1."""
+    steps = []
+
+    def terminate(tensor: torch.Tensor, hook: Any) -> None:
+        steps.append(hook)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sae.hook_sae_input.add_hook(terminate)
+
+
+@both_architectures
+@pytest.mark.parametrize(
+    "normalization", ["none", "expected_average_only_in", "covariance_whitening"]
+)
+def test_a_run_stopped_by_a_signal_continues_bit_equal(
+    architecture: str,
+    normalization: str,
+    tiny_model: HookedSAETransformer,
+    tokens: Dataset,
+    tmp_path: Path,
+):
+    def runner(
+        runner_class: type[
+            LanguageModelSAETrainingRunner
+        ] = LanguageModelSAETrainingRunner,
+        **overrides: Any,
+    ) -> LanguageModelSAETrainingRunner:
+        cfg = sae_config(architecture, normalize_activations=normalization)
+        cfg = runner_config(
+            cfg, None, is_dataset_tokenized=True, **IN_STEP, **overrides
+        )
+        torch.manual_seed(0)
+        return runner_class(cfg, override_dataset=tokens, override_model=tiny_model)
+
+    whole = runner()
+    want_losses = record_losses(whole.sae)
+    want = weights(whole.run())
+
+    stopped = runner(InterruptibleTrainingRunner, checkpoint_path=str(tmp_path))
+    signal_in_step(stopped.sae, 7)
+    losses = record_losses(stopped.sae)
+    with pytest.raises(InterruptedException):
+        stopped.run()
+    assert losses == want_losses[:7]
+
+    (checkpoint,) = tmp_path.glob("*/*")
+    resumed = runner(resume_from_checkpoint=str(checkpoint))
+    losses = record_losses(resumed.sae)
+    got = weights(resumed.run())
+    assert losses == want_losses[7:]
+    # Its first dead latents come from the checkpoint.
+    assert losses[0]["auxiliary_reconstruction_loss"] > 0
+    assert_same_weights(got, want)
+
+
+def test_a_killed_process_leaves_a_checkpoint_that_continues_bit_equal(
+    tiny_llama: Path, tokens: Dataset, tmp_path: Path
+):
+    model, data, checkpoints = str(tiny_llama), str(tmp_path / "tokens"), tmp_path / "c"
+    tokens.save_to_disk(data)
+    code = f"""
+from integration.runs import multi_runner
+runner = multi_runner({model!r}, {data!r}, {str(checkpoints)!r})
+runner.saes["switch"].hook_sae_input.add_hook(lambda tensor, hook: print("step", flush=True))
+runner.run()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    # The checkpoint is written after the ninth step.
+    for _ in range(11):
+        assert process.stdout.readline() == b"step\n"
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+    whole = multi_runner(model, data, None)
+    want_losses = {name: record_losses(sae) for name, sae in whole.saes.items()}
+    want = {name: weights(sae) for name, sae in whole.run().items()}
+    (checkpoint,) = checkpoints.glob("*/*")
+    resumed = multi_runner(model, data, None, str(checkpoint))
+    losses = {name: record_losses(sae) for name, sae in resumed.saes.items()}
+    for name, sae in resumed.run().items():
+        assert losses[name] == want_losses[name][9:]
+        assert_same_weights(weights(sae), want[name])
+
+
+def test_where_SAELens_resumes_with_other_batches_they_are_those_of_its_TopK(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    # Of its mixing buffer and of half-read documents SAELens saves nothing.
+    batches: dict[str, list[torch.Tensor]] = {}
+    for architecture in ("topk", *ARCHITECTURES):
+        seen = batches[architecture] = []
+        checkpoints = tmp_path / architecture
+        for resume in (False, True):
+            overrides: dict[str, Any] = {"training_tokens": 10 * 256}
+            if resume:
+                (checkpoint,) = checkpoints.glob("*/*")
+                overrides["resume_from_checkpoint"] = str(checkpoint)
+            else:
+                overrides |= {"checkpoint_path": str(checkpoints), "n_checkpoints": 1}
+            runner = LanguageModelSAETrainingRunner(
+                runner_config(sae_config(architecture), None, **overrides),
+                override_dataset=small_corpus(),
+                override_model=tiny_model,
+            )
+            runner.sae.hook_sae_input.add_hook(
+                lambda tensor, hook: seen.append(tensor.clone())
+            )
+            torch.manual_seed(0)
+            runner.run()
+        assert len(seen) == 10 + 4
+    for architecture in ARCHITECTURES:
+        for got, want in zip(batches[architecture], batches["topk"], strict=True):
+            assert torch.equal(got, want)
+
+
+@both_architectures
+def test_a_training_step_draws_no_random_numbers(architecture: str):
+    # Their state is not in a checkpoint.
+    sae = TrainingSAE.from_dict(sae_config(architecture).to_dict())
+    x = torch.randn(64, 32)
+    before = torch.get_rng_state()
+    sae.training_forward_pass(step_input(x, torch.arange(128) % 2 == 0)).loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def good_checkpoint(
+    request: pytest.FixtureRequest,
+    tiny_model: HookedSAETransformer,
+    tokens: Dataset,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    cfg = runner_config(
+        sae_config(request.param, normalize_activations="covariance_whitening"),
+        None,
+        is_dataset_tokenized=True,
+        **IN_STEP,
+        checkpoint_path=str(folder),
+        n_checkpoints=1,
+    )
+    LanguageModelSAETrainingRunner(
+        cfg, override_dataset=tokens, override_model=tiny_model
+    ).run()
+    (checkpoint,) = folder.glob("*/*")
+    return checkpoint
+
+
+@pytest.fixture
+def checkpoint(good_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(good_checkpoint, tmp_path / "checkpoint")
+
+
+def live_sae(checkpoint: Path, **overrides: Any) -> TrainingSAE[Any]:
+    """An SAE with the settings of a checkpoint, but not its weights."""
+    cfg = json.loads((checkpoint / SAE_CFG_FILENAME).read_text())
+    torch.manual_seed(1)
+    return TrainingSAE.from_dict({**cfg, **overrides})
+
+
+def assert_loads_nowhere(
+    checkpoint: Path, error: type[Exception], message: str, disk_too: bool = True
+) -> None:
+    """It is refused with this error, and an SAE that is there already stays as it was."""
+    for sae_class in (SAE, TrainingSAE) if disk_too else ():
+        with pytest.raises(error, match=message):
+            sae_class.load_from_disk(checkpoint)
+    sae = live_sae(checkpoint)
+    before = weights(sae)
+    file = re.escape(str(checkpoint / SAE_WEIGHTS_FILENAME))
+    with pytest.raises(ValueError, match=f"{file} cannot be loaded: .*{message}"):
+        sae.load_weights_from_checkpoint(checkpoint)
+    assert_same_weights(weights(sae), before)
+
+
+def test_an_undamaged_checkpoint_loads(checkpoint: Path):
+    want = load_file(checkpoint / SAE_WEIGHTS_FILENAME)
+    sae = live_sae(checkpoint)
+    sae.load_weights_from_checkpoint(checkpoint)
+    assert_same_weights(weights(sae), want)
+    assert_same_weights(weights(TrainingSAE.load_from_disk(checkpoint)), want)
+    SAE.load_from_disk(checkpoint)
+
+
+def test_weights_cut_short_are_refused(checkpoint: Path):
+    file = checkpoint / SAE_WEIGHTS_FILENAME
+    whole = file.read_bytes()
+    for length in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        assert_loads_nowhere(checkpoint, SafetensorError, "deserializing header")
+
+
+def test_weights_that_are_something_else_are_refused(checkpoint: Path):
+    file = checkpoint / SAE_WEIGHTS_FILENAME
+    file.write_bytes(b"<!DOCTYPE html>" * 100)
+    assert_loads_nowhere(checkpoint, SafetensorError, "deserializing header")
+
+
+def change_weights(checkpoint: Path, **changes: torch.Tensor | None) -> None:
+    file = checkpoint / SAE_WEIGHTS_FILENAME
+    tensors = {**load_file(file), **changes}
+    save_file({n: t for n, t in tensors.items() if t is not None}, file)
+
+
+def test_missing_tensors_are_named(good_checkpoint: Path, tmp_path: Path):
+    for name in load_file(good_checkpoint / SAE_WEIGHTS_FILENAME):
+        checkpoint = shutil.copytree(good_checkpoint, tmp_path / name)
+        change_weights(checkpoint, **{name: None})
+        # An inference export has no omega either: from disk, this one looks like it.
+        message = f"{name} is missing"
+        assert_loads_nowhere(checkpoint, ValueError, message, name != "omega")
+
+
+def test_tensors_of_another_shape_are_named(good_checkpoint: Path, tmp_path: Path):
+    for name, tensor in load_file(good_checkpoint / SAE_WEIGHTS_FILENAME).items():
+        checkpoint = shutil.copytree(good_checkpoint, tmp_path / name)
+        change_weights(checkpoint, **{name: tensor[1:].contiguous()})
+        shapes = rf"\({tensor.shape[0]},.*\), got \({tensor.shape[0] - 1},"
+        message = f"{name} must have shape {shapes}"
+        assert_loads_nowhere(checkpoint, ValueError, message)
+
+
+def test_unknown_tensors_are_named(checkpoint: Path):
+    change_weights(checkpoint, threshold=torch.zeros(128))
+    assert_loads_nowhere(checkpoint, ValueError, "threshold is not part of it")
+
+
+def test_integer_tensors_are_named(checkpoint: Path):
+    change_weights(checkpoint, W_dec=torch.ones(128, 32, dtype=torch.int32))
+    # Reading from disk, SAELens makes them floating point before anybody can look.
+    message = "W_dec must be of floating point, got torch.int32"
+    assert_loads_nowhere(checkpoint, ValueError, message, disk_too=False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "message"),
+    [
+        ("topk", {}, "W_router is missing"),
+        ("standard", {}, "W_router is missing"),
+        ("gated", {}, "b_enc is missing"),
+        (
+            "scale",
+            {"num_experts": 8},
+            r"W_router must have shape \(32, 4\), got \(32, 8",
+        ),
+        ("scale", {"decomposition": "learned"}, "W_low_pass is not part of it"),
+        (
+            "switch",
+            {"num_experts": 2},
+            r"W_router must have shape \(32, 4\), got \(32, 2",
+        ),
+        ("switch", {"d_sae": 64}, r"b_enc must have shape \(128,\), got \(64,\)"),
+        ("switch", {"d_in": 16}, r"b_dec must have shape \(32,\), got \(16,\)"),
+    ],
+)
+def test_weights_of_another_SAE_are_refused(
+    architecture: str, overrides: dict[str, Any], message: str, checkpoint: Path
+):
+    cfg = sae_config("topk").to_dict() | {"architecture": architecture}
+    if architecture in ARCHITECTURES:
+        cfg["num_experts"] = 4
+    other = TrainingSAE.from_dict({**cfg, **overrides})
+    save_file(dict(other.state_dict()), checkpoint / SAE_WEIGHTS_FILENAME)
+    assert_loads_nowhere(checkpoint, ValueError, message)
+
+
+def test_omegas_are_refused_where_there_is_no_feature_scaling(
+    good_checkpoint: Path, tmp_path: Path
+):
+    other = TrainingSAE.from_dict(sae_config("scale").to_dict())
+    other.save_model(tmp_path)
+    for overrides in ({"architecture": "switch"}, {"feature_scaling": False}):
+        sae = live_sae(tmp_path, **overrides)
+        before = weights(sae)
+        with pytest.raises(ValueError, match="omega is not part of it"):
+            sae.load_weights_from_checkpoint(tmp_path)
+        assert_same_weights(weights(sae), before)
+
+
+def test_a_damaged_config_is_refused(checkpoint: Path):
+    file = checkpoint / SAE_CFG_FILENAME
+    whole = file.read_bytes()
+    damaged: list[tuple[bytes, type[Exception], str]] = [
+        (whole[:length], json.JSONDecodeError, "line 1")
+        for length in (0, 1, len(whole) // 2, len(whole) - 1)
+    ]
+    damaged += [
+        (b"\xff\xfe", UnicodeDecodeError, "invalid start byte"),
+        (b"null", TypeError, "NoneType"),
+        (b"{}", KeyError, "dtype"),
+        (whole.replace(b'"k": 6', b'"k": "6"'), ValueError, "k must be .*, got '6'"),
+        (
+            whole.replace(b'"num_experts": 4', b'"num_experts": 8'),
+            ValueError,
+            r"num_experts=8: W_router must have shape \(32, 8\), got \(32, 4\)",
+        ),
+    ]
+    for content, error, message in damaged:
+        file.write_bytes(content)
+        for sae_class in (SAE, TrainingSAE):
+            with pytest.raises(error, match=message):
+                sae_class.load_from_disk(checkpoint)
+
+
+def test_missing_files_are_named(checkpoint: Path):
+    for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+        (checkpoint / name).rename(checkpoint / "elsewhere")
+        for sae_class in (SAE, TrainingSAE):
+            with pytest.raises(FileNotFoundError, match=name):
+                sae_class.load_from_disk(checkpoint)
+        (checkpoint / "elsewhere").rename(checkpoint / name)
+    sae = live_sae(checkpoint)
+    (checkpoint / SAE_WEIGHTS_FILENAME).unlink()
+    with pytest.raises(FileNotFoundError, match=SAE_WEIGHTS_FILENAME):
+        sae.load_weights_from_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        (TRAINER_STATE_FILENAME, (OSError, RuntimeError)),
+        (ACTIVATION_SCALER_CFG_FILENAME, json.JSONDecodeError),
+        (ACTIVATION_WHITENING_FILENAME, SafetensorError),
+        (SAE_WEIGHTS_FILENAME, ValueError),
+    ],
+)
+def test_nothing_resumes_from_a_damaged_checkpoint(
+    name: str,
+    error: type[Exception] | tuple[type[Exception], ...],
+    checkpoint: Path,
+    tiny_model: HookedSAETransformer,
+    tokens: Dataset,
+):
+    runner = LanguageModelSAETrainingRunner(
+        runner_config(
+            live_sae(checkpoint).cfg,
+            None,
+            is_dataset_tokenized=True,
+            **IN_STEP,
+            resume_from_checkpoint=str(checkpoint),
+        ),
+        override_dataset=tokens,
+        override_model=tiny_model,
+    )
+    before = weights(runner.sae)
+    file = checkpoint / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(error):
+        runner.run()
+    # Without the whitening's file, SAELens takes it that there was no whitening.
+    if name != ACTIVATION_WHITENING_FILENAME:
+        file.unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            runner.run()
+    assert_same_weights(weights(runner.sae), before)
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writing more fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@both_architectures
+@pytest.mark.parametrize("save", ["save_model", "save_inference_model"])
+def test_saving_replaces_both_files_or_neither(
+    architecture: str, save: str, tmp_path: Path
+):
+    sae: Any = TrainingSAE.from_dict(sae_config(architecture).to_dict())
+    paths = getattr(sae, save)(tmp_path)
+    assert paths == (tmp_path / SAE_WEIGHTS_FILENAME, tmp_path / SAE_CFG_FILENAME)
+    good = contents(tmp_path)
+    assert set(good) == {SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME}
+
+    sae.W_dec.data += 1
+    with (
+        files_no_larger_than(10_000),
+        pytest.raises(SafetensorError, match="too large"),
+    ):
+        getattr(sae, save)(tmp_path)
+    assert contents(tmp_path) == good
+
+    # The weights still fit on the disk, the config does not.
+    sae.cfg.metadata.note = "x" * 100_000
+    with files_no_larger_than(80_000), pytest.raises(OSError, match="too large"):
+        getattr(sae, save)(tmp_path)
+    assert contents(tmp_path) == good
+    sae.cfg.metadata.note = {"a set is not JSON"}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        getattr(sae, save)(tmp_path)
+    assert contents(tmp_path) == good
+
+    sae.cfg.metadata.note = "fits"
+    getattr(sae, save)(tmp_path)
+    new = contents(tmp_path)
+    assert set(new) == set(good)
+    assert all(new[name] != good[name] for name in good)
+    assert SAE.load_from_disk(tmp_path).cfg.metadata.note == "fits"
+
+
+def test_saving_where_there_is_no_folder_says_so(tmp_path: Path):
+    sae = TrainingSAE.from_dict(sae_config("scale").to_dict())
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    for save in (sae.save_model, sae.save_inference_model):
+        with pytest.raises(OSError, match=str(file)):
+            save(file / "sae")
+    assert file.read_text() == "in the way"

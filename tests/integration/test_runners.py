@@ -1,0 +1,443 @@
+"""Every runner of SAELens trains both architectures, and its exports load and evaluate."""
+
+import copy
+import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from datasets import Dataset
+from helpers import small_corpus
+from integration.runs import (
+    ARCHITECTURES,
+    HOOK,
+    assert_same_weights,
+    runner_config,
+    sae_config,
+    weights,
+)
+from sae_lens import (
+    CacheActivationsRunner,
+    CacheActivationsRunnerConfig,
+    HookedSAETransformer,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+)
+from sae_lens.evals import get_eval_everything_config, run_evals
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.synthetic import SyntheticModelConfig, eval_sae_on_synthetic_data
+from sae_lens.synthetic.synthetic_sae_runner import (
+    SyntheticSAERunner,
+    SyntheticSAERunnerConfig,
+)
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+both_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def train(
+    model: HookedSAETransformer,
+    sae: Any,
+    output: Path | None = None,
+    override_sae: TrainingSAE[Any] | None = None,
+    **overrides: Any,
+) -> TrainingSAE[Any]:
+    torch.manual_seed(0)
+    runner = LanguageModelSAETrainingRunner(
+        runner_config(sae, output, **overrides),
+        override_dataset=small_corpus(),
+        override_model=model,
+        override_sae=override_sae,
+    )
+    return runner.run()
+
+
+@torch.no_grad()
+def check_export(
+    folder: Path, trained: TrainingSAE[Any], model: Any, dataset: Dataset | str
+) -> SAE[Any]:
+    """It loads, computes what was trained, and evaluates to sensible numbers."""
+    sae = SAE.load_from_disk(folder)
+    assert not isinstance(sae, TrainingSAE)
+    assert sae.cfg.architecture() == trained.cfg.architecture()
+    store = ActivationsStore.from_sae(
+        model, sae, dataset, store_batch_size_prompts=4, train_batch_size_tokens=128
+    )
+    x = store.get_filtered_llm_batch()
+    acts = trained.encode(x)
+    assert acts.any()
+    torch.testing.assert_close(sae.encode(x), acts, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sae(x), trained(x), atol=1e-4, rtol=1e-4)
+    metrics, _ = run_evals(
+        sae, store, model, ActivationScaler(), get_eval_everything_config(4, 1, 1)
+    )
+    assert 0.3 < metrics["reconstruction_quality"]["explained_variance"] < 1
+    assert 0 < metrics["sparsity"]["l0"] <= trained.cfg.k
+    behaviour = metrics["model_behavior_preservation"]
+    assert 0 < behaviour["kl_div_with_sae"] < behaviour["kl_div_with_ablation"]
+    for value in metrics["model_performance_preservation"].values():
+        assert math.isfinite(value)
+    return sae
+
+
+@pytest.fixture(scope="module")
+def plain_runs(
+    tiny_model: HookedSAETransformer, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[TrainingSAE[Any], Path]]:
+    """What the runner does with nothing special switched on."""
+    runs = {}
+    for architecture in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp(architecture)
+        runs[architecture] = train(tiny_model, sae_config(architecture), folder), folder
+    return runs
+
+
+@both_architectures
+def test_exports_work(
+    architecture: str,
+    plain_runs: dict[str, tuple[TrainingSAE[Any], Path]],
+    tiny_model: HookedSAETransformer,
+):
+    sae, folder = plain_runs[architecture]
+    check_export(folder, sae, tiny_model, small_corpus())
+
+
+@both_architectures
+@pytest.mark.parametrize(
+    "normalization",
+    [
+        "expected_average_only_in",
+        "covariance_whitening",
+        "constant_norm_rescale",
+        "layer_norm",
+    ],
+)
+def test_exports_of_normalised_training_take_raw_activations(
+    architecture: str,
+    normalization: str,
+    tiny_model: HookedSAETransformer,
+    tmp_path: Path,
+):
+    at_run_time = normalization in ("constant_norm_rescale", "layer_norm")
+    cfg = sae_config(
+        architecture,
+        normalize_activations=normalization,
+        # SAELens's own TopK cannot either: dead latents are fitted in another space.
+        **({"aux_loss_coefficient": 0.0} if at_run_time else {}),
+    )
+    trained = train(tiny_model, cfg, tmp_path)
+    sae = check_export(tmp_path, trained, tiny_model, small_corpus())
+    assert sae.cfg.normalize_activations == (normalization if at_run_time else "none")
+
+
+@both_architectures
+@pytest.mark.parametrize("option", ["autocast", "autocast_lm"])
+def test_mixed_precision_trains_float32_weights(
+    architecture: str,
+    option: str,
+    plain_runs: dict[str, tuple[TrainingSAE[Any], Path]],
+    tiny_model: HookedSAETransformer,
+    tmp_path: Path,
+):
+    switched_on: dict[str, Any] = {option: True}
+    trained = train(tiny_model, sae_config(architecture), tmp_path, **switched_on)
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    assert not torch.equal(trained.W_dec, plain_runs[architecture][0].W_dec)
+    check_export(tmp_path, trained, tiny_model, small_corpus())
+
+
+@both_architectures
+@pytest.mark.parametrize("prefetch", [True, 2])
+def test_prefetching_changes_nothing(
+    architecture: str,
+    prefetch: bool | int,
+    plain_runs: dict[str, tuple[TrainingSAE[Any], Path]],
+    tiny_model: HookedSAETransformer,
+):
+    trained = train(tiny_model, sae_config(architecture), prefetch_llm_batches=prefetch)
+    assert_same_weights(weights(trained), weights(plain_runs[architecture][0]))
+
+
+@both_architectures
+def test_compiling_the_SAE_changes_nothing(
+    architecture: str, tiny_model: HookedSAETransformer
+):
+    # All latents that did not fire in the first step are dead in the second.
+    steps: dict[str, Any] = {"training_tokens": 2 * 256, "dead_feature_window": 0}
+    cfg = sae_config(architecture, num_experts=2)
+    plain = train(tiny_model, copy.deepcopy(cfg), **steps)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # The runner asks for inductor, whose C++ takes a minute to compile. This one differs
+    # from it in the code of the kernels only.
+    with torch.compiler.set_stance("default", force_backend="aot_eager"):
+        compiled = train(tiny_model, cfg, compile_sae=True, **steps)
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 100
+    assert_same_weights(weights(compiled), weights(plain), atol=1e-6)
+
+
+def test_the_runner_loads_models_and_data_by_name(
+    tiny_llama: Path, text_folder: Path, tmp_path: Path
+):
+    # Nothing is handed over but names: of a model of transformers, and of a data set.
+    for architecture in ARCHITECTURES:
+        torch.manual_seed(0)
+        cfg = runner_config(
+            sae_config(architecture),
+            tmp_path / architecture,
+            model_class_name="AutoModelForCausalLM",
+            model_name=str(tiny_llama),
+            hook_name="model.layers.0",
+            dataset_path=str(text_folder),
+        )
+        runner = LanguageModelSAETrainingRunner(cfg)
+        trained = runner.run()
+        sae = check_export(
+            tmp_path / architecture, trained, runner.model, str(text_folder)
+        )
+        assert sae.cfg.metadata.model_name == str(tiny_llama)
+        assert sae.cfg.metadata.hook_name == "model.layers.0"
+
+
+def test_the_runner_trains_on_cached_activations(
+    tiny_llama: Path, text_folder: Path, tmp_path: Path
+):
+    hook, context_size, batch_size = "model.layers.0", 32, 16
+    tokens = 16 * batch_size * context_size
+    names = {
+        "model_class_name": "AutoModelForCausalLM",
+        "model_name": str(tiny_llama),
+        "hook_name": hook,
+        "dataset_path": str(text_folder),
+        "context_size": context_size,
+    }
+    cached = CacheActivationsRunner(
+        CacheActivationsRunnerConfig(
+            **names,
+            d_in=32,
+            training_tokens=tokens,
+            model_batch_size=batch_size,
+            new_cached_activations_path=str(tmp_path / "activations"),
+            shuffle=False,
+            device="cpu",
+            # All of them in one buffer of 32 floats of 4 bytes per token.
+            buffer_size_gb=tokens * 32 * 4 / 1e9,
+        )
+    ).run()
+    assert cached.num_rows == tokens // context_size
+    for architecture in ARCHITECTURES:
+        torch.manual_seed(0)
+        cfg = runner_config(
+            sae_config(architecture),
+            tmp_path / architecture,
+            **names,
+            use_cached_activations=True,
+            cached_activations_path=str(tmp_path / "activations"),
+        )
+        runner = LanguageModelSAETrainingRunner(cfg)
+        assert runner.activations_store.cached_activation_dataset is not None
+        trained = runner.run()
+        check_export(tmp_path / architecture, trained, runner.model, str(text_folder))
+
+
+def test_several_SAEs_train_on_one_pass_of_the_model_as_each_would_alone(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    later = "blocks.1.hook_resid_post"
+    norm = {"normalize_activations": "expected_average_only_in"}
+    cfgs = {
+        "scale": sae_config("scale", **norm),
+        "switch": sae_config("switch", **norm),
+        "whitened": sae_config("scale", normalize_activations="covariance_whitening"),
+        "later": sae_config("switch", **norm),
+        "topk": sae_config("topk", **norm),
+    }
+    hooks = dict.fromkeys(cfgs, HOOK) | {"later": later}
+    torch.manual_seed(1)
+    saes = {name: TrainingSAE.from_dict(cfg.to_dict()) for name, cfg in cfgs.items()}
+    starts = copy.deepcopy(saes)
+    one = runner_config(cfgs["scale"], None)
+    torch.manual_seed(0)
+    trained = MultiSAETrainingRunner(
+        MultiSAETrainingRunnerConfig(
+            saes=cfgs,
+            hook_names=hooks,
+            model_name=one.model_name,
+            context_size=one.context_size,
+            training_tokens=one.training_tokens,
+            train_batch_size_tokens=one.train_batch_size_tokens,
+            store_batch_size_prompts=one.store_batch_size_prompts,
+            n_batches_in_buffer=one.n_batches_in_buffer,
+            n_batches_for_norm_estimate=one.n_batches_for_norm_estimate,
+            lr=one.lr,
+            dead_feature_window=one.dead_feature_window,
+            logger=one.logger,
+            checkpoint_path=None,
+            output_path=str(tmp_path),
+        ),
+        override_dataset=small_corpus(),
+        override_model=tiny_model,
+        override_saes=saes,
+    ).run()
+    for name, sae in trained.items():
+        alone = train(
+            tiny_model,
+            cfgs[name],
+            override_sae=starts[name],
+            hook_name=hooks[name],
+        )
+        assert_same_weights(weights(sae), weights(alone), atol=1e-5)
+        exported = check_export(tmp_path / name, sae, tiny_model, small_corpus())
+        assert exported.cfg.metadata.hook_name == hooks[name]
+
+
+@both_architectures
+def test_synthetic_data(architecture: str, tmp_path: Path):
+    torch.manual_seed(0)
+    result = SyntheticSAERunner(
+        SyntheticSAERunnerConfig(
+            synthetic_model=SyntheticModelConfig(
+                num_features=64, hidden_dim=32, seed=0
+            ),
+            sae=sae_config(
+                architecture, normalize_activations="expected_average_only_in"
+            ),
+            training_samples=200 * 256,
+            batch_size=256,
+            lr=5e-3,
+            dead_feature_window=20,
+            n_batches_for_norm_estimate=4,
+            eval_samples=2_048,
+            logger=LoggingConfig(log_to_wandb=False),
+            checkpoint_path=None,
+            output_path=str(tmp_path),
+        )
+    ).run()
+    sae = SAE.load_from_disk(tmp_path)
+    x = result.synthetic_model.sample(64)
+    torch.testing.assert_close(sae(x), result.sae(x), atol=1e-4, rtol=1e-4)
+    evaluation = eval_sae_on_synthetic_data(
+        sae,
+        result.synthetic_model.feature_dict,
+        result.synthetic_model.activation_generator,
+        num_samples=2_048,
+    )
+    for found in (evaluation, result.final_eval):
+        assert found is not None
+        assert 0.5 < found.explained_variance < 1
+        assert 0 < found.sae_l0 <= 6
+        assert 0.3 < found.mcc <= 1
+    assert json.loads((tmp_path / "eval_stats.json").read_text())["mcc"] > 0.3
+
+
+def wandb_records(folder: Path) -> Iterator[Record]:
+    """
+    What wandb wrote offline: protobuf messages in LevelDB's log format.
+
+    Blocks of 32 KiB hold records with a header of checksum, length and type (1 for a whole
+    one, else 2, 3, .., 4 for its parts).
+    """
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, at, message = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := -at % 32_768) and left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(message)
+            message = b""
+            yield record
+
+
+def wandb_history(folder: Path) -> list[dict[str, Any]]:
+    """The logged values of each step that has any; parts of a value after a slash."""
+    wandb.teardown()  # Only now is all of it written.
+    return [
+        {
+            "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in wandb_records(folder)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+@pytest.fixture
+def offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """wandb as a machine without a network runs it; the folder that it writes to."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for kind in ("", "DATA_", "CACHE_", "CONFIG_"):
+        monkeypatch.setenv(f"WANDB_{kind}DIR", str(tmp_path))
+    # What it read from the environment before is forgotten, and what it reads here.
+    wandb.teardown()
+    yield tmp_path
+    wandb.teardown()
+
+
+@both_architectures
+def test_wandb_gets_router_load_omegas_and_dead_experts(
+    architecture: str, tiny_model: HookedSAETransformer, offline_wandb: Path
+):
+    cfg = sae_config(architecture, num_experts=8, load_balance_coefficient=0.0)
+    torch.manual_seed(0)
+    sae = TrainingSAE.from_dict(cfg.to_dict())
+    # Some three of six experts always have a logit above 0: the last two are never
+    # selected, and without load balancing nothing changes that.
+    directions = torch.randn(32, 3)
+    sae.W_router.data = torch.cat([directions, -directions, torch.zeros(32, 2)], dim=1)  # type: ignore[union-attr]
+    trained = train(
+        tiny_model,
+        cfg,
+        offline_wandb / "output",
+        override_sae=sae,
+        training_tokens=20 * 256,
+        n_eval_batches=1,
+        logger=LoggingConfig(wandb_log_frequency=5, eval_every_n_wandb_logs=2),
+    )
+    history = wandb_history(offline_wandb)
+    logged = [row for row in history if "metrics/router/max_load" in row]
+    assert [row["_step"] for row in logged] == [4, 9, 14, 19]
+    for row in logged:
+        assert 8 / 6 <= row["metrics/router/max_load"] <= 8
+        assert 0 < row["metrics/router/load_entropy"] <= math.log(6)
+        assert row["metrics/router/idle_experts"] == 2
+        assert row["losses/mse_loss"] > 0
+        # Dead after more than five steps without firing.
+        dead_experts = 2 if row["_step"] > 5 else 0
+        assert row["metrics/router/dead_experts"] == dead_experts
+        assert row["sparsity/dead_features"] >= 16 * dead_experts
+    evaluated = [row for row in history if "router/load/values" in row]
+    assert [row["_step"] for row in evaluated] == [9, 19]
+    for row in evaluated:
+        assert row["model_performance_preservation/ce_loss_with_sae"] > 0
+        assert sum(row["weights/W_router_norms/values"]) == 8
+        assert sum(row["router/load/values"]) == 8
+        bins = row["router/load/bins"]
+        assert bins[0] == 0
+        assert 8 * bins[-1] == pytest.approx(row["metrics/router/max_load"])
+    omega = getattr(trained, "omega", None)
+    assert ("weights/omega/values" in evaluated[-1]) == (omega is not None)
+    if omega is not None:
+        last = logged[-1]
+        assert sum(last["weights/omega/values"]) == 8
+        assert last["metrics/omega/min"] < last["metrics/omega/max"]
+        for name in ("mean", "min", "max"):
+            # As they were before the last step.
+            final = getattr(omega, name)().item()
+            assert last[f"metrics/omega/{name}"] == pytest.approx(final, abs=2 * 5e-3)
