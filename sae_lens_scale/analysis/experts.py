@@ -38,12 +38,17 @@ def expert_usage(sae: MixtureSAE, activations: Iterable[torch.Tensor]) -> Expert
 
     Returns:
         Counts over all tokens of all batches.
+
+    Raises:
+        ValueError: If there are no tokens.
     """
     num_experts = sae.cfg.num_experts
     counts = torch.zeros(num_experts, dtype=torch.long, device=sae.device)
     for batch in activations:
         indices = sae.route(batch.to(sae.device)).indices
         counts += indices.flatten().bincount(minlength=num_experts)
+    if not counts.any():
+        raise ValueError("activations must hold at least one token, got none")
     share = counts.double() / counts.sum()
     entropy = torch.special.entr(share).sum().item()
     return ExpertUsage(

@@ -380,8 +380,8 @@ class MixtureTrainingSAE(
         self.b_router.data.copy_(median)
         centers = spherical_kmeans(x - median, self.cfg.num_experts)
         logits = (x - median) @ centers.T
-        # The standard deviation of a single logit is NaN.
-        spread = logits.std().nan_to_num().clamp(min=1e-8)
+        # Bessel's correction would make the spread of a single logit NaN.
+        spread = logits.std(correction=min(1, logits.numel() - 1)).clamp(min=1e-8)
         self.W_router.data.copy_(centers.T / spread)
         self.b_enc.data.zero_()
         self.W_enc.data.copy_(self.W_dec.data.T)
