@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import pickle
 import sys
 from collections.abc import Sequence
@@ -35,17 +36,17 @@ from sae_lens_scale.loading.smollm2 import load_smollm2
 from sae_lens_scale.saes.mixture import MixtureSAE
 from sae_lens_scale.training import InterruptibleTrainingRunner
 
-# What bad arguments, files and networks raise: the user's to mend, so one line is enough.
-_EXPECTED_ERRORS = (
+# Errors whose text says enough without their type.
+_SELF_EXPLANATORY = (
     argparse.ArgumentError,
     ValueError,
     OSError,
-    KeyError,
     RuntimeError,
     ImportError,
     SafetensorError,
     pickle.UnpicklingError,
 )
+_SCALED_BY_THE_TRAINER = ("expected_average_only_in", "covariance_whitening")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"interrupted; {interruption}" if str(interruption) else "interrupted"
         )
         return 130
-    except _EXPECTED_ERRORS as error:
+    # Bad arguments and files end as errors of any type, deep in a library.
+    except Exception as error:
         if options.traceback:
             raise
         _complain(_one_line(error))
@@ -111,19 +113,19 @@ def _parser() -> argparse.ArgumentParser:
         help="text, by default what the SAE was trained on: a name or folder that "
         'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
     )
-    evaluate.add_argument("--context_size", type=int, help="tokens per prompt")
+    evaluate.add_argument("--context_size", type=_positive, help="tokens per prompt")
     evaluate.add_argument(
-        "--batch_size_prompts", type=int, default=16, help="default: %(default)s"
+        "--batch_size_prompts", type=_positive, default=16, help="default: %(default)s"
     )
     evaluate.add_argument(
         "--n_eval_reconstruction_batches",
-        type=int,
+        type=_positive,
         default=10,
         help="batches for cross-entropy and KL divergence (default: %(default)s)",
     )
     evaluate.add_argument(
         "--n_eval_sparsity_variance_batches",
-        type=int,
+        type=_positive,
         default=10,
         help="batches for all else (default: %(default)s)",
     )
@@ -169,6 +171,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
 def _add_sae(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sae", help="folder on disk, release of SAELens or repository on the hub"
@@ -177,7 +185,9 @@ def _add_sae(parser: argparse.ArgumentParser) -> None:
         "sae_id", nargs="?", help="which SAE of the release or repository"
     )
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
     )
     parser.add_argument("--dtype", help="by default the SAE's own")
 
@@ -193,13 +203,28 @@ def _train(arguments: list[str]) -> None:
             _complain(printed.getvalue().strip().rsplit("error: ", 1)[-1])
         raise
     sys.stderr.write(printed.getvalue())
+    if cfg.training_tokens < 1:
+        raise ValueError(
+            f"--training_tokens must be positive, got {cfg.training_tokens}"
+        )
+    # SAELens would notice when it saves, at the end.
+    for name in ("output_path", "checkpoint_path"):
+        path = Path(getattr(cfg, name) or ".").absolute()
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(f"--{name}: {existing} is no folder")
     InterruptibleTrainingRunner(cfg).run()
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if options.output is not None and not options.output.parent.is_dir():
-        raise FileNotFoundError(f"--output: {options.output.parent} is no folder")
+    if options.output is not None:
+        if not options.output.parent.is_dir():
+            raise FileNotFoundError(f"--output: {options.output.parent} is no folder")
+        if options.output.is_dir():
+            raise IsADirectoryError(f"--output: {options.output} is a folder")
     sae = _load_sae(options)
+    if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
+        _fold_scaler(sae, Path(options.sae, ACTIVATION_SCALER_CFG_FILENAME))
     metadata = sae.cfg.metadata
     dataset = _given_or_recorded(options.dataset, metadata.dataset_path, "dataset")
     model = _load_model(options, sae)
@@ -269,8 +294,8 @@ def _info(options: argparse.Namespace) -> None:
         facts[name] = metadata[name]
     for name in ("context_size", "l0", "num_dead_features"):
         facts[name] = metadata[name]
-    if metadata.omega is not None:
-        omega = torch.tensor(metadata.omega)
+    if metadata.omega:
+        omega = torch.tensor(metadata.omega, dtype=torch.float64)
         facts["omega"] = {
             "mean": omega.mean().item(),
             "std": omega.std(correction=0).item(),
@@ -283,7 +308,9 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _load_sae(options: argparse.Namespace) -> SAE[Any]:
-    """The SAE that the arguments name, for raw activations."""
+    """The SAE that the arguments name, as it was saved."""
+    # SAELens's own message for a device that is not there is about pinned memory.
+    torch.empty(0, device=options.device)
     folder = Path(options.sae)
     if options.sae_id is not None:
         return SAE.from_pretrained(
@@ -296,13 +323,11 @@ def _load_sae(options: argparse.Namespace) -> SAE[Any]:
         raise FileNotFoundError(
             f"{options.sae} is no folder; of a release or repository, name the SAE too"
         )
-    sae = SAE.load_from_disk(folder, device=options.device, dtype=options.dtype)
-    if sae.cfg.normalize_activations in (
-        "expected_average_only_in",
-        "covariance_whitening",
-    ):
-        _fold_scaler(sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
-    return sae
+    try:
+        return SAE.load_from_disk(folder, device=options.device, dtype=options.dtype)
+    except Exception as error:
+        # Few of these name the file.
+        raise ValueError(f"{folder} cannot be loaded: {_one_line(error)}") from error
 
 
 def _fold_scaler(sae: SAE[Any], path: Path) -> None:
@@ -327,15 +352,23 @@ def _fold_scaler(sae: SAE[Any], path: Path) -> None:
 def _load_model(options: argparse.Namespace, sae: SAE[Any]) -> Any:
     metadata = sae.cfg.metadata
     name = _given_or_recorded(options.model, metadata.model_name, "model")
+    if not metadata.hook_name:
+        raise ValueError("the SAE's metadata name no hook")
     if name == "smollm2":
-        return load_smollm2(device=options.device)
-    return load_model(
-        options.model_class_name or metadata.model_class_name or "HookedTransformer",
-        name,
-        device=options.device,
-        model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
-        hook_names=[metadata.hook_name],
-    )
+        model: Any = load_smollm2(device=options.device)
+    else:
+        model = load_model(
+            options.model_class_name
+            or metadata.model_class_name
+            or "HookedTransformer",
+            name,
+            device=options.device,
+            model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+            hook_names=[metadata.hook_name],
+        )
+    if metadata.hook_name not in model.hook_dict:
+        raise ValueError(f"{name} has no hook {metadata.hook_name!r}, the SAE's")
+    return model
 
 
 def _given_or_recorded(given: str | None, recorded: str | None, name: str) -> str:
@@ -375,15 +408,23 @@ def _dump(value: Any) -> str:
 
 
 def _write_whole(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():
+        # A device or a pipe, such as /dev/stderr: not to be replaced by a file.
+        path.write_text(text)
+        return
     partial_path = path.with_name(f"{path.name}.partial")
-    partial_path.write_text(text)
-    partial_path.replace(path)
+    try:
+        partial_path.write_text(text)
+        partial_path.replace(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
 
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    # A KeyError's text is the key alone.
-    return text if text and not isinstance(error, KeyError) else repr(error)
+    if text and isinstance(error, _SELF_EXPLANATORY):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _complain(text: str) -> None:
@@ -391,4 +432,11 @@ def _complain(text: str) -> None:
 
 
 def _print(text: str) -> None:
-    print(text)  # noqa: T201  (a command's result)
+    try:
+        print(text, flush=True)  # noqa: T201  (a command's result)
+    except OSError as error:
+        # Python flushes once more at exit, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever closed the pipe (head, say) has read enough.
+        if not isinstance(error, BrokenPipeError):
+            raise

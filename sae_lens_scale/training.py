@@ -12,13 +12,15 @@ from typing_extensions import override
 
 class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     """
-    A LanguageModelSAETrainingRunner that loses nothing when it is interrupted.
+    A LanguageModelSAETrainingRunner that saves a checkpoint when it is interrupted.
 
     SAELens 6.54 means to save a checkpoint on SIGINT and SIGTERM, but fails to, because
     nobody makes its folder, and would leave the weights out. This runner finishes the step,
     saves a checkpoint like any other (if ``checkpoint_path`` is set) and raises
     InterruptedException, whose text names it. Training goes on from there with
-    ``resume_from_checkpoint``. A second signal stops at once, without a checkpoint.
+    ``resume_from_checkpoint``. A signal before the first step, or a second one, stops at
+    once, without a checkpoint. Handlers are installed during the run, which therefore needs
+    the main thread, as SAELens's does.
     """
 
     _interrupted = False
@@ -34,6 +36,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             # Due at the end of this step, when weights, optimizer and counters agree.
             trainer.checkpoint_thresholds.insert(0, -1)
 
+        # Nothing of an interrupted run before this one.
+        self._interrupted = False
         before = {
             s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)
         }
@@ -46,7 +50,11 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
-        if self._interrupted:
+        # Once training is over there is nothing to resume: the run ends as usual.
+        is_final = checkpoint_path is not None and checkpoint_path.name.startswith(
+            "final_"
+        )
+        if self._interrupted and not is_final:
             raise InterruptedException(
                 "no checkpoint was saved: checkpoint_path is not set"
                 if checkpoint_path is None

@@ -1,12 +1,14 @@
 """The command line, from training to conversion, on a language model in a folder."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,3 +278,146 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
     after = SAE.load_from_disk(tmp_path / "sae")
     assert after.cfg.architecture() == before.cfg.architecture()
     assert not torch.equal(after.W_enc, before.W_enc)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--training_tokens -5", "--training_tokens must be positive, got -5"),
+        ("--output_path {file}", "--output_path: {file} is no folder"),
+        ("--checkpoint_path {file}/x", "--checkpoint_path: {file} is no folder"),
+    ],
+)
+def test_train_refuses_what_would_cost_the_result(
+    option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "file"
+    file.touch()
+    # Neither model nor data set exists: these are looked at first.
+    command = train_command("scale", tmp_path / "a", tmp_path / "b", tmp_path)
+    assert main([*command, *option.format(file=file).split()]) == 1
+    assert message.format(file=file) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "TypeError"),
+        ("{", "Expecting property name"),
+        ('{"architecture": "nonsense", "dtype": "float32"}', "KeyError: 'nonsense'"),
+        (
+            '{"architecture": "scale", "dtype": "float32", "metadata": 3}',
+            "AttributeError",
+        ),
+    ],
+)
+def test_an_SAE_that_cannot_be_loaded_is_named(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=128, num_experts=4)
+    ScaleTrainingSAE(cfg).save_inference_model(tmp_path)
+    (tmp_path / "cfg.json").write_text(content)
+    assert main(["info", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    error = f"sae-lens-scale: error: {tmp_path} cannot be loaded: "
+    assert captured.err.startswith(error)
+    assert message in captured.err
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+
+
+def with_metadata(sae: Path, target: Path, **metadata: Any) -> Path:
+    shutil.copytree(sae, target)
+    cfg = json.loads((sae / "cfg.json").read_text())
+    cfg["metadata"].update(metadata)
+    (target / "cfg.json").write_text(json.dumps(cfg))
+    return target
+
+
+def test_odd_metadata_are_errors_in_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, command, metadata, message in (
+        ("omega", "info", {"omega": "abc"}, "TypeError: "),
+        ("hook", "evaluate", {"hook_name": None}, "metadata name no hook"),
+        ("length", "evaluate", {"context_size": "32"}, "TypeError: "),
+    ):
+        sae = with_metadata(trained / "sae", tmp_path / name, **metadata)
+        assert main([command, str(sae)]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        last_line = captured.err.splitlines()[-1]
+        assert last_line.startswith("sae-lens-scale: error: ")
+        assert message in last_line
+        assert "Traceback" not in captured.err
+    empty = with_metadata(trained / "sae", tmp_path / "empty", omega=[])
+    assert main(["info", str(empty)]) == 0
+
+
+def test_info_describes_a_checkpoint_as_it_was_saved(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["info", str(checkpoint_of(trained)), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["normalize_activations"] == "expected_average_only_in"
+
+
+def test_evaluate_looks_for_the_hook_in_the_model(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = ["evaluate", str(trained / "sae"), "--model", "smollm2"]
+    assert main(command) == 1
+    assert "smollm2 has no hook 'model.layers.0'" in capsys.readouterr().err
+
+
+def test_output_is_written_whole_or_not_at_all(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = f"evaluate {trained / 'sae'} --n_eval_reconstruction_batches 1"
+    command += " --n_eval_sparsity_variance_batches 1 --batch_size_prompts 2 --output"
+    assert main([*command.split(), str(tmp_path)]) == 1
+    assert f"--output: {tmp_path} is a folder" in capsys.readouterr().err
+    # A pipe stays one.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert main([*command.split(), str(pipe)]) == 0
+    assert os.read(reader, 9) == b'{\n "sae": '[:9]
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_evaluate_takes_positive_numbers_only(capsys: pytest.CaptureFixture[str]):
+    for number in ("0", "-3", "x"):
+        with pytest.raises(SystemExit) as stop:
+            main(["evaluate", "folder", "--batch_size_prompts", number])
+        assert stop.value.code == 2
+        assert f"must be a positive integer, got '{number}'" in capsys.readouterr().err
+
+
+def test_closed_pipe_ends_a_command_quietly(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=128, num_experts=4)
+    ScaleTrainingSAE(cfg).save_inference_model(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["info", str(tmp_path)]) == 0
+        # As Python does at exit.
+        closed.flush()
+    assert capsys.readouterr().err == ""
+
+
+def test_convert_calls_any_other_file_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = tmp_path / "ae.pt"
+    for content in (b"hi", b"", b"PK\x03\x04", b"\x80\x02]q"):
+        source.write_bytes(content)
+        assert main(["convert", str(source), str(tmp_path / "target")]) == 1
+        assert f"{source} is damaged" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ae.pt"]

@@ -124,10 +124,11 @@ def authors_disk_loader(
     if latents > sizes["M"]:
         raise ValueError(f"k must be at most d_sae={sizes['M']}, got {latents}")
 
+    context_size = buffer.get("ctx_len")
     metadata = {
         "model_name": model_name or _model_name(trainer),
         "hook_name": hook_name or _hook_name(trainer, buffer),
-        "context_size": buffer.get("ctx_len"),
+        "context_size": context_size if type(context_size) is int else None,
         "omega": state["omega"].tolist() if "omega" in state else None,
     }
     is_float64 = any(tensor.dtype == torch.float64 for tensor in state.values())

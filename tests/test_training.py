@@ -1,0 +1,282 @@
+"""Training that is interrupted by signals, in this process."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import small_corpus
+from sae_lens import (
+    HookedSAETransformer,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+)
+from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
+from sae_lens.training._interruption import InterruptedException
+from safetensors import SafetensorError
+from typing_extensions import override
+
+from sae_lens_scale import ScaleTrainingSAEConfig, SwitchTrainingSAEConfig
+from sae_lens_scale.training import InterruptibleTrainingRunner
+
+BATCH = 128
+STEPS = 12
+NEVER = 100 * STEPS
+SAES = {
+    "scale": lambda **settings: ScaleTrainingSAEConfig(**settings, num_experts=4),
+    "switch": lambda **settings: SwitchTrainingSAEConfig(**settings, num_experts=4),
+    "topk": TopKTrainingSAEConfig,
+}
+
+
+def make_runner(
+    model: HookedSAETransformer,
+    output: Path,
+    architecture: str = "scale",
+    kind: type[LanguageModelSAETrainingRunner] = InterruptibleTrainingRunner,
+    **settings: Any,
+) -> LanguageModelSAETrainingRunner:
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {
+        "sae": SAES[architecture](
+            d_in=32,
+            d_sae=64,
+            k=4,
+            normalize_activations="expected_average_only_in",
+        ),
+        "model_name": "tiny",
+        "hook_name": "blocks.0.hook_resid_post",
+        "is_dataset_tokenized": False,
+        "context_size": 32,
+        "training_tokens": BATCH * STEPS,
+        "train_batch_size_tokens": BATCH,
+        "store_batch_size_prompts": 8,
+        "n_batches_in_buffer": 16,
+        "n_batches_for_norm_estimate": 2,
+        "lr": 1e-3,
+        "logger": LoggingConfig(log_to_wandb=False),
+        "checkpoint_path": str(output / "checkpoints"),
+        "output_path": str(output / "sae"),
+        **settings,
+    }
+    return kind(
+        LanguageModelSAERunnerConfig(**fields),
+        override_model=model,
+        override_dataset=small_corpus(),
+    )
+
+
+def at_step(
+    runner: LanguageModelSAETrainingRunner, step: int, do: Callable[[], None]
+) -> list[int]:
+    """Do something in the middle of a training step; returns the steps that begin."""
+    steps: list[int] = []
+
+    def count(tensor: torch.Tensor, *, hook: Any) -> None:
+        steps.append(len(steps) + 1)
+        if len(steps) == step:
+            do()
+
+    runner.sae.hook_sae_input.add_hook(count)
+    return steps
+
+
+def kill(signal_number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), signal_number)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    return sorted(output.glob("checkpoints/*/*"))
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_restored():
+    """Whatever a run ends with, the handlers are those from before it."""
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    after = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+    assert after == before
+
+
+@pytest.mark.parametrize("architecture", ["scale", "switch", "topk"])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_continues_where_it_stopped(
+    architecture: str,
+    signal_number: int,
+    tiny_model: HookedSAETransformer,
+    tmp_path: Path,
+):
+    runner = make_runner(tiny_model, tmp_path, architecture)
+    steps = at_step(runner, 5, lambda: kill(signal_number))
+    with pytest.raises(InterruptedException) as stop:
+        runner.run()
+    # The step in which the signal came is the last, and is finished.
+    assert steps[-1] == 5
+    (checkpoint,) = checkpoints(tmp_path)
+    assert checkpoint.name == str(5 * BATCH)
+    assert str(stop.value) == f"resume_from_checkpoint {checkpoint} goes on from here"
+    assert not (tmp_path / "sae").exists()
+
+    resumed = make_runner(
+        tiny_model, tmp_path, architecture, resume_from_checkpoint=str(checkpoint)
+    )
+    steps = at_step(resumed, NEVER, kill)
+    resumed.run()
+    assert steps[-1] == STEPS - 5
+    assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
+
+
+def test_checkpoint_holds_the_weights_at_the_end_of_the_step(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    interrupted = make_runner(tiny_model, tmp_path / "interrupted")
+    at_step(interrupted, 5, kill)
+    with pytest.raises(InterruptedException):
+        interrupted.run()
+    # A run to the same step, whose checkpoint SAELens itself writes.
+    regular = make_runner(tiny_model, tmp_path / "regular", n_checkpoints=2)
+    regular.run()
+    by_name = {path.name: path for path in checkpoints(tmp_path / "regular")}
+    expected, actual = by_name[str(5 * BATCH)], checkpoints(tmp_path / "interrupted")[0]
+    names = {path.name for path in expected.iterdir()}
+    assert {path.name for path in actual.iterdir()} == names
+    for name in ("sae_weights.safetensors", "activations_store_state.safetensors"):
+        assert (actual / name).read_bytes() == (expected / name).read_bytes(), name
+    state, wanted = (torch.load(p / "trainer_state.pt") for p in (actual, expected))
+    assert state["n_training_steps"] == wanted["n_training_steps"]
+    torch.testing.assert_close(
+        state["optimizer"]["state"], wanted["optimizer"]["state"], atol=0, rtol=0
+    )
+
+
+def test_second_signal_stops_at_once_without_a_checkpoint(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    runner = make_runner(tiny_model, tmp_path)
+
+    def kill_twice() -> None:
+        kill(signal.SIGINT)
+        kill(signal.SIGTERM)
+
+    at_step(runner, 5, kill_twice)
+    with pytest.raises(InterruptedException, match="^no checkpoint was saved$"):
+        runner.run()
+    assert checkpoints(tmp_path) == []
+
+
+def test_signal_before_the_first_step_stops_at_once(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    runner = make_runner(tiny_model, tmp_path)
+    # The store runs the language model to estimate the activations' norm.
+    steps = at_step(runner, NEVER, kill)
+    with (
+        tiny_model.hooks([("hook_embed", lambda tensor, hook: kill())]),
+        pytest.raises(InterruptedException, match="^no checkpoint was saved$"),
+    ):
+        runner.run()
+    assert (steps, checkpoints(tmp_path)) == ([], [])
+
+
+def test_without_a_checkpoint_path_nothing_is_saved_and_the_text_says_so(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    runner = make_runner(tiny_model, tmp_path, checkpoint_path=None)
+    steps = at_step(runner, 5, kill)
+    with pytest.raises(InterruptedException, match="checkpoint_path is not set"):
+        runner.run()
+    assert steps[-1] == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prefetching_thread_ends_with_an_interrupted_run(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    threads = threading.active_count()
+    runner = make_runner(tiny_model, tmp_path, prefetch_llm_batches=True)
+    at_step(runner, 5, kill)
+    with pytest.raises(InterruptedException):
+        runner.run()
+    assert [path.name for path in checkpoints(tmp_path)] == [str(5 * BATCH)]
+    assert threading.active_count() == threads
+
+
+def test_error_in_a_step_is_raised_and_saves_nothing(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    def fail() -> None:
+        raise ZeroDivisionError("in a step")
+
+    runner = make_runner(tiny_model, tmp_path)
+    at_step(runner, 5, fail)
+    with pytest.raises(ZeroDivisionError, match="in a step"):
+        runner.run()
+    assert checkpoints(tmp_path) == []
+
+
+def test_interrupted_runner_can_run_again(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    runner = make_runner(tiny_model, tmp_path, n_checkpoints=1)
+    at_step(runner, 3, kill)
+    with pytest.raises(InterruptedException):
+        runner.run()
+    runner.run()
+    assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
+
+
+def test_signal_in_the_last_step_does_not_cost_the_result(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    runner = make_runner(tiny_model, tmp_path)
+    at_step(runner, STEPS, kill)
+    with pytest.raises(InterruptedException):
+        runner.run()
+    (checkpoint,) = checkpoints(tmp_path)
+    assert checkpoint.name == str(STEPS * BATCH)
+    make_runner(tiny_model, tmp_path, resume_from_checkpoint=str(checkpoint)).run()
+    assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
+
+
+def test_signal_while_the_result_is_saved_does_not_cost_it(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    class Interrupted(InterruptibleTrainingRunner):
+        @override
+        def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+            kill()
+            super().save_checkpoint(checkpoint_path)
+
+    make_runner(
+        tiny_model, tmp_path, kind=Interrupted, save_final_checkpoint=True
+    ).run()
+    assert [path.name for path in checkpoints(tmp_path)] == [f"final_{STEPS * BATCH}"]
+    assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
+
+
+def test_SAELenss_own_runner_loses_an_interrupted_run(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    """docs/upstream/interruption.md; once this fails, InterruptibleTrainingRunner can go."""
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    runner = make_runner(
+        tiny_model, tmp_path, "topk", kind=LanguageModelSAETrainingRunner
+    )
+    at_step(runner, 5, kill)
+    try:
+        with pytest.raises(SafetensorError, match="No such file or directory"):
+            runner.run()
+    finally:
+        # It leaves its own handlers behind, too.
+        for number, handler in zip(
+            (signal.SIGINT, signal.SIGTERM), handlers, strict=True
+        ):
+            signal.signal(number, handler)
+    assert checkpoints(tmp_path) == []
