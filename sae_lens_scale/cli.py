@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
-)
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.load_model import load_model
@@ -30,10 +28,10 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors import SafetensorError
 
-from sae_lens_scale.experiments.demo import load_text
+from sae_lens_scale.experiments.corpus import docstring_corpus
 from sae_lens_scale.loading.authors import convert_authors_checkpoint
 from sae_lens_scale.loading.smollm2 import load_smollm2
-from sae_lens_scale.saes.mixture import MixtureSAE
+from sae_lens_scale.saes.mixture import MixtureSAE, replacing_files
 from sae_lens_scale.training import InterruptibleTrainingRunner
 
 # Errors whose text says enough without their type.
@@ -74,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"interrupted; {interruption}" if str(interruption) else "interrupted"
         )
         return 130
-    # Bad arguments and files end as errors of any type, deep in a library.
     except Exception as error:
+        # Bad arguments and files end as errors of any type, deep in a library.
         if options.traceback:
             raise
         _complain(_one_line(error))
@@ -100,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", help="run SAELens's evaluation on an SAE"
     )
     _add_sae(evaluate)
+    evaluate.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
+    evaluate.add_argument(
+        "--dtype", help="by default the SAE's own on disk, float32 from the hub"
+    )
     evaluate.add_argument(
         "--model",
         help="language model, by default the one that the SAE was trained on: a name "
@@ -167,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="describe an SAE")
     _add_sae(info)
     info.add_argument("--json", action="store_true", help="print JSON")
-    info.set_defaults(run=_info)
+    info.set_defaults(run=_info, device="cpu", dtype=None)
     return parser
 
 
@@ -184,12 +190,6 @@ def _add_sae(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sae_id", nargs="?", help="which SAE of the release or repository"
     )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: %(default)s",
-    )
-    parser.add_argument("--dtype", help="by default the SAE's own")
 
 
 def _train(arguments: list[str]) -> None:
@@ -198,6 +198,9 @@ def _train(arguments: list[str]) -> None:
     try:
         with contextlib.redirect_stderr(printed):
             cfg = _parse_cfg_args(arguments)
+    except argparse.ArgumentError as error:
+        _complain(_one_line(error))
+        raise SystemExit(2) from error
     except SystemExit as stop:
         if stop.code:
             _complain(printed.getvalue().strip().rsplit("error: ", 1)[-1])
@@ -231,7 +234,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     store = ActivationsStore.from_sae(
         model,
         sae,
-        dataset=load_text(dataset, "test") if dataset == "docstrings" else dataset,
+        dataset=docstring_corpus("test") if dataset == "docstrings" else dataset,
         context_size=options.context_size,
         store_batch_size_prompts=options.batch_size_prompts,
         device=options.device,
@@ -252,17 +255,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         exclude_special_tokens=True if exclude is None else exclude,
         verbose=True,
     )
-    metrics = _strict_json(by_group)
     if options.output is not None:
         result = {
             "sae": options.sae,
             "sae_id": options.sae_id,
             "sae_cfg": sae.cfg.to_dict(),
-            "metrics": metrics,
+            "metrics": by_group,
             "feature_metrics": by_latent,
         }
         _write_whole(options.output, _dump(result))
-    _print(_dump(metrics) if options.json else _table(metrics))
+    _print(_dump(by_group) if options.json else _table(by_group))
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -290,9 +292,15 @@ def _info(options: argparse.Namespace) -> None:
         facts["experts_per_token"] = sae.cfg.experts_per_token
         facts["latents_per_expert"] = sae.cfg.expert_size
     facts["parameters"] = sum(p.numel() for p in sae.parameters())
-    for name in ("model_name", "hook_name", "hook_head_index", "dataset_path"):
-        facts[name] = metadata[name]
-    for name in ("context_size", "l0", "num_dead_features"):
+    for name in (
+        "model_name",
+        "hook_name",
+        "hook_head_index",
+        "dataset_path",
+        "context_size",
+        "l0",
+        "num_dead_features",
+    ):
         facts[name] = metadata[name]
     if metadata.omega:
         omega = torch.tensor(metadata.omega, dtype=torch.float64)
@@ -332,13 +340,9 @@ def _load_sae(options: argparse.Namespace) -> SAE[Any]:
 
 def _fold_scaler(sae: SAE[Any], path: Path) -> None:
     # A training checkpoint expects activations as the trainer had scaled them.
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: without it nobody knows how activations were scaled "
-            f"(normalize_activations={sae.cfg.normalize_activations!r})"
-        )
     scaler = ActivationScaler()
-    scaler.load(path)
+    if path.exists():
+        scaler.load(path)
     if scaler.scaling_factor is not None:
         sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
     if scaler.whitening is not None:
@@ -346,6 +350,12 @@ def _fold_scaler(sae: SAE[Any], path: Path) -> None:
             scaler.whitening.mean,
             scaler.whitening.matrix,
             scaler.whitening.inverse_matrix,
+        )
+    # Each fold sets it to "none".
+    if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
+        raise ValueError(
+            f"{path} is missing or incomplete: it does not say how activations were "
+            f"scaled (normalize_activations={sae.cfg.normalize_activations!r})"
         )
 
 
@@ -412,12 +422,8 @@ def _write_whole(path: Path, text: str) -> None:
         # A device or a pipe, such as /dev/stderr: not to be replaced by a file.
         path.write_text(text)
         return
-    partial_path = path.with_name(f"{path.name}.partial")
-    try:
-        partial_path.write_text(text)
-        partial_path.replace(path)
-    finally:
-        partial_path.unlink(missing_ok=True)
+    with replacing_files(path.parent) as folder:
+        (folder / path.name).write_text(text)
 
 
 def _one_line(error: BaseException) -> str:

@@ -117,7 +117,13 @@ def test_evaluate_undoes_the_scaling_that_a_checkpoint_expects(
     shutil.copytree(checkpoint, copy)
     (copy / "activation_scaler.json").unlink()
     assert main(["evaluate", str(copy)]) == 1
-    assert "activation_scaler.json is missing" in capsys.readouterr().err
+    assert "activation_scaler.json is missing or incomplete" in capsys.readouterr().err
+    # SAELens reads this as no scaling at all.
+    (copy / "activation_scaler.json").write_text(
+        '{"scaling_factor": null, "has_whitening": true}'
+    )
+    assert main(["evaluate", str(copy)]) == 1
+    assert "activation_scaler.json is missing or incomplete" in capsys.readouterr().err
 
 
 def test_evaluate_prints_a_table(trained: Path, capsys: pytest.CaptureFixture[str]):
@@ -190,7 +196,7 @@ def test_convert_writes_a_folder_that_SAELens_loads(
     [
         ("train --architecture nonsense", 2, "invalid choice: 'nonsense'"),
         ("train --architecture scale --nonsense 1", 2, "arguments: --nonsense 1"),
-        ("train --architecture scale --num_experts x", 1, "invalid int value: 'x'"),
+        ("train --architecture scale --num_experts x", 2, "invalid int value: 'x'"),
         ("train --architecture scale --num_experts 7", 1, "and num_experts=7"),
         ("train --architecture switch --k 1000", 1, "k must be at most"),
         ("evaluate nowhere", 1, "nowhere is no folder"),

@@ -35,6 +35,7 @@ T_PATH = TypeVar("T_PATH", bound=PurePath)
 
 
 def find_weights(path: Path) -> Path:
+    """The file itself, or the only checkpoint in a folder."""
     if not path.is_dir():
         return path
     files = [f for f in sorted(path.iterdir()) if f.suffix in WEIGHTS_SUFFIXES]
@@ -56,6 +57,7 @@ def config_paths(weights: T_PATH) -> list[T_PATH]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a file, without running anything that a pickle may hold."""
     # Opened first, so that a file that is missing or not readable is called that.
     with path.open("rb") as file:
         try:
@@ -99,8 +101,8 @@ def check_tensors(state: dict[str, Any], path: Path) -> dict[str, int]:
     unknown = [name for name in state if name not in axes]
     if missing or unknown:
         raise ValueError(
-            f"{path} is none of the formats of the authors' code: missing are "
-            f"{_some(missing)}, unknown are {_some(unknown)}"
+            f"{path} is none of the formats of the authors' code: missing: "
+            f"{_some(missing)}; unknown: {_some(unknown)}"
         )
     for name, letters in axes.items():
         tensor = state[name]
@@ -172,6 +174,7 @@ def _check_version(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """A config.json; empty if it holds no object."""
     try:
         config = json.loads(path.read_text())
     except ValueError as error:

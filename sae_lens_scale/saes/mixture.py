@@ -66,9 +66,9 @@ class MixtureSAEConfig(SAEConfig, ABC):
 
     @override
     def __post_init__(self) -> None:
-        # What builds an SAE, yet could not be saved once it is trained.
+        # These would train, and then fail when the config is written as JSON.
         for field in fields(self):
-            setattr(self, field.name, _as_json_holds_it(getattr(self, field.name)))
+            setattr(self, field.name, _to_json_type(getattr(self, field.name)))
         super().__post_init__()
         for name in ("d_in", "d_sae", "num_experts", "experts_per_token", "k"):
             value = getattr(self, name)
@@ -100,7 +100,7 @@ class MixtureSAEConfig(SAEConfig, ABC):
         require_choice("topk_over", self.topk_over, TopKOver)
 
 
-def _as_json_holds_it(value: Any) -> Any:
+def _to_json_type(value: Any) -> Any:
     """Numpy's scalars (of a sweep, say), dtypes and devices as JSON can hold them."""
     if isinstance(value, np.generic):
         return value.item()
@@ -382,7 +382,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             (*pre_acts.shape[:-2], cfg.num_experts, cfg.expert_size), -torch.inf
         )
         index = expert_indices.unsqueeze(-1).expand_as(pre_acts)
-        return wide.scatter(-2, index, pre_acts).flatten(-2)
+        return wide.scatter_(-2, index, pre_acts).flatten(-2)
 
     def _by_expert(self, per_latent: torch.Tensor) -> torch.Tensor:
         """Split the last dimension into experts and their latents."""
@@ -446,8 +446,8 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """
-        Save weights and config, both or neither: files that ``path`` has already are
-        replaced only when the new ones are complete.
+        Save weights and config. Files that ``path`` has already stay until the new ones
+        are complete; these then replace them, one right after the other.
 
         Args:
             path: Folder, made if it is missing.

@@ -209,7 +209,8 @@ class MixtureTrainingSAE(
             hidden_pre: Not needed; for subclasses.
             sae_out: Reconstruction of the batch, ``[tokens, d_in]``.
             encoding: What encoding the batch computed, routing included; computed anew
-                if not given. A training step gives it.
+                if not given. A training step gives it, so overrides must accept it
+                (``**kwargs`` will do).
 
         Returns:
             Scalars, each of them part of the loss.
@@ -281,7 +282,7 @@ class MixtureTrainingSAE(
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """
-        Save weights and config for inference, both or neither, as :meth:`save_model`.
+        Save weights and config for inference, as carefully as :meth:`save_model`.
 
         Args:
             path: Folder, made if it is missing.
@@ -313,6 +314,7 @@ class MixtureTrainingSAE(
             self._require_tensors(state_dict, self._shapes())
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{weights} cannot be loaded: {error}") from error
+        self.process_state_dict_for_loading(state_dict)
         self.load_state_dict(state_dict)
 
     @override
@@ -370,7 +372,7 @@ class MixtureTrainingSAE(
                 f"got {len(raw)}"
             )
         x = self._normalize_like_the_trainer(raw)
-        if not torch.cat([raw, x]).norm(dim=-1).isfinite().all():
+        if not all(t.norm(dim=-1).isfinite().all() for t in (raw, x)):
             raise ValueError(
                 "batch must be finite, in norms and once normalised too, got NaN or "
                 "infinite values"

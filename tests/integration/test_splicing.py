@@ -18,6 +18,8 @@ from sae_lens import (
     TrainingSAEConfig,
 )
 
+from sae_lens_scale.saes.mixture import is_hooked
+
 HOOK = "blocks.0.hook_resid_post"
 LAST = "blocks.1.hook_resid_post"
 POST = f"{HOOK}.hook_sae_acts_post"
@@ -97,7 +99,8 @@ def nothing_stays_attached(
 ) -> Any:
     yield
     for model in (tiny_model, double_model):
-        attached, hooks = model.acts_to_saes, model.list_hooks()
+        attached = model.acts_to_saes
+        hooks = [name for name, hook in model.hook_dict.items() if is_hooked(hook)]
         model.reset_saes()
         assert not attached and not hooks
 

@@ -298,28 +298,28 @@ def test_somebody_elses_config_is_ignored(tmp_path: Path, content: str):
 
 SPOILED = [
     ("switch", "router.weight", None, "neither router.weight nor gate.weight"),
-    ("switch", "b_dec", None, "missing are b_dec"),
-    ("switch", "encoder.bias", torch.ones(40), "unknown are encoder.bias"),
+    ("switch", "b_dec", None, "missing: b_dec"),
+    ("switch", "encoder.bias", torch.ones(40), "unknown: encoder.bias"),
     ("switch", "decoder", torch.ones(40, 15), r"\[40, 16\], got \[40, 15\]"),
     ("switch", "encoder.weight", torch.ones(16, 40), r"\[M, 16\], got \[16, 40\]"),
     ("switch", "router.weight", torch.ones(0, 16), r"\[N, 16\], got \[0, 16\]"),
     # Mudide et al.'s variant with one expert that is always on.
     ("switch", "router.weight", torch.ones(3, 16), "divisible by num_experts"),
     ("switch", "b_router", torch.full((16,), torch.nan), "b_router .* finite"),
-    ("mixture", "b_gate", None, "missing are b_gate"),
-    ("mixture", "expert_modules.3.decoder", None, "missing are expert_modules.3.dec"),
-    ("mixture", "omega", torch.ones(4), "missing are beta, lp_transform_encoder"),
-    ("mixture", "beta", torch.ones(4), "unknown are beta"),
+    ("mixture", "b_gate", None, "missing: b_gate"),
+    ("mixture", "expert_modules.3.decoder", None, "missing: expert_modules.3.dec"),
+    ("mixture", "omega", torch.ones(4), "missing: beta, lp_transform_encoder"),
+    ("mixture", "beta", torch.ones(4), "unknown: beta"),
     ("mixture", "gate.weight", torch.ones(5, 16), r"\[4, 16\], got \[5, 16\]"),
     ("mixture", "gate.bias", torch.ones(4, 1), r"\[4\], got \[4, 1\]"),
     ("mixture", "expert_modules.1.encoder.bias", torch.ones(9), r"\[10\], got \[9\]"),
     # Earlier versions: some take TopK of each expert alone.
-    ("mixture", "expert_modules.0.decoder.weight", torch.ones(16, 10), "unknown are"),
+    ("mixture", "expert_modules.0.decoder.weight", torch.ones(16, 10), "unknown:"),
     ("mixture", "b_dec", torch.ones(16).int(), "b_dec .* got torch.int32"),
     ("mixture", "b_dec", 3, "b_dec .* got int"),
     ("scale", "lp_transform_encoder.weight", torch.ones(16, 4), r"\[16, 16\]"),
     ("scale", "omega", torch.tensor([1, 2, torch.inf, 3]), "omega .* finite"),
-    ("scale", "expert_modules.a.decoder", torch.ones(10, 16), "unknown are"),
+    ("scale", "expert_modules.a.decoder", torch.ones(10, 16), "unknown:"),
 ]
 
 

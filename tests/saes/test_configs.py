@@ -1,5 +1,6 @@
 """Configs: defaults that SAELens's command line accepts, round trips, refusals."""
 
+from inspect import cleandoc
 from typing import Any
 
 import pytest
@@ -175,5 +176,6 @@ def test_unknown_decomposition_is_refused():
 
 @pytest.mark.parametrize("config_class", ALL)
 def test_every_field_is_documented(config_class: Any):
+    text = cleandoc(config_class.__doc__)
     for name in config_class.__dataclass_fields__:
-        assert f"        {name} (" in config_class.__doc__, name
+        assert f"\n    {name} (" in text, name
