@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -185,6 +186,11 @@ def client_settings(hub: Hub, cache: Path) -> dict[str, str]:
     }
 
 
+def _client_modules() -> list[Any]:
+    loaded = list(sys.modules.items())
+    return [m for name, m in loaded if name.startswith("huggingface_hub.")]
+
+
 @contextmanager
 def running_hub(cache: Path) -> Iterator[Hub]:
     """A hub that this process's ``huggingface_hub`` uses, with an empty cache."""
@@ -194,9 +200,15 @@ def running_hub(cache: Path) -> Iterator[Hub]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in client_settings(hub, cache).items():
                 patch.setenv(name, value)
-            # The client reads its environment when it is imported, and looks its
-            # constants up where they are read here. Only HfApi copies one.
+            # The client reads its environment when it is imported. Most of it looks its
+            # constants up where they are read here; some modules hold copies.
+            before = dict(vars(constants))
             importlib.reload(constants)
+            changed = {n: v for n, v in vars(constants).items() if before.get(n) != v}
+            for module in _client_modules():
+                for name in changed.keys() & vars(module).keys():
+                    if module is not constants and name.isupper():
+                        patch.setattr(module, name, changed[name])
             patch.setattr(huggingface_hub.hf_api.api, "endpoint", constants.ENDPOINT)
             # Connections made before may go by way of a proxy.
             close_session()
