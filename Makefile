@@ -8,12 +8,15 @@ CONSTRAINTS := constraints.txt
 RUN := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint bench-gates clean
+# docs/versions.md says what these are.
+ROW ?= oldest transformer-lens-2
+
+.PHONY: install demo test test-matrix lint bench-gates clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
@@ -24,6 +27,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(RUN) -m pytest $(ARGS)
 
+# Each row has its own environment, made once, and the constraints of its name.
+test-matrix:
+	for row in $(ROW); do \
+		$(MAKE) test VENV=.venv-matrix/$$row CONSTRAINTS=constraints/$$row.txt || exit; \
+	done
+
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -33,4 +42,4 @@ bench-gates: $(INSTALLED)
 	$(RUN) benchmarks/gates.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .venv-matrix outputs
