@@ -183,7 +183,7 @@ def test_compiling_the_SAE_changes_nothing(
     # from it in the code of the kernels only.
     with torch.compiler.set_stance("default", force_backend="aot_eager"):
         compiled = train(tiny_model, cfg, compile_sae=True, **steps)
-    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 100
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 50
     assert_same_weights(weights(compiled), weights(plain), atol=1e-6)
 
 
