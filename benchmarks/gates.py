@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 import sae_lens_scale  # noqa: F401  (registers the architectures)
 from sae_lens_scale.experiments.corpus import docstring_corpus
 from sae_lens_scale.loading.smollm2 import load_smollm2
-from sae_lens_scale.saes.mixture import MixtureSAEConfig
+from sae_lens_scale.saes.mixture_config import MixtureSAEConfig
 from sae_lens_scale.saes.mixture_training import MixtureTrainingSAE
 
 D_IN, D_SAE, K = 576, 18_432, 32

@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from sae_lens_scale.experiments.corpus import docstring_corpus
 from sae_lens_scale.loading.authors import convert_authors_checkpoint
 from sae_lens_scale.loading.smollm2 import load_smollm2
-from sae_lens_scale.saes.mixture import MixtureSAE, replacing_files
+from sae_lens_scale.saes.files import replacing_files
+from sae_lens_scale.saes.mixture import MixtureSAE
 from sae_lens_scale.training import InterruptibleTrainingRunner
 
 # Errors whose text says enough without their type.

@@ -1,19 +1,43 @@
 """The dead-latent loss: latents that stopped firing learn to explain the residual."""
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 
 from sae_lens_scale.ops import grouped_decode
 
 
+def dead_offsets(
+    dead_mask: Bool[torch.Tensor, " d_sae"], num_experts: int
+) -> tuple[
+    Int[torch.Tensor, "num_experts most_dead"],
+    Bool[torch.Tensor, "num_experts most_dead"],
+]:
+    """
+    The dead latents of each expert, as if they were experts of their own.
+
+    Args:
+        dead_mask: Which latents are dead, ``[d_sae]``.
+        num_experts: Number of experts (N); divides d_sae.
+
+    Returns:
+        Their positions within the expert, and which of these positions hold one: rows
+        are filled up with living latents, to as many as the most dead expert has.
+    """
+    by_expert = dead_mask.view(num_experts, -1)
+    most = int(by_expert.sum(dim=-1).max())
+    # Stable: every expert's dead latents first, in their order.
+    offsets = by_expert.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
+    return offsets, by_expert.gather(-1, offsets)
+
+
 def dead_latent_loss(
-    pre_acts: Float[torch.Tensor, "tokens experts_per_token expert_size"],
+    pre_acts: Float[torch.Tensor, "tokens experts_per_token most_dead"],
+    norms: Float[torch.Tensor, "tokens experts_per_token most_dead"] | None,
+    is_dead: Bool[torch.Tensor, "tokens experts_per_token most_dead"],
     gates: Float[torch.Tensor, "tokens experts_per_token"],
     expert_indices: Int[torch.Tensor, "tokens experts_per_token"],
-    dead_mask: Bool[torch.Tensor, " d_sae"],
     residual: Float[torch.Tensor, "tokens d_in"],
-    decoder: Float[torch.Tensor, "d_sae d_in"],
+    W_dec: Float[torch.Tensor, "num_experts_most_dead d_in"],
     num_experts: int,
 ) -> Float[torch.Tensor, ""]:
     """
@@ -30,27 +54,30 @@ def dead_latent_loss(
     SAELens's.
 
     Args:
-        pre_acts: Pre-activations of the selected experts' latents,
-            ``[tokens, experts_per_token, expert_size]``.
+        pre_acts: Pre-activations of the candidates, as they multiply decoder rows,
+            ``[tokens, experts_per_token, most_dead]``; see :func:`dead_offsets`.
+        norms: What they are multiplied by before they are ranked, likewise.
+        is_dead: Which of them are of dead latents, likewise.
         gates: Gates of the selected experts, ``[tokens, experts_per_token]``.
         expert_indices: Selected experts, ``[tokens, experts_per_token]``.
-        dead_mask: Which latents are dead, ``[d_sae]``.
         residual: What the living latents left unexplained, ``[tokens, d_in]``.
-        decoder: Decoder rows as the activations multiply them, ``[d_sae, d_in]``.
-        num_experts: Number of experts; divides d_sae.
+        W_dec: Decoder rows of the dead latents, ``[num_experts * most_dead, d_in]``.
+        num_experts: Number of experts (N).
 
     Returns:
         Squared error summed over d_in and averaged over tokens; a scalar.
     """
-    dead = rearrange(dead_mask, "(N n) -> N n", N=num_experts)[expert_indices]
-    available = dead.sum(dim=(-2, -1))
     k_aux = max(1, residual.shape[-1] // 2)
-    ranking = pre_acts.masked_fill(~dead, -torch.inf).flatten(-2)
-    top = ranking.topk(min(k_aux, ranking.shape[-1]), dim=-1, sorted=False).indices
-    taken = torch.zeros_like(ranking, dtype=torch.bool).scatter_(-1, top, True)
-    # A token with fewer dead candidates than k_aux also drew living ones.
-    taken = taken.view_as(dead) & dead
+    taken = is_dead
+    if pre_acts.shape[1:].numel() > k_aux:
+        ranking = pre_acts if norms is None else pre_acts * norms
+        ranking = ranking.detach().masked_fill(~is_dead, -torch.inf).flatten(-2)
+        top = ranking.topk(k_aux, dim=-1, sorted=False).indices
+        taken = torch.zeros_like(ranking, dtype=torch.bool).scatter_(-1, top, True)
+        # A token with fewer dead candidates than k_aux also drew living ones.
+        taken = taken.view_as(is_dead) & is_dead
     acts = torch.where(taken, pre_acts, 0) * gates.unsqueeze(-1)
-    recons = grouped_decode(acts, decoder, expert_indices, num_experts)
+    recons = grouped_decode(acts, W_dec, expert_indices, num_experts)
+    available = is_dead.sum(dim=(-2, -1))
     scale = (available.to(residual.dtype) / k_aux).clamp(max=1)
     return (scale * (recons - residual).pow(2).sum(dim=-1)).mean()

@@ -61,15 +61,45 @@ def scaled_encoder(
     return rearrange(scaled, "d N n -> d (N n)")
 
 
-def scale_pre_acts(
-    products: Float[torch.Tensor, "*batch experts_per_token expert_size"],
+def low_pass_products(
     x: Float[torch.Tensor, "*batch d_in"],
+    means: Float[torch.Tensor, "*batch experts_per_token"],
     expert_indices: Int[torch.Tensor, "*batch experts_per_token"],
     W_enc: Float[torch.Tensor, "d_in d_sae"],
-    omega: Float[torch.Tensor, " num_experts"],
+    num_experts: int,
     decomposition: DecompositionName,
     W_low_pass: Float[torch.Tensor, "d_in d_in"] | None = None,
-) -> Float[torch.Tensor, "*batch experts_per_token expert_size"]:
+) -> Float[torch.Tensor, "*batch #experts_per_token #expert_size"]:
+    """
+    Products of the input with the low-pass parts of its experts.
+
+    Args:
+        x: Encoder input, ``[..., d_in]``.
+        means: Products with the mean encoder vector of each selected expert,
+            ``[..., experts_per_token]``; the means of the products with its latents.
+        expert_indices: Selected experts, ``[..., experts_per_token]``.
+        W_enc: Encoder weights, ``[d_in, d_sae]``.
+        num_experts: Number of experts; divides d_sae.
+        decomposition: The low-pass part.
+        W_low_pass: The learned map, ``[d_in, d_in]``; with ``"learned"`` only.
+
+    Returns:
+        ``[..., experts_per_token, 1]``, or ``[..., 1, expert_size]`` for ``"identity"``,
+        whose low-pass parts are the same for all experts.
+    """
+    if decomposition == "identity":
+        expert_size = W_enc.shape[-1] // num_experts
+        low = F.pad(x, (0, max(0, expert_size - x.shape[-1])))
+        return low[..., :expert_size].unsqueeze(-2)
+    if decomposition == "learned":
+        vectors = _low_pass_vectors(W_enc, num_experts, W_low_pass)
+        means = (x @ vectors).gather(-1, expert_indices)
+    return means.unsqueeze(-1)
+
+
+def scale_pre_acts(
+    products: torch.Tensor, low: torch.Tensor, omega: torch.Tensor
+) -> torch.Tensor:
     """
     Turn ``x W`` into ``x W_hat`` without building the scaled encoder.
 
@@ -77,23 +107,11 @@ def scale_pre_acts(
     one scalar and one dot product per token and selected expert.
 
     Args:
-        products: ``x W_enc`` for the selected experts' latents, without bias,
-            ``[..., experts_per_token, expert_size]``.
-        x: Encoder input, ``[..., d_in]``.
-        expert_indices: Selected experts, ``[..., experts_per_token]``.
-        W_enc: Encoder weights, ``[d_in, d_sae]``.
-        omega: Amplification of each expert, ``[num_experts]``.
-        decomposition: The low-pass part.
-        W_low_pass: The learned map, ``[d_in, d_in]``; with ``"learned"`` only.
+        products: ``x W_enc`` for any latents, without bias.
+        low: :func:`low_pass_products` for the same latents.
+        omega: Amplification of the same latents' experts.
 
     Returns:
-        ``x W_hat``, in the shape of ``products``.
+        ``x W_hat``; the arguments' shapes broadcast.
     """
-    if decomposition == "identity":
-        expert_size = products.shape[-1]
-        low = F.pad(x, (0, max(0, expert_size - x.shape[-1])))
-        low = low[..., :expert_size].unsqueeze(-2)
-    else:
-        vectors = _low_pass_vectors(W_enc, len(omega), W_low_pass)
-        low = (x @ vectors).gather(-1, expert_indices).unsqueeze(-1)
-    return products + omega[expert_indices].unsqueeze(-1) * (products - low)
+    return products + omega * (products - low)

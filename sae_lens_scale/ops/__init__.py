@@ -4,19 +4,33 @@ Every operation has a slow counterpart written straight from the formula in
 :mod:`sae_lens_scale.ops.reference`, which the tests hold it to.
 """
 
-from .decode import decoder_norm, sparse_decode
+from .buffers import BufferPool
+from .decode import decode_nonzero, decoder_norm
+from .encoder_products import encoder_products
 from .grouped import grouped_decode, grouped_encode
+from .latent_products import (
+    LatentSelection,
+    latent_sums,
+    sampled_products,
+    sparse_decode,
+)
 from .topk import select_topk
 from .types import DecompositionName, GateName, SparseLatents, TopKOver
 
 __all__ = [
+    "BufferPool",
     "DecompositionName",
     "GateName",
+    "LatentSelection",
     "SparseLatents",
     "TopKOver",
+    "decode_nonzero",
     "decoder_norm",
+    "encoder_products",
     "grouped_decode",
     "grouped_encode",
+    "latent_sums",
+    "sampled_products",
     "select_topk",
     "sparse_decode",
 ]

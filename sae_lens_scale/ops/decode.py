@@ -1,10 +1,8 @@
-"""Decoding of compact activations."""
+"""Decoding."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-
-from .types import SparseLatents
 
 
 def decoder_norm(
@@ -18,22 +16,31 @@ def decoder_norm(
     return W_dec.norm(dim=-1).clamp(min=1e-8)
 
 
-def sparse_decode(
-    latents: SparseLatents, W_dec: Float[torch.Tensor, "d_sae d_in"]
-) -> Float[torch.Tensor, "tokens d_in"]:
+def decode_nonzero(
+    acts: Float[torch.Tensor, "tokens d_sae"],
+    weights: Float[torch.Tensor, "d_sae width"],
+    scales: Float[torch.Tensor, " d_sae"] | None = None,
+) -> Float[torch.Tensor, "tokens width"]:
     """
-    Sum the decoder rows of each token's latents, weighted by their values.
+    ``(acts * scales) @ weights``, at the cost of the activations that are not zero; no gradient.
 
     Args:
-        latents: Compact activations, ``[tokens, k]``.
-        W_dec: Decoder weights, ``[d_sae, d_in]``.
+        acts: Activations, most of them zero, ``[tokens, d_sae]``.
+        weights: One row for each latent, ``[d_sae, width]``.
+        scales: What to multiply each latent's activations by, ``[d_sae]``.
 
     Returns:
-        ``[tokens, d_in]``, without decoder bias.
+        ``[tokens, width]``.
     """
+    tokens, latents = acts.nonzero(as_tuple=True)
+    values = acts[tokens, latents]
+    if scales is not None:
+        values = values * scales[latents]
+    counts = torch.bincount(tokens, minlength=len(acts))
     return F.embedding_bag(
-        latents.indices,
-        W_dec,
-        per_sample_weights=latents.values.to(W_dec.dtype),
+        latents,
+        weights,
+        counts.cumsum(0) - counts,
+        per_sample_weights=values.to(weights.dtype),
         mode="sum",
     )

@@ -12,24 +12,41 @@ class _ExpertGroups:
         experts = expert_indices.flatten()
         # Stable, so that results do not depend on the sort's tie-breaking.
         self.order = experts.argsort(stable=True)
-        self.tokens = self.order // expert_indices.shape[-1]
         self.sizes = torch.bincount(experts, minlength=num_experts).tolist()
 
     def multiply(
-        self, rows: torch.Tensor, weights: tuple[torch.Tensor, ...]
+        self,
+        rows: torch.Tensor,
+        row_indices: torch.Tensor,
+        weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Multiply ``rows`` (sorted by expert) by their experts' weights."""
-        # unbind, not slicing: its backward writes each expert's gradient once,
-        # where every slice would allocate a full-size gradient of zeros.
-        return torch.cat(
-            [x @ w for x, w in zip(rows.split(self.sizes), weights, strict=True)]
-        )
+        """
+        Multiply rows by their experts' weights, in the order of the pairs.
 
-    def restore(self, rows: torch.Tensor) -> torch.Tensor:
-        """Undo the sort."""
+        Args:
+            rows: What the pairs' indices select from.
+            row_indices: The row of each pair, sorted by expert.
+            weights: One matrix for each expert.
+
+        Returns:
+            One product for each pair, in their original order.
+        """
+        # unbind, not slicing: its backward writes each expert's gradient once, where
+        # every slice would allocate a full-size gradient of zeros.
+        experts = zip(row_indices.split(self.sizes), weights.unbind(), strict=True)
+        if not (
+            torch.is_grad_enabled() and (rows.requires_grad or weights.requires_grad)
+        ):
+            out = rows.new_empty(len(row_indices), weights.shape[-1])
+            for pairs, (i, w) in zip(
+                self.order.split(self.sizes), experts, strict=True
+            ):
+                out.index_copy_(0, pairs, (rows.index_select(0, i) @ w).to(out.dtype))
+            return out
+        products = torch.cat([rows.index_select(0, i) @ w for i, w in experts])
         inverse = torch.empty_like(self.order)
         inverse[self.order] = torch.arange(len(inverse), device=inverse.device)
-        return rows.index_select(0, inverse)
+        return products.index_select(0, inverse)
 
 
 def grouped_encode(
@@ -55,11 +72,9 @@ def grouped_encode(
         ``[tokens, experts_per_token, d_sae / num_experts]``.
     """
     groups = _ExpertGroups(expert_indices, num_experts)
-    experts = rearrange(W_enc, "d (N n) -> N d n", N=num_experts).unbind()
-    products = groups.restore(
-        groups.multiply(x.index_select(0, groups.tokens), experts)
-    )
-    return products.unflatten(0, expert_indices.shape)
+    experts = rearrange(W_enc, "d (N n) -> N d n", N=num_experts)
+    tokens = groups.order // expert_indices.shape[-1]
+    return groups.multiply(x, tokens, experts).unflatten(0, expert_indices.shape)
 
 
 def grouped_decode(
@@ -85,7 +100,6 @@ def grouped_decode(
         The sum over experts of ``acts @ W_dec``, ``[tokens, d_in]``.
     """
     groups = _ExpertGroups(expert_indices, num_experts)
-    experts = rearrange(W_dec, "(N n) d -> N n d", N=num_experts).unbind()
-    rows = acts.flatten(0, 1).index_select(0, groups.order)
-    out = groups.restore(groups.multiply(rows, experts))
+    experts = rearrange(W_dec, "(N n) d -> N n d", N=num_experts)
+    out = groups.multiply(acts.flatten(0, 1), groups.order, experts)
     return out.unflatten(0, expert_indices.shape).sum(-2)

@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 
+from .buffers import zeros
+
 GateName = Literal["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
 TopKOver = Literal["activations", "gated_activations"]
 DecompositionName = Literal["mean", "identity", "learned"]
@@ -24,8 +26,8 @@ class SparseLatents(NamedTuple):
 
     def to_dense(self, d_sae: int) -> Float[torch.Tensor, "*batch d_sae"]:
         """The same activations ``[..., d_sae]``, zero elsewhere; differentiable."""
-        dense = self.values.new_zeros(*self.values.shape[:-1], d_sae)
-        return dense.scatter_add(-1, self.indices, self.values)
+        dense = zeros((*self.values.shape[:-1], d_sae), self.values)
+        return dense.scatter_add_(-1, self.indices, self.values)
 
     def to_coo(self, d_sae: int) -> torch.Tensor:
         """The same activations as a sparse COO tensor ``[..., d_sae]``."""

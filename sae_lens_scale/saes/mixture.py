@@ -1,134 +1,43 @@
 """What Scale SAE and Switch SAE share, for inference."""
 
-import os
-import tempfile
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from einops import rearrange
-from sae_lens.saes.sae import SAE, SAEConfig
-from sae_lens.util import dtype_to_str
+from sae_lens.saes.sae import SAE, _disable_hooks
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_lens_scale.ops import (
-    GateName,
+    BufferPool,
+    LatentSelection,
     SparseLatents,
-    TopKOver,
+    decode_nonzero,
     decoder_norm,
+    encoder_products,
     grouped_encode,
     select_topk,
     sparse_decode,
 )
 from sae_lens_scale.routing import Routing, route
 
+from .files import replacing_files, require_tensors
+from .mixture_config import MixtureSAEConfig
+
 # What SAELens's run-time activation normalisation leaves on the SAE between encode
 # and decode.
 _RUN_TIME_NORM_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
+# Candidates that are ranked at a time on the CPU: what stays in a core's cache.
+_CANDIDATES_AT_A_TIME = 1 << 18
 
-@dataclass
-class MixtureSAEConfig(SAEConfig, ABC):
-    """
-    Fields that the configs of all mixture-of-experts SAEs share.
-
-    Args:
-        num_experts (int): Number of experts; divides d_sae.
-        k (int): Number of latents kept per token, over all its experts together.
-        gate (GateName): What multiplies a selected expert's activations.
-        topk_over (TopKOver): Whether TopK ranks activations before or after the gate.
-        rescale_acts_by_decoder_norm (bool): Whether to treat the decoder as if its
-            rows had unit norm, by moving their norms into the activations.
-    """
-
-    num_experts: int = 32
-    k: int = 32
-    gate: GateName = "softmax"
-    topk_over: TopKOver = "activations"
-    rescale_acts_by_decoder_norm: bool = False
-
-    @property
-    def experts_per_token(self) -> int:
-        """How many experts each token selects."""
-        return 1
-
-    @property
-    def expert_size(self) -> int:
-        """Latents per expert."""
-        return self.d_sae // self.num_experts
-
-    @override
-    def __post_init__(self) -> None:
-        # These would train, and then fail when the config is written as JSON.
-        for field in fields(self):
-            setattr(self, field.name, _to_json_type(getattr(self, field.name)))
-        super().__post_init__()
-        for name in ("d_in", "d_sae", "num_experts", "experts_per_token", "k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.d_sae % self.num_experts:
-            raise ValueError(
-                f"d_sae must be divisible by num_experts, got d_sae={self.d_sae} "
-                f"and num_experts={self.num_experts}"
-            )
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token must be at most num_experts={self.num_experts}, "
-                f"got {self.experts_per_token}"
-            )
-        candidates = self.experts_per_token * self.expert_size
-        if self.k > candidates:
-            raise ValueError(
-                f"k must be at most the {candidates} latents of a token's experts "
-                f"(experts_per_token={self.experts_per_token} times d_sae / "
-                f"num_experts={self.expert_size}), got {self.k}"
-            )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            # A string such as "False", from a JSON file, would count as true.
-            if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{field.name} must be a bool, got {value!r}")
-        require_choice("gate", self.gate, GateName)
-        require_choice("topk_over", self.topk_over, TopKOver)
-
-
-def _to_json_type(value: Any) -> Any:
-    """Numpy's scalars (of a sweep, say), dtypes and devices as JSON can hold them."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, torch.dtype):
-        return dtype_to_str(value)
-    return str(value) if isinstance(value, torch.device) else value
-
-
-def require_choice(name: str, value: Any, choices: Any) -> Any:
-    """Return ``value`` if it is one of a Literal's, else raise ValueError."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
-    return value
-
-
-@contextmanager
-def replacing_files(folder: str | Path) -> Iterator[Path]:
-    """
-    A folder to write into, whose files replace those of ``folder`` once all are written.
-
-    Whatever stops the writing, ``folder`` keeps the files that it had.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        yield Path(temporary)
-        for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
+# How many times faster an activation is decoded in a dense product than on its own.
+_DENSE_SPEEDUP = 20
 
 
 def is_hooked(hook: nn.Module) -> bool:
@@ -139,20 +48,59 @@ def is_hooked(hook: nn.Module) -> bool:
 T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
 
 
+def _decode_sparsely(feature_acts: torch.Tensor, W_dec: torch.Tensor) -> bool:
+    """Whether to look for what is not zero, and to decode that only: on the CPU, and
+    where no gradient is wanted, which zero activations have too."""
+    if feature_acts.device.type != "cpu" or (
+        torch.is_grad_enabled() and (feature_acts.requires_grad or W_dec.requires_grad)
+    ):
+        return False
+    return feature_acts.count_nonzero() * _DENSE_SPEEDUP < feature_acts.numel()
+
+
+class Kept(NamedTuple):
+    """
+    Which of a token's candidates TopK keeps; all ``[..., k]``.
+
+    Attributes:
+        positions: Their positions among a token's candidates.
+        slots: The positions of their experts among the token's experts.
+        offsets: Their positions within their experts.
+        indices: Their positions among all latents.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    offsets: torch.Tensor
+    indices: torch.Tensor
+
+
 class Encoding(NamedTuple):
     """
     All that encoding a batch computes, compactly.
 
     Attributes:
+        sae_in: The encoder's input, ``[..., d_in]``.
         routing: The experts that each token selected, and their gates.
-        pre_acts: Pre-activations of their latents, as TopK ranks them before any
-            gate, ``[..., experts_per_token, expert_size]``.
-        latents: The latents that survived, ``[..., k]``.
+        mean_products: Products of ``sae_in`` with the mean encoder vector of each
+            selected expert, ``[..., experts_per_token]``.
+        latents: The latents that survived TopK, and their activations, ``[..., k]``.
+        pre_acts: Their pre-activations as TopK ranked them before any gate, ``[..., k]``.
+        coefficients: What multiplies their decoder rows, ``[..., k]``: activations, but
+            for the decoder norms that rescale_acts_by_decoder_norm puts into these.
+        selection: The same latents, as ops want them.
+        candidates: Pre-activations of all latents of the selected experts, before any
+            norms, ``[..., experts_per_token, expert_size]``; only on request.
     """
 
+    sae_in: torch.Tensor
     routing: Routing
-    pre_acts: torch.Tensor
+    mean_products: torch.Tensor
     latents: SparseLatents
+    pre_acts: torch.Tensor
+    coefficients: torch.Tensor
+    selection: LatentSelection
+    candidates: torch.Tensor | None
 
 
 class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
@@ -175,12 +123,16 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         super().__init__(cfg, use_error_term)
         self.hook_expert_weights = HookPoint()
         self.hook_expert_indices = HookPoint()
+        self._gradient_memory = BufferPool()
         self.setup()
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
         cfg = self.cfg
+        # Stored latent by latent, as its gradient is made. A gradient of another layout
+        # would be copied at every step.
+        self.W_enc.data = self.W_enc.data.T.contiguous().T
         like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, **like))
         # nn.Linear's bound for d_in inputs.
@@ -208,15 +160,185 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         latents = self._encode(x).latents
         return self.hook_sae_acts_post(latents.to_dense(self.cfg.d_sae))
 
-    def _encode(self, x: torch.Tensor) -> Encoding:
+    def _encode(self, x: torch.Tensor, with_candidates: bool = False) -> Encoding:
+        """
+        Encode, compactly.
+
+        Args:
+            x: Activations of the language model, ``[..., d_in]``.
+            with_candidates: Whether to return all candidates. Their gradient makes a
+                backward pass as dense as the forward pass.
+        """
         router_in, sae_in = self._process_inputs(x)
         routing = self._route(router_in)
-        pre_acts = self._pre_acts(sae_in, routing.indices)
-        gates = routing.weights.to(pre_acts.dtype)
-        latents = select_topk(
-            pre_acts, gates, routing.indices, self.cfg.k, self.cfg.topk_over
+        norms = None
+        if self.cfg.rescale_acts_by_decoder_norm:
+            norms = decoder_norm(self.W_dec)
+        # Whoever edits pre-activations may make any of them depend on any other.
+        if with_candidates or is_hooked(self.hook_sae_acts_pre):
+            products = self._products(sae_in, routing.indices)
+            candidates = self._candidates(products, sae_in, routing.indices)
+            candidates = self._hook_pre_acts(candidates, routing.indices)
+            kept = self._kept(self._topk(candidates, routing, norms), routing)
+            pre_acts = candidates.flatten(-2).gather(-1, kept.positions)
+            selection, means = self._selection(kept), products.mean(dim=-1)
+        else:
+            candidates = None
+            with torch.no_grad():
+                products = self._products(sae_in.detach(), routing.indices)
+                positions = self._topk_of_products(products, sae_in, routing, norms)
+            kept = self._kept(positions, routing)
+            selection = self._selection(kept)
+            pre_acts, means = self._kept_pre_acts(
+                products, kept, selection, router_in, sae_in, routing.indices
+            )
+        gates = routing.weights.to(pre_acts.dtype).gather(-1, kept.slots)
+        # ReLU before the gate: -inf * 0 would be NaN.
+        coefficients = values = pre_acts.relu() * gates
+        if norms is not None:
+            values = coefficients * norms[kept.indices]
+            pre_acts = pre_acts * norms[kept.indices]
+        return Encoding(
+            sae_in=sae_in,
+            routing=routing,
+            mean_products=means,
+            latents=SparseLatents(values, kept.indices),
+            pre_acts=pre_acts,
+            coefficients=coefficients,
+            selection=selection,
+            candidates=candidates,
         )
-        return Encoding(routing, pre_acts, latents)
+
+    def _candidates(
+        self,
+        products: torch.Tensor,
+        sae_in: torch.Tensor,
+        expert_indices: torch.Tensor,
+    ) -> torch.Tensor:
+        """Pre-activations of all latents of the selected experts, before any norm."""
+        scaled = self._scale(products, sae_in, products.mean(dim=-1), expert_indices)
+        return scaled + self._by_expert(self.b_enc)[expert_indices]
+
+    def _topk(
+        self, pre_acts: torch.Tensor, routing: Routing, norms: torch.Tensor | None
+    ) -> torch.Tensor:
+        with torch.no_grad():
+            if norms is not None:
+                pre_acts = pre_acts * self._by_expert(norms)[routing.indices]
+            return select_topk(
+                pre_acts,
+                routing.weights.to(pre_acts.dtype),
+                self.cfg.k,
+                self.cfg.topk_over,
+            )
+
+    def _topk_of_products(
+        self,
+        products: torch.Tensor,
+        sae_in: torch.Tensor,
+        routing: Routing,
+        norms: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Positions of the kept candidates, of which no more than needed exist at once."""
+        batch = products.shape[:-2]
+        tokens = batch.numel()
+        size = tokens
+        if products.device.type == "cpu":
+            size = _CANDIDATES_AT_A_TIME // products.shape[-2:].numel()
+        parts = [
+            t.reshape(tokens, *t.shape[len(batch) :]).split(max(1, size))
+            for t in (products, sae_in, routing.indices, routing.weights)
+        ]
+        positions = [
+            self._topk(
+                self._candidates(p, x, indices),
+                routing._replace(indices=indices, weights=weights),
+                norms,
+            )
+            for p, x, indices, weights in zip(*parts, strict=True)
+        ]
+        return torch.cat(positions).view(*batch, -1)
+
+    def _kept(self, positions: torch.Tensor, routing: Routing) -> Kept:
+        size = self.cfg.expert_size
+        slots, offsets = positions // size, positions % size
+        indices = routing.indices.gather(-1, slots) * size + offsets
+        return Kept(positions, slots, offsets, indices)
+
+    def _selection(self, kept: Kept) -> LatentSelection:
+        indices = kept.indices.reshape(-1, kept.indices.shape[-1])
+        selection = LatentSelection(indices, self.cfg.d_sae, pool=self._gradient_memory)
+        if torch.is_grad_enabled() and self.W_dec.requires_grad:
+            # Encoder and decoder gradients will both need it.
+            return selection.sorted_by_latent()
+        return selection
+
+    def _kept_pre_acts(
+        self,
+        products: torch.Tensor,
+        kept: Kept,
+        selection: LatentSelection,
+        router_in: torch.Tensor,
+        sae_in: torch.Tensor,
+        expert_indices: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kept latents' pre-activations, and all mean products, differentiable."""
+        cfg = self.cfg
+        kept_products, means = encoder_products(
+            router_in.reshape(-1, cfg.d_in),
+            self.b_dec if cfg.apply_b_dec_to_input else torch.zeros_like(self.b_dec),
+            self.W_enc,
+            products.flatten(-2)
+            .gather(-1, kept.positions)
+            .reshape(selection.indices.shape),
+            products.mean(dim=-1).reshape(-1, cfg.experts_per_token),
+            selection,
+            LatentSelection(
+                expert_indices.reshape(-1, cfg.experts_per_token), cfg.num_experts
+            ),
+        )
+        means = means.view(expert_indices.shape)
+        scaled = self._scale(
+            kept_products.view(kept.indices.shape), sae_in, means, expert_indices, kept
+        )
+        return scaled + self.b_enc[kept.indices], means
+
+    def _scale(
+        self,
+        products: torch.Tensor,
+        sae_in: torch.Tensor,
+        mean_products: torch.Tensor,
+        expert_indices: torch.Tensor,
+        kept: Kept | None = None,
+    ) -> torch.Tensor:
+        """Feature scaling of products: those of ``kept`` latents, or of all candidates."""
+        return products
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Reconstruct, without d_sae-wide activations unless somebody hooks them.
+
+        Args:
+            x: Activations of the language model, ``[..., d_in]``.
+
+        Returns:
+            The reconstruction, in the shape of ``x``; ``x`` with the effect of whatever
+            hooks edit, if ``use_error_term``.
+        """
+        sae_out = self._reconstruct(x)
+        if self.use_error_term:
+            with torch.no_grad():
+                with _disable_hooks(self):
+                    clean = self._reconstruct(x)
+                error = self.hook_sae_error(x - clean)
+            sae_out = sae_out + error
+        return self.hook_sae_output(sae_out)
+
+    def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        if is_hooked(self.hook_sae_acts_post):
+            return self.decode(self.encode(x))
+        return self._decode_encoding(self._encode(x))
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
@@ -240,21 +362,30 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             )
         if feature_acts.is_sparse:
             feature_acts = feature_acts.to_dense()
+        scales = None
         if self.cfg.rescale_acts_by_decoder_norm:
-            feature_acts = feature_acts * (1 / decoder_norm(self.W_dec))
-        return self._finish_decoding(feature_acts @ self.W_dec)
+            scales = 1 / decoder_norm(self.W_dec)
+        if _decode_sparsely(feature_acts, self.W_dec):
+            flat = feature_acts.reshape(-1, self.cfg.d_sae)
+            recons = decode_nonzero(flat, self.W_dec, scales)
+            recons = recons.view(*feature_acts.shape[:-1], self.cfg.d_in)
+        else:
+            if scales is not None:
+                feature_acts = feature_acts * scales
+            recons = feature_acts @ self.W_dec
+        return self._finish_decoding(recons)
 
-    def _decode_latents(self, latents: SparseLatents) -> torch.Tensor:
+    def _decode_encoding(self, encoding: Encoding) -> torch.Tensor:
         """What decode returns for the same activations, from their compact form."""
-        values = latents.values
-        if self.cfg.rescale_acts_by_decoder_norm:
-            values = values * (1 / decoder_norm(self.W_dec))[latents.indices]
-        flat = SparseLatents(
-            values.reshape(-1, values.shape[-1]),
-            latents.indices.reshape(-1, values.shape[-1]),
+        coefficients = encoding.coefficients
+        recons = sparse_decode(
+            coefficients.reshape(encoding.selection.indices.shape),
+            self.W_dec,
+            encoding.selection,
         )
-        recons = sparse_decode(flat, self.W_dec)
-        return self._finish_decoding(recons.view(*values.shape[:-1], self.cfg.d_in))
+        return self._finish_decoding(
+            recons.view(*coefficients.shape[:-1], self.cfg.d_in)
+        )
 
     def _finish_decoding(self, recons: torch.Tensor) -> torch.Tensor:
         recons = self.hook_sae_recons(recons + self.b_dec)
@@ -338,18 +469,6 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             )
         x = self.run_time_activation_norm_fn_in(x)
         return x, x - self.b_dec * self.cfg.apply_b_dec_to_input
-
-    def _pre_acts(
-        self, sae_in: torch.Tensor, expert_indices: torch.Tensor
-    ) -> torch.Tensor:
-        """Pre-activations ``[..., experts_per_token, expert_size]``, as TopK ranks them."""
-        pre_acts = self._products(sae_in, expert_indices)
-        pre_acts = pre_acts + self._by_expert(self.b_enc)[expert_indices]
-        pre_acts = self._hook_pre_acts(pre_acts, expert_indices)
-        if self.cfg.rescale_acts_by_decoder_norm:
-            norms = self._by_expert(decoder_norm(self.W_dec))
-            pre_acts = pre_acts * norms[expert_indices]
-        return pre_acts
 
     def _products(
         self, sae_in: torch.Tensor, expert_indices: torch.Tensor
@@ -472,7 +591,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
                 floating point; the message names all of them.
         """
         super().process_state_dict_for_loading(state_dict)
-        self._require_tensors(state_dict, self._shapes_to_load(state_dict))
+        require_tensors(self.cfg, state_dict, self._shapes_to_load(state_dict))
 
     def _shapes_to_load(self, state_dict: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """What a file has to hold, given what it does hold."""
@@ -480,24 +599,3 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self.named_parameters()}
-
-    def _require_tensors(
-        self, state_dict: dict[str, Any], shapes: dict[str, tuple[int, ...]]
-    ) -> None:
-        problems = [f"{name} is missing" for name in shapes if name not in state_dict]
-        for name, tensor in state_dict.items():
-            if name not in shapes:
-                problems.append(f"{name} is not part of it")
-            elif tuple(tensor.shape) != shapes[name]:
-                problems.append(
-                    f"{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}"
-                )
-            elif not tensor.is_floating_point():
-                problems.append(f"{name} must be of floating point, got {tensor.dtype}")
-        if problems:
-            cfg = self.cfg
-            raise ValueError(
-                f"these are not the weights of a {cfg.architecture()!r} SAE with "
-                f"d_in={cfg.d_in}, d_sae={cfg.d_sae} and "
-                f"num_experts={cfg.num_experts}: {'; '.join(problems)}"
-            )

@@ -22,18 +22,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typing_extensions import override
 
-from sae_lens_scale.dead_latents import dead_latent_loss
+from sae_lens_scale.dead_latents import dead_latent_loss, dead_offsets
 from sae_lens_scale.initialization import geometric_median, spherical_kmeans
-from sae_lens_scale.ops import decoder_norm
+from sae_lens_scale.ops import (
+    LatentSelection,
+    decoder_norm,
+    grouped_encode,
+    sparse_decode,
+)
 from sae_lens_scale.routing import expert_load, load_balance_loss
 
-from .mixture import (
-    Encoding,
-    MixtureSAE,
-    MixtureSAEConfig,
-    is_hooked,
-    replacing_files,
-)
+from .files import replacing_files, require_tensors
+from .mixture import Encoding, MixtureSAE, is_hooked
+from .mixture_config import MixtureSAEConfig
 
 
 @dataclass
@@ -129,10 +130,20 @@ class MixtureTrainingSAE(
             Both ``[..., d_sae]``; pre-activations are -inf at latents whose expert
             was not selected.
         """
-        encoding = self._encode(x)
+        feature_acts, hidden_pre, _ = self._encode_widely(x)
+        return feature_acts, hidden_pre
+
+    def _encode_widely(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Encoding]:
+        encoding = self._encode(x, with_candidates=True)
+        candidates, experts = encoding.candidates, encoding.routing.indices
+        assert candidates is not None
+        if self.cfg.rescale_acts_by_decoder_norm:
+            candidates = candidates * self._by_expert(decoder_norm(self.W_dec))[experts]
         feature_acts = encoding.latents.to_dense(self.cfg.d_sae)
-        hidden_pre = self._to_wide(encoding.pre_acts, encoding.routing.indices)
-        return self.hook_sae_acts_post(feature_acts), hidden_pre
+        hidden_pre = self._to_wide(candidates, experts)
+        return self.hook_sae_acts_post(feature_acts), hidden_pre, encoding
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -146,23 +157,20 @@ class MixtureTrainingSAE(
             ``feature_acts`` and ``hidden_pre`` are those of
             :meth:`encode_with_hidden_pre`. With ``use_sparse_activations``, unless
             ``hook_sae_acts_post`` is hooked, ``feature_acts`` is a sparse COO tensor and
-            ``hidden_pre`` holds the candidates only, ``[tokens, experts_per_token *
-            d_sae / num_experts]``.
+            ``hidden_pre`` holds the surviving latents only, ``[tokens, k]``.
 
         Raises:
             ValueError: If the loss is not finite. One such step would turn every
                 weight into NaN, without an error.
         """
-        encoding = self._encode(step_input.sae_in)
-        latents = encoding.latents
         # Hooks are written for dense activations.
         if self.cfg.use_sparse_activations and not is_hooked(self.hook_sae_acts_post):
-            feature_acts = latents.to_coo(self.cfg.d_sae)
-            hidden_pre = encoding.pre_acts.flatten(-2)
-            sae_out = self._decode_latents(latents)
+            encoding = self._encode(step_input.sae_in)
+            feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
+            hidden_pre = encoding.pre_acts
+            sae_out = self._decode_encoding(encoding)
         else:
-            feature_acts = self.hook_sae_acts_post(latents.to_dense(self.cfg.d_sae))
-            hidden_pre = self._to_wide(encoding.pre_acts, encoding.routing.indices)
+            feature_acts, hidden_pre, encoding = self._encode_widely(step_input.sae_in)
             sae_out = self.decode(feature_acts)
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         losses = {"mse_loss": mse_loss}
@@ -238,18 +246,46 @@ class MixtureTrainingSAE(
         dead = step_input.dead_neuron_mask
         if dead is None or not dead.any():
             return sae_out.new_zeros(())
-        decoder = self.W_dec
-        if self.cfg.rescale_acts_by_decoder_norm:
-            decoder = decoder / decoder_norm(decoder).unsqueeze(-1)
-        routing, pre_acts = encoding.routing, encoding.pre_acts
+        cfg, routing = self.cfg, encoding.routing
+        experts = routing.indices
+        offsets, is_dead = dead_offsets(dead, cfg.num_experts)
+        # Only what is dead is computed: experts made of nothing else.
+        first = torch.arange(cfg.num_experts, device=dead.device) * cfg.expert_size
+        rows = LatentSelection(
+            (first[:, None] + offsets).view(-1, 1),
+            cfg.d_sae,
+            pool=self._gradient_memory,
+        )
+        ones = self.W_dec.new_ones(rows.indices.shape)
+        slots = torch.arange(cfg.experts_per_token, device=dead.device)
+        kept = self._kept(
+            (slots[:, None] * cfg.expert_size + offsets[experts]).flatten(-2), routing
+        )
+        if encoding.candidates is None:
+            products = grouped_encode(
+                encoding.sae_in.reshape(-1, cfg.d_in),
+                sparse_decode(ones, self.W_enc.T, rows).T,
+                experts.reshape(-1, cfg.experts_per_token),
+                cfg.num_experts,
+            ).view(kept.indices.shape)
+            pre_acts = self.b_enc[kept.indices] + self._scale(
+                products, encoding.sae_in, encoding.mean_products, experts, kept
+            )
+        else:
+            pre_acts = encoding.candidates.flatten(-2).gather(-1, kept.positions)
+        norms = None
+        if cfg.rescale_acts_by_decoder_norm:
+            norms = decoder_norm(self.W_dec.detach())[kept.indices]
+            norms = norms.view(-1, *offsets[experts].shape[-2:])
         return dead_latent_loss(
-            pre_acts.reshape(-1, *pre_acts.shape[-2:]),
-            routing.weights.reshape(-1, pre_acts.shape[-2]).to(pre_acts.dtype),
-            routing.indices.reshape(-1, pre_acts.shape[-2]),
-            dead,
-            (step_input.sae_in - sae_out).detach().reshape(-1, self.cfg.d_in),
-            decoder,
-            self.cfg.num_experts,
+            pre_acts.view(-1, *offsets[experts].shape[-2:]),
+            norms,
+            is_dead[experts].view(-1, *offsets[experts].shape[-2:]),
+            routing.weights.reshape(-1, cfg.experts_per_token).to(pre_acts.dtype),
+            experts.reshape(-1, cfg.experts_per_token),
+            (step_input.sae_in - sae_out).detach().reshape(-1, cfg.d_in),
+            sparse_decode(ones, self.W_dec, rows),
+            cfg.num_experts,
         )
 
     @torch.no_grad()
@@ -311,7 +347,7 @@ class MixtureTrainingSAE(
         try:
             state_dict = load_file(weights)
             # Exactly its own: what an export lacks would be made up otherwise.
-            self._require_tensors(state_dict, self._shapes())
+            require_tensors(self.cfg, state_dict, self._shapes())
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{weights} cannot be loaded: {error}") from error
         self.process_state_dict_for_loading(state_dict)

@@ -14,10 +14,15 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import nn
 from typing_extensions import override
 
-from sae_lens_scale.feature_scaling import scale_pre_acts, scaled_encoder
+from sae_lens_scale.feature_scaling import (
+    low_pass_products,
+    scale_pre_acts,
+    scaled_encoder,
+)
 from sae_lens_scale.ops import DecompositionName, GateName
 
-from .mixture import Encoding, MixtureSAE, MixtureSAEConfig, require_choice
+from .mixture import Encoding, Kept, MixtureSAE
+from .mixture_config import MixtureSAEConfig, require_choice
 from .mixture_training import Metrics, MixtureTrainingSAE, MixtureTrainingSAEConfig
 
 
@@ -224,21 +229,33 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
         self.register_parameter("W_low_pass", W_low_pass)
 
     @override
-    def _products(
-        self, sae_in: torch.Tensor, expert_indices: torch.Tensor
+    def _scale(
+        self,
+        products: torch.Tensor,
+        sae_in: torch.Tensor,
+        mean_products: torch.Tensor,
+        expert_indices: torch.Tensor,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
-        products = super()._products(sae_in, expert_indices)
         if self.omega is None:
             return products
-        return scale_pre_acts(
-            products,
+        low = low_pass_products(
             sae_in,
+            mean_products,
             expert_indices,
             self.W_enc,
-            self.omega,
+            self.cfg.num_experts,
             self.cfg.decomposition,
             self.W_low_pass,
         )
+        omega = self.omega[expert_indices]
+        if kept is None:
+            return scale_pre_acts(products, low, omega.unsqueeze(-1))
+        if self.cfg.decomposition == "identity":
+            low = low.squeeze(-2).gather(-1, kept.offsets)
+        else:
+            low = low.squeeze(-1).gather(-1, kept.slots)
+        return scale_pre_acts(products, low, omega.gather(-1, kept.slots))
 
     @torch.no_grad()
     def effective_W_enc(self) -> torch.Tensor:

@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from sae_lens_scale.ops import GateName
 
-from .mixture import MixtureSAE, MixtureSAEConfig
+from .mixture import MixtureSAE
+from .mixture_config import MixtureSAEConfig
 from .mixture_training import MixtureTrainingSAE, MixtureTrainingSAEConfig
 
 

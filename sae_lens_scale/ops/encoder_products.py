@@ -1,0 +1,143 @@
+"""Products with the encoder of the latents that TopK kept: differentiable and sparse."""
+
+from typing import Any
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+
+from .latent_products import (
+    LatentSelection,
+    latent_sums,
+    sampled_products,
+    sparse_decode,
+)
+
+
+class _EncoderProducts(torch.autograd.Function):
+    """See :func:`encoder_products`."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        center: torch.Tensor,
+        W: torch.Tensor,
+        products: torch.Tensor,
+        means: torch.Tensor,
+        *selections: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return products.clone(), means.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, center, W, _, _, indices, order, experts, num_experts, pool = inputs
+        ctx.num_experts, ctx.pool = num_experts, pool
+        ctx.save_for_backward(x, center, W, indices, order, experts)
+        ctx.save_for_forward(x, center, W, indices, order, experts)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def _restore(ctx: Any) -> tuple[Any, ...]:
+        x, center, W, indices, order, experts = ctx.saved_tensors
+        latents = LatentSelection(indices, len(W), order, ctx.pool)
+        return x - center, W, latents, LatentSelection(experts, ctx.num_experts)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, grad_means: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        centered, W, latents, experts = _EncoderProducts._restore(ctx)
+        if grad is None:
+            grad = W.new_zeros(latents.indices.shape)
+        size = len(W) // experts.num_latents
+        # A mean takes an equal part of each of its latents.
+        part = None if grad_means is None else grad_means / size
+        grad_x = grad_center = grad_W = None
+        if ctx.needs_input_grad[0]:
+            grad_x = sparse_decode(grad, W, latents)
+            if part is not None:
+                sums = reduce(W, "(N n) d -> N d", "sum", n=size)
+                grad_x = grad_x + sparse_decode(part, sums, experts)
+        if ctx.needs_input_grad[1]:
+            # The sum of all tokens' gradients, none of which is formed.
+            total = _totals(grad, latents)
+            if part is not None:
+                total = total + _totals(part, experts).repeat_interleave(size)
+            grad_center = -(total @ W)
+        if ctx.needs_input_grad[2]:
+            grad_W = latent_sums(grad, centered, latents)
+            if part is not None:
+                shared = latent_sums(part, centered, experts)
+                grad_W.unflatten(0, (-1, size)).add_(shared.unsqueeze(1))
+        return grad_x, grad_center, grad_W, *[None] * 7
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        centered, W, latents, experts = _EncoderProducts._restore(ctx)
+        x_t, center_t, W_t = tangents[:3]
+        size = len(W) // experts.num_latents
+        products = torch.zeros_like(latents.indices, dtype=W.dtype)
+        means = torch.zeros_like(experts.indices, dtype=W.dtype)
+        pairs = []
+        if x_t is not None:
+            pairs.append((x_t, W))
+        if center_t is not None:
+            pairs.append((-center_t.expand_as(centered), W))
+        if W_t is not None:
+            pairs.append((centered, W_t))
+        for rows, weights in pairs:
+            products = products + sampled_products(rows, weights, latents)
+            of_experts = reduce(weights, "(N n) d -> N d", "mean", n=size)
+            means = means + sampled_products(rows, of_experts, experts)
+        return products, means
+
+
+def _totals(values: torch.Tensor, selection: LatentSelection) -> torch.Tensor:
+    zeros = values.new_zeros(selection.num_latents)
+    return zeros.index_add(0, selection.indices.flatten(), values.flatten())
+
+
+def encoder_products(
+    x: Float[torch.Tensor, "tokens d_in"],
+    center: Float[torch.Tensor, " d_in"],
+    W_enc: Float[torch.Tensor, "d_in d_sae"],
+    products: Float[torch.Tensor, "tokens k"],
+    means: Float[torch.Tensor, "tokens experts_per_token"],
+    latents: LatentSelection,
+    experts: LatentSelection,
+) -> tuple[
+    Float[torch.Tensor, "tokens k"], Float[torch.Tensor, "tokens experts_per_token"]
+]:
+    """
+    Make known products with the encoder differentiable, at the selected latents only.
+
+    The encoder's gradient is then as sparse as TopK's: sums over the tokens that kept a
+    latent, in memory that is written once. The gradient of ``center`` is a product of one
+    vector with the weights, instead of one for each token.
+
+    Args:
+        x: Inputs, ``[tokens, d_in]``.
+        center: What is subtracted from each, ``[d_in]``.
+        W_enc: Encoder weights, ``[d_in, d_sae]``. Backward is fastest if they are stored
+            latent by latent, as the transpose of a contiguous tensor.
+        products: ``(x - center) . W_enc[:, j]`` for each selected latent j.
+        means: ``(x - center)`` times the mean encoder vector of each selected expert.
+        latents: The latents that each token selected.
+        experts: The experts that each token selected; latent j belongs to expert
+            ``j // (d_sae / experts.num_latents)``.
+
+    Returns:
+        ``products`` and ``means``, as functions of the first three arguments.
+    """
+    return _EncoderProducts.apply(
+        x,
+        center,
+        W_enc.T,
+        products,
+        means,
+        latents.indices,
+        latents.order,
+        experts.indices,
+        experts.num_latents,
+        latents.pool,
+    )
