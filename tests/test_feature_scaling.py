@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from sae_lens_scale.feature_scaling import scale_pre_acts, scaled_encoder
+from sae_lens_scale.feature_scaling import (
+    low_pass_products,
+    scale_pre_acts,
+    scaled_encoder,
+)
 from sae_lens_scale.ops import grouped_encode, reference
 
 
@@ -32,7 +36,8 @@ def test_scale_pre_acts_equals_a_product_with_the_scaled_encoder(decomposition: 
     A = draw(5, 5, seed=3) if decomposition == "learned" else None
     indices = torch.rand(7, 3).topk(2, dim=-1).indices
     products = grouped_encode(x, W, indices, 3)
-    got = scale_pre_acts(products, x, indices, W, omega, decomposition, A)  # type: ignore[arg-type]
+    low = low_pass_products(x, products.mean(-1), indices, W, 3, decomposition, A)  # type: ignore[arg-type]
+    got = scale_pre_acts(products, low, omega[indices].unsqueeze(-1))
     W_hat = scaled_encoder(W, omega, decomposition, A)  # type: ignore[arg-type]
     torch.testing.assert_close(got, grouped_encode(x, W_hat, indices, 3))
 

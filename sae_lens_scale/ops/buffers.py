@@ -45,7 +45,8 @@ class BufferPool:
         else:
             buffer = np.empty(nbytes, np.uint8)
             self._buffers.append(buffer)
-        return torch.frombuffer(buffer, dtype=like.dtype).view(shape)
+        # resize_, not view: autograd lets nobody edit a view in place.
+        return torch.frombuffer(buffer, dtype=like.dtype).resize_(shape)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BufferPool":
         return BufferPool()
@@ -71,4 +72,4 @@ def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     nbytes = like.element_size() * math.prod(shape)
     if like.device.type != "cpu" or not nbytes:
         return like.new_zeros(shape)
-    return torch.frombuffer(np.zeros(nbytes, np.uint8), dtype=like.dtype).view(shape)
+    return torch.frombuffer(np.zeros(nbytes, np.uint8), dtype=like.dtype).resize_(shape)

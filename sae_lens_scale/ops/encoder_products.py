@@ -9,6 +9,7 @@ from jaxtyping import Float
 from .latent_products import (
     LatentSelection,
     latent_sums,
+    one_by_one,
     sampled_products,
     sparse_decode,
 )
@@ -18,18 +19,12 @@ class _EncoderProducts(torch.autograd.Function):
     """See :func:`encoder_products`."""
 
     @staticmethod
-    def forward(
-        x: torch.Tensor,
-        center: torch.Tensor,
-        W: torch.Tensor,
-        products: torch.Tensor,
-        means: torch.Tensor,
-        *selections: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        _, _, _, products, means, *_ = inputs
         return products.clone(), means.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
         x, center, W, _, _, indices, order, experts, num_experts, pool = inputs
         ctx.num_experts, ctx.pool = num_experts, pool
         ctx.save_for_backward(x, center, W, indices, order, experts)
@@ -90,6 +85,12 @@ class _EncoderProducts(torch.autograd.Function):
             of_experts = reduce(weights, "(N n) d -> N d", "mean", n=size)
             means = means + sampled_products(rows, of_experts, experts)
         return products, means
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        results = one_by_one(_EncoderProducts, info, in_dims, inputs)
+        products, means = zip(*results, strict=True)
+        return (torch.stack(products), torch.stack(means)), (0, 0)
 
 
 def _totals(values: torch.Tensor, selection: LatentSelection) -> torch.Tensor:

@@ -18,6 +18,8 @@ _CHUNK_BYTES = 8 << 20
 def sparse_decode(
     values: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
 ) -> torch.Tensor:
+    if not indices.numel():
+        return weights.new_zeros(len(indices), weights.shape[-1])
     # Rows that are not contiguous would all be gathered first.
     return F.embedding_bag(
         indices,

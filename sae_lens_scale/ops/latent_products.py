@@ -46,10 +46,26 @@ class LatentSelection(NamedTuple):
         return self._replace(order=self.indices.flatten().argsort(stable=True))
 
 
+def one_by_one(
+    function: type[torch.autograd.Function],
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    inputs: tuple[Any, ...],
+) -> list[Any]:
+    """Apply a function to each member of the batch that torch.vmap makes of inputs."""
+    return [
+        function.apply(
+            *(
+                value if dim is None else value.select(dim, i)
+                for value, dim in zip(inputs, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+
+
 class _Product(torch.autograd.Function):
     """One of the three products; ``known`` is its result, where that is known already."""
-
-    generate_vmap_rule = False
 
     @staticmethod
     def forward(
@@ -68,7 +84,7 @@ class _Product(torch.autograd.Function):
         return _COMPUTE[product](a, b, selection)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
         ctx.product, a, b, indices, ctx.num_latents, order, ctx.pool, _ = inputs
         ctx.save_for_backward(a, b, indices, order)
         ctx.save_for_forward(a, b, indices, order)
@@ -98,16 +114,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        results = [
-            _Product.apply(
-                *(
-                    value if dim is None else value.select(dim, i)
-                    for value, dim in zip(inputs, in_dims, strict=True)
-                )
-            )
-            for i in range(info.batch_size)
-        ]
-        return torch.stack(results), 0
+        return torch.stack(one_by_one(_Product, info, in_dims, inputs)), 0
 
 
 def _apply(

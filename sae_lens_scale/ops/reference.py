@@ -9,7 +9,7 @@ Redundancy: Diverse and Specialized Multi-Expert Sparse Autoencoder").
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from .types import DecompositionName, GateName, TopKOver
 
@@ -216,3 +216,44 @@ def dead_latent_loss(
         scale = min(len(pool) / k_aux, 1.0)
         total = total + scale * ((recons - residual) ** 2).sum()
     return total / len(x)
+
+
+def decode_selected(
+    values: Float[torch.Tensor, "tokens k"],
+    weights: Float[torch.Tensor, "num_latents width"],
+    indices: Int[torch.Tensor, "tokens k"],
+) -> Float[torch.Tensor, "tokens width"]:
+    """``out[t] = sum_i values[t, i] weights[indices[t, i]]``."""
+    out = [weights.new_zeros(weights.shape[1]) for _ in range(len(values))]
+    for t, i in _pairs(indices):
+        out[t] = out[t] + values[t, i] * weights[indices[t, i]]
+    return torch.stack(out) if out else weights.new_zeros(0, weights.shape[1])
+
+
+def sample_products(
+    rows: Float[torch.Tensor, "tokens width"],
+    weights: Float[torch.Tensor, "num_latents width"],
+    indices: Int[torch.Tensor, "tokens k"],
+) -> Float[torch.Tensor, "tokens k"]:
+    """``out[t, i] = rows[t] . weights[indices[t, i]]``."""
+    products = [(rows[t] * weights[indices[t, i]]).sum() for t, i in _pairs(indices)]
+    flat = torch.stack(products) if products else rows.new_zeros(0)
+    return flat.reshape(indices.shape)
+
+
+def sum_by_latent(
+    values: Float[torch.Tensor, "tokens k"],
+    rows: Float[torch.Tensor, "tokens width"],
+    indices: Int[torch.Tensor, "tokens k"],
+    num_latents: int,
+) -> Float[torch.Tensor, "num_latents width"]:
+    """``out[j] = sum of values[t, i] rows[t] over all indices[t, i] = j``."""
+    out = [rows.new_zeros(rows.shape[1]) for _ in range(num_latents)]
+    for t, i in _pairs(indices):
+        j = int(indices[t, i])
+        out[j] = out[j] + values[t, i] * rows[t]
+    return torch.stack(out)
+
+
+def _pairs(indices: torch.Tensor) -> list[tuple[int, int]]:
+    return [(t, i) for t in range(indices.shape[0]) for i in range(indices.shape[1])]

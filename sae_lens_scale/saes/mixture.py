@@ -130,9 +130,6 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
     def initialize_weights(self) -> None:
         super().initialize_weights()
         cfg = self.cfg
-        # Stored latent by latent, as its gradient is made. A gradient of another layout
-        # would be copied at every step.
-        self.W_enc.data = self.W_enc.data.T.contiguous().T
         like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, **like))
         # nn.Linear's bound for d_in inputs.
@@ -257,7 +254,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             )
             for p, x, indices, weights in zip(*parts, strict=True)
         ]
-        return torch.cat(positions).view(*batch, -1)
+        return torch.cat(positions).view(*batch, positions[0].shape[-1])
 
     def _kept(self, positions: torch.Tensor, routing: Routing) -> Kept:
         size = self.cfg.expert_size

@@ -98,6 +98,15 @@ def _is_finite_number(value: Any) -> bool:
     return abs(value) <= sys.float_info.max  # False for NaN and for huge integers.
 
 
+def _stored_by_latent(W_enc: torch.Tensor) -> torch.Tensor:
+    """
+    The same weights ``[d_in, d_sae]``, as the transpose of a contiguous tensor.
+
+    So is their gradient made; one of another layout would be copied at every step.
+    """
+    return W_enc.T.contiguous().T
+
+
 # As TrainStepOutput types them.
 Metrics: TypeAlias = dict[
     str, torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
@@ -115,6 +124,16 @@ class MixtureTrainingSAE(
 
     # Each expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.W_enc.data = _stored_by_latent(self.W_enc.data)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        state_dict["W_enc"] = _stored_by_latent(state_dict["W_enc"])
 
     @override
     def encode_with_hidden_pre(

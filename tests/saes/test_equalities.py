@@ -50,7 +50,9 @@ def test_ScaleSAE_with_one_expert_equals_TopKSAE_bit_for_bit(
     assert (acts != 0).any()
     assert torch.equal(acts, topk.encode(x))
     assert torch.equal(scale.decode(acts), topk.decode(acts))
-    assert torch.equal(scale(x), topk(x))
+    # The compact path sums in another order than a dense product.
+    tolerance = 10 * torch.finfo(scale.dtype).eps
+    torch.testing.assert_close(scale(x), topk(x), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("num_dead", [0, 1, 3, 40, 60])

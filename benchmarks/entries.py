@@ -1,0 +1,305 @@
+"""
+The SAEs that are compared, and what a training step of each has to compute and to move.
+
+FLOPs are those of products with tokens (a multiply-add is two), as each implementation
+computes them. For each token and each of d_in, multiply-adds, where S = d_sae,
+A = experts_per_token * S / num_experts, N = num_experts, e = experts_per_token:
+
+===============  =========  ==============================================================
+                 forward    backward
+===============  =========  ==============================================================
+TopK, dense      2 S        4 S: both products' gradients in both of their factors
+TopK, sparse     S + k      3 S + k: the sparse activations' gradient is computed densely
+sparsify         S + k      4 k
+ours             N + A + k  2 N + 3 k, and e for the expert means that omega needs
+===============  =========  ==============================================================
+
+Dead latents add S and 2 S to TopK, and 2 e m and 4 e m to ours, where m is the number of
+dead latents of the expert that has most.
+
+Bytes are a lower bound: both weight matrices read in each pass and their gradients
+written; every tensor that is S, A or N wide written and read once; a row of d_in read for
+each kept latent and sparse product; four times [tokens, d_in]. Dead latents, norms,
+gradient clipping and Adam are not in it.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from machine import Run, Stopwatch
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
+
+import sae_lens_scale  # noqa: F401  (registers the architectures)
+
+Kind = Literal["scale", "switch", "topk", "topk sparse", "sparsify"]
+
+FORWARD_BACKWARD = ("forward", "backward")
+WHOLE_STEP = ("forward", "statistics", "backward", "update")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in what precision SAEs run; autocast is SAELens's trainer's."""
+
+    device: str
+    dtype: str
+    autocast: bool
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        like: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
+        return torch.randn(*shape, **like)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def autocasting(self) -> contextlib.AbstractContextManager[object]:
+        if not self.autocast:
+            return contextlib.nullcontext()
+        device_type = torch.device(self.device).type
+        return torch.autocast(device_type, dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An SAE to measure; ``dead`` is the share of its latents that count as dead."""
+
+    name: str
+    kind: Kind
+    d_in: int
+    d_sae: int
+    k: int
+    num_experts: int = 1
+    experts_per_token: int = 1
+    dead: float = 0.0
+
+    @property
+    def is_ours(self) -> bool:
+        return self.kind in ("scale", "switch")
+
+    @property
+    def active(self) -> int:
+        """Latents that are computed for each token."""
+        return self.experts_per_token * self.d_sae // self.num_experts
+
+    @cached_property
+    def dead_mask(self) -> torch.Tensor:
+        """Which latents count as dead, ``[d_sae]``."""
+        mask = torch.zeros(self.d_sae, dtype=torch.bool)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(self.d_sae, generator=generator)
+        mask[order[: round(self.dead * self.d_sae)]] = True
+        return mask
+
+    def flops(self, tokens: int) -> dict[str, int]:
+        """FLOPs of products with tokens in each pass of a training step."""
+        e, k, wide, experts = (
+            self.experts_per_token,
+            self.k,
+            self.d_sae,
+            self.num_experts,
+        )
+        means = e if self.kind == "scale" else 0
+        forward, backward = {
+            "topk": (2 * wide, 4 * wide),
+            "topk sparse": (wide + k, 3 * wide + k),
+            "sparsify": (wide + k, 4 * k),
+            "scale": (experts + self.active + k, 2 * experts + 3 * k + means),
+            "switch": (experts + self.active + k, 2 * experts + 3 * k),
+        }[self.kind]
+        if self.dead:
+            dead = wide
+            if self.is_ours:
+                dead = 2 * e * int(self.dead_mask.view(experts, -1).sum(-1).max())
+            forward, backward = forward + dead, backward + 2 * dead
+        per_column = 2 * tokens * self.d_in
+        return {"forward": per_column * forward, "backward": per_column * backward}
+
+    def least_bytes(self, tokens: int, element_size: int) -> int:
+        """What a training step has to read from memory and to write to it."""
+        # Columns of wide tensors, and sparse products.
+        columns, gathers = {
+            "topk": (4 * self.d_sae, 0),
+            "topk sparse": (3 * self.d_sae, 2),
+            "sparsify": (self.d_sae, 5),
+            "scale": (self.active + 4 * self.num_experts, 4),
+            "switch": (self.active + 4 * self.num_experts, 4),
+        }[self.kind]
+        per_token = 2 * columns + gathers * self.k * self.d_in + 4 * self.d_in
+        weights = 2 * self.d_in * self.d_sae
+        return element_size * (3 * weights + tokens * per_token)
+
+    def peak_bound(self, tokens: int, element_size: int) -> int:
+        """Three tensors as wide as the active latents, the kept ones and the input."""
+        return 3 * tokens * (self.active + self.k + self.d_in) * element_size
+
+    def config(self, place: Placement) -> dict[str, Any]:
+        """SAELens's config, for inference too."""
+        config: dict[str, Any] = {
+            "architecture": self.kind.split()[0],
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "k": self.k,
+            "device": place.device,
+            "dtype": place.dtype,
+        }
+        if self.is_ours:
+            config["num_experts"] = self.num_experts
+        if self.kind == "scale":
+            config["experts_per_token"] = self.experts_per_token
+        return config
+
+
+def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]:
+    """The SAEs to compare at one width, and the same for those too expensive to run often."""
+
+    def scale(num_experts: int, experts_per_token: int, **fields: Any) -> Entry:
+        name = f"scale {num_experts}/{experts_per_token}"
+        return Entry(
+            fields.pop("name", name),
+            "scale",
+            d_in,
+            d_sae,
+            k,
+            num_experts,
+            experts_per_token,
+            **fields,
+        )
+
+    reference = scale(64, 2)
+    small = Entry(f"TopK {reference.active:,}", "topk", d_in, reference.active, k)
+    cheap = [
+        reference,
+        scale(64, 8),
+        scale(256, 8),
+        Entry("switch 32", "switch", d_in, d_sae, k, 32),
+        small,
+        scale(64, 2, name="scale 64/2, 5% dead", dead=0.05),
+        Entry(f"{small.name}, 5% dead", "topk", d_in, small.d_sae, k, dead=0.05),
+    ]
+    expensive = [
+        reference,
+        small,
+        Entry(f"TopK {d_sae:,}, dense activations", "topk", d_in, d_sae, k),
+        Entry(f"TopK {d_sae:,}, sparse activations", "topk sparse", d_in, d_sae, k),
+        Entry(f"sparsify {d_sae:,}", "sparsify", d_in, d_sae, k),
+    ]
+    return cheap, expensive
+
+
+class TrainingRun:
+    """Training steps of an SAE on one batch, as SAELens's trainer takes them."""
+
+    def __init__(self, entry: Entry, x: torch.Tensor, place: Placement):
+        self.x, self.place = x, place
+        self.dead_mask = entry.dead_mask.to(place.device)
+        make = _sparsify if entry.kind == "sparsify" else _training_sae
+        self.sae, self.loss = make(entry, place)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=1e-4)
+        self.steps_since_fired = torch.zeros(entry.d_sae, device=place.device)
+        self.firing_counts = torch.zeros(entry.d_sae, device=place.device)
+
+    def __call__(self, watch: Stopwatch) -> None:
+        """A step, with a lap for each of its parts."""
+        with self.place.autocasting():
+            loss, fired = self.loss(self.x, self.dead_mask)
+            watch.lap("forward")
+            self._count_firing(fired)
+            watch.lap("statistics")
+        loss.backward()
+        watch.lap("backward")
+        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        watch.lap("update")
+
+    def forward_backward(self) -> None:
+        """What the memory of a step is measured on; leaves gradients behind."""
+        with self.place.autocasting():
+            loss, _ = self.loss(self.x, self.dead_mask)
+        loss.backward()
+
+    @torch.no_grad()
+    def _count_firing(self, fired: torch.Tensor) -> None:
+        # SAETrainer._train_step's lines; sparsify's trainer has indices.
+        self.steps_since_fired += 1
+        if fired.dtype == torch.int64:
+            self.steps_since_fired[fired.flatten()] = 0
+            return
+        firing = fired.bool().float()
+        did_fire = firing.sum(-2).bool()
+        if did_fire.is_sparse:
+            did_fire = did_fire.to_dense()
+        self.steps_since_fired[did_fire] = 0
+        self.firing_counts += firing.sum(0)
+
+
+# Maps a batch and a mask of dead latents to the loss and what fired.
+Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _training_sae(entry: Entry, place: Placement) -> tuple[torch.nn.Module, Loss]:
+    config = entry.config(place)
+    if entry.kind == "topk sparse":
+        # Rescaling fails in SAELens's sparse backward pass.
+        config["use_sparse_activations"] = True
+        config["rescale_acts_by_decoder_norm"] = False
+    sae = TrainingSAE.from_dict(config)
+
+    def loss(x: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=x,
+                coefficients={},
+                dead_neuron_mask=dead,
+                n_training_steps=0,
+                is_logging_step=False,
+            )
+        )
+        return output.loss, output.feature_acts
+
+    return sae, loss
+
+
+def _sparsify(entry: Entry, place: Placement) -> tuple[torch.nn.Module, Loss]:
+    if torch.device(place.device).type == "cpu":
+        # Its kernels are for GPUs, but chosen wherever triton is installed.
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    config = SparseCoderConfig(num_latents=entry.d_sae, k=entry.k)
+    coder = SparseCoder(entry.d_in, config, place.device, place.torch_dtype)
+
+    def loss(x: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = coder(x, dead_mask=dead)
+        return output.fvu, output.latent_indices
+
+    return coder, loss
+
+
+def inference_run(entry: Entry, batches: list[torch.Tensor], place: Placement) -> Run:
+    """Reconstructs one batch after another, in both of the ways that SAELens has."""
+    sae = SAE.from_dict(entry.config(place))
+    calls = 0
+
+    @torch.no_grad()
+    def run(watch: Stopwatch) -> None:
+        nonlocal calls
+        x = batches[calls % len(batches)]
+        calls += 1
+        with place.autocasting():
+            sae.decode(sae.encode(x))
+            watch.lap("decode(encode(x))")
+            sae(x)
+            watch.lap("forward")
+
+    return run

@@ -1,0 +1,524 @@
+"""
+What do training and inference cost, in time and memory, and what could the machine do?
+
+    python benchmarks/speed.py                            # all parts, a quarter of an hour
+    python benchmarks/speed.py --parts step --repeats 31
+    python benchmarks/speed.py --device cuda --autocast --batch 8192
+
+Parts:
+
+- ``step``: training steps beside SAELens's TopK SAE and sparsify's, at equal width and, for
+  TopK, at equal active latents.
+- ``inference``: ``decode(encode(x))`` and ``forward``.
+- ``scaling``: steps of wider and wider SAEs with the same active latents per token, beside
+  what has to be linear in the width: writing the gradients, and the optimizer. And one SAE
+  of a million latents.
+- ``memory``: what one forward and backward pass needs beyond parameters and gradients.
+- ``machine``: what matrix products and memory attain here; ceilings for all the others.
+
+SAEs are compared within one process and in turns: a machine that slows down, does so for
+all. An SAE that takes seconds and allocates gigabytes at every step leaves caches cold, and
+pages and clock rates changed, for what comes after it. So those form a second group, with
+fewer rounds, in which the two references run, too: ratios are taken within a group, and
+how the references differ between the groups shows how much neighbours matter.
+
+Times are medians over the rounds, after a round that is not timed. "whole step" is forward,
+the trainer's firing statistics, backward, gradient clipping, Adam and zero_grad; sparsify
+is given the same optimizer, without its own trainer's work on decoder norms, and is under
+autocast on every GPU that knows bfloat16. Inputs are random and so are weights: routing is
+nearly balanced. entries.py says what FLOPs and bytes are counted.
+
+Each part replaces its own results in the file and leaves those of the others.
+"""
+
+import gc
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from entries import (
+    FORWARD_BACKWARD,
+    WHOLE_STEP,
+    Entry,
+    Placement,
+    TrainingRun,
+    comparison,
+    inference_run,
+)
+from machine import (
+    UNAVAILABLE,
+    Run,
+    Stopwatch,
+    available_memory,
+    ceilings,
+    context,
+    interleave,
+    markdown,
+    peak_bytes,
+    peak_rss,
+    python_peak_bytes,
+    summary,
+    torch_allocations,
+    write_json,
+)
+from simple_parsing import parse
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Args:
+    """Measure speed and memory of SAEs."""
+
+    parts: list[str] = field(default_factory=lambda: list(PARTS))  # which to run
+    batch: int = 4096  # tokens per step
+    d_in: int = 768  # width of the language model's activations
+    d_sae: int = 24_576  # latents; a multiple of 256
+    k: int = 32  # latents kept per token
+    repeats: int = 15  # timed rounds
+    repeats_expensive: int = 3  # timed rounds of what takes seconds per step
+    tokens: int = 100_000  # tokens of inference
+    device: str = "cpu"
+    dtype: str = "float32"  # of the weights; or bfloat16
+    autocast: bool = False  # bfloat16 autocast, as SAELens's trainer does
+    tf32: bool = False  # let float32 products use TF32
+    threads: int = 0  # threads of torch; 0 leaves its default
+    million: bool = True  # whether scaling includes a million latents
+    quick: bool = False  # tiny sizes, to see that it runs; results go to outputs/
+    output: Path | None = None  # JSON; benchmarks/results/speed-DEVICE.json
+    plot: Path | None = None  # picture of scaling; docs/images/scaling.png
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.parts) - set(PARTS))
+        if unknown:
+            raise ValueError(f"parts must be among {sorted(PARTS)}, got {unknown}")
+        if self.quick:
+            self.batch, self.d_in, self.d_sae, self.k = 64, 32, 2048, 8
+            self.repeats, self.repeats_expensive, self.tokens = 2, 1, 256
+        if min(self.repeats, self.repeats_expensive) < 1:
+            raise ValueError("repeats must be at least 1")
+        kind = torch.device(self.device).type
+        results, images = ROOT / "benchmarks/results", ROOT / "docs/images"
+        if self.quick:
+            results = images = ROOT / "outputs/quick"
+        suffix = "" if kind == "cpu" else f"-{kind}"
+        self.output = self.output or results / f"speed-{kind}.json"
+        self.plot = self.plot or images / f"scaling{suffix}.png"
+
+    @property
+    def place(self) -> Placement:
+        return Placement(self.device, self.dtype, self.autocast)
+
+    @property
+    def groups(self) -> dict[str, tuple[list[Entry], int]]:
+        cheap, expensive = comparison(self.d_in, self.d_sae, self.k)
+        return {
+            "main": (cheap, self.repeats),
+            "expensive": (expensive, self.repeats_expensive),
+        }
+
+
+def step(args: Args) -> dict[str, Any]:
+    x = args.place.randn(args.batch, args.d_in)
+    return {
+        name: _compare(
+            entries,
+            rounds,
+            args,
+            f"step, {name}",
+            lambda e: TrainingRun(e, x, args.place),
+        )
+        for name, (entries, rounds) in args.groups.items()
+    }
+
+
+def inference(args: Args) -> dict[str, Any]:
+    batches = [
+        args.place.randn(args.batch, args.d_in)
+        for _ in range(-(-args.tokens // args.batch))
+    ]
+    result = {}
+    for name, (entries, rounds) in args.groups.items():
+        entries = [e for e in entries if not e.dead and e.kind not in NOT_FOR_INFERENCE]
+        # Every batch once; of what is expensive, some.
+        rounds = len(batches) if name == "main" else rounds
+        result[name] = _compare(
+            entries,
+            rounds,
+            args,
+            f"inference, {name}",
+            lambda e: inference_run(e, batches, args.place),
+        )
+    return result
+
+
+# Inference knows one TopK only, and sparsify's is the forward pass of its training.
+NOT_FOR_INFERENCE = ("topk sparse", "sparsify")
+
+
+def _compare(
+    entries: Sequence[Entry],
+    rounds: int,
+    args: Args,
+    label: str,
+    start: Callable[[Entry], Run],
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return interleave(
+        {e.name: lambda e=e: start(e) for e in entries},
+        rounds,
+        args.device,
+        label,
+        optional=[e.name for e in entries if not e.is_ours],
+    )
+
+
+def wider(args: Args) -> list[Entry]:
+    """Two of ever more experts that are 1/64 of d_sae each."""
+    size = args.d_sae // 64
+    return [
+        Entry(f"scale {n}/2", "scale", args.d_in, n * size, args.k, n, 2)
+        for n in (16, 32, 64, 128, 256)
+    ]
+
+
+def scaling(args: Args) -> dict[str, Any]:
+    entries = wider(args)
+    x = args.place.randn(args.batch, args.d_in)
+    # As much memory as the widest gradients take.
+    memory = args.place.randn(2 * entries[-1].d_sae, args.d_in)
+    result = {
+        "widths": _compare(
+            entries,
+            args.repeats,
+            args,
+            "scaling",
+            lambda e: _with_linear_part(TrainingRun(e, x, args.place), memory),
+        )
+    }
+    del memory
+    if args.million:
+        result["million"] = _million(args)
+    plot_scaling(entries, result["widths"], args)
+    return result
+
+
+def _with_linear_part(run: TrainingRun, memory: torch.Tensor) -> Run:
+    """A step, its router alone, and writing as much as its gradients hold."""
+    gradients = memory[: 2 * run.sae.cfg.d_sae]
+
+    def timed(watch: Stopwatch) -> None:
+        run(watch)
+        with run.place.autocasting():
+            probabilities = run.sae.route(run.x).probabilities
+        probabilities.square().sum().backward()
+        watch.lap("router")
+        run.optimizer.zero_grad()
+        gradients.zero_()
+        watch.lap("fill, reused memory")
+        torch.empty_like(gradients).zero_()
+        watch.lap("fill, fresh memory")
+
+    return timed
+
+
+def _million(args: Args) -> dict[str, Any]:
+    """Steps of a million latents, where there is memory for them."""
+    entry = Entry("scale 4,096/3", "scale", 256, 1 << 20, 32, 4096, 3)
+    if args.quick:
+        entry = replace(entry, d_in=16, d_sae=1 << 12, k=8, num_experts=64)
+    weights = 2 * entry.d_in * entry.d_sae * args.place.torch_dtype.itemsize
+    # Parameters, gradients, two moments, and two temporaries of Adam.
+    needed, available = 5 * weights + (1 << 30), available_memory(args.device)
+    record: dict[str, Any] = {"entry": asdict(entry)}
+    if available < needed:
+        reason = f"needs {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are available"
+        return {**record, "missing": reason}
+    x = args.place.randn(args.batch, entry.d_in)
+
+    def run() -> None:
+        start = lambda e: TrainingRun(e, x, args.place)
+        laps = _compare(
+            [entry], args.repeats_expensive, args, "a million latents", start
+        )
+        record.update(laps[entry.name])
+
+    rss = peak_rss(run)
+    return {**record, "peak_rss": rss and rss[1]}
+
+
+def plot_scaling(entries: list[Entry], records: dict[str, Any], args: Args) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("matplotlib is not installed: no picture of scaling")
+        return
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    lines = {
+        "forward + backward": (FORWARD_BACKWARD, "o-"),
+        "of which router, forward + backward": (("router",), "s--"),
+        "gradient clipping and Adam": (("update",), "^-"),
+        "writing the gradients' size, fresh memory": (("fill, fresh memory",), "v:"),
+        "writing the gradients' size, reused memory": (("fill, reused memory",), "x:"),
+    }
+    for label, (names, style) in lines.items():
+        times = [
+            1e3 * summary(records[e.name]["laps"], *names)["median"] for e in entries
+        ]
+        axes.plot([e.d_sae for e in entries], times, style, label=label, markersize=5)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks([e.d_sae for e in entries], [f"{e.d_sae:,}" for e in entries])
+    axes.set_xlabel("latents d_sae (experts N below)")
+    for e in entries:
+        axes.annotate(
+            f"{e.num_experts}",
+            (e.d_sae, 0.02),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            color="gray",
+        )
+    axes.set_ylabel("milliseconds per step")
+    axes.set_title(
+        f"Scale SAE, {entries[0].active} active latents per token, "
+        f"{args.batch:,} tokens, d_in {args.d_in}, {args.device}",
+        fontsize=10,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    assert args.plot is not None
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.plot, dpi=150)
+
+
+def memory(args: Args) -> dict[str, Any]:
+    x = args.place.randn(args.batch, args.d_in)
+    entries = {e.name: e for group, _ in args.groups.values() for e in group}
+    records = {}
+    for name, entry in entries.items():
+        print(f"memory: {name}", flush=True)
+        try:
+            records[name] = _memory_of(entry, x, args)
+        except UNAVAILABLE as error:
+            if entry.is_ours:
+                raise
+            records[name] = {"missing": f"{type(error).__name__}: {error}"}
+        gc.collect()
+    return records
+
+
+def _memory_of(entry: Entry, x: torch.Tensor, args: Args) -> dict[str, Any]:
+    """
+    Bytes at the peak of a forward and backward pass, gradients of parameters left out.
+
+    The pass before has filled the pool that our gradients take their memory from: what
+    NumPy allocates from then on are temporaries.
+    """
+    run = TrainingRun(entry, x, args.place)
+    run.forward_backward()
+    run.optimizer.zero_grad()
+    outside_torch = python_peak_bytes(run.forward_backward)
+    run.optimizer.zero_grad()
+    events = torch_allocations(run.forward_backward)
+    gradients = [p.grad for p in run.sae.parameters() if p.grad is not None]
+    in_torch = peak_bytes(events, {g.untyped_storage().data_ptr() for g in gradients})
+    run.optimizer.zero_grad()
+    del gradients
+    record: dict[str, Any] = {
+        "peak_in_torch": in_torch,
+        "peak_outside_torch": outside_torch,
+        "bound": entry.peak_bound(args.batch, x.element_size()),
+    }
+    rss = peak_rss(run.forward_backward)
+    if rss is not None:
+        record["rss_growth_with_gradients"] = rss[1] - rss[0]
+    return record
+
+
+def machine(args: Args) -> dict[str, Any]:
+    side, nbytes = (128, 1 << 20) if args.quick else (4096, 1 << 29)
+    return ceilings(args.device, args.repeats, side, nbytes)
+
+
+def ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f}"
+
+
+def gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.3g}"
+
+
+def show_step(result: dict[str, Any], args: Args) -> None:
+    element_size = args.place.torch_dtype.itemsize
+    for name, (entries, rounds) in args.groups.items():
+        rows = []
+        for entry in entries:
+            record = result[name][entry.name]
+            if "missing" in record:
+                rows.append({"SAE": f"{entry.name}: {record['missing']}"})
+                continue
+            times = {p: summary(record["laps"], p) for p in FORWARD_BACKWARD}
+            both = summary(record["laps"], *FORWARD_BACKWARD)
+            flops = sum(entry.flops(args.batch).values())
+            nbytes = entry.least_bytes(args.batch, element_size)
+            rows.append(
+                {
+                    "SAE": entry.name,
+                    **{phase: ms(t["median"]) for phase, t in times.items()},
+                    "both": ms(both["median"]),
+                    "min": ms(both["min"]),
+                    "CPU": ms(both["cpu_median"]),
+                    "whole step": ms(summary(record["laps"], *WHOLE_STEP)["median"]),
+                    **_ratios(result[name], entries, both["median"]),
+                    "GFLOP": f"{flops / 1e9:.1f}",
+                    "GFLOP/s": f"{flops / 1e9 / both['median']:.0f}",
+                    "GB": gb(nbytes),
+                    "GB/s": gb(nbytes / both["median"]),
+                }
+            )
+        print(f"\nTraining step, {name} group, ms, medians of {rounds} rounds\n")
+        print(markdown(rows))
+
+
+def _ratios(
+    records: dict[str, Any], entries: Sequence[Entry], seconds: float
+) -> dict[str, str]:
+    """Times those of the references: the first SAE, and the TopK SAE that costs as much."""
+    names = [entries[0].name, f"TopK {entries[0].active:,}"]
+    references = {
+        name: summary(records[name]["laps"], *FORWARD_BACKWARD)["median"]
+        for name in names
+        if "laps" in records[name]
+    }
+    return {f"/ {name}": f"{seconds / r:.2f}" for name, r in references.items()}
+
+
+def show_inference(result: dict[str, Any], args: Args) -> None:
+    rows = []
+    for name, records in result.items():
+        for entry, record in records.items():
+            row = {"SAE": entry, "group": name}
+            if "missing" in record:
+                row["SAE"] += f": {record['missing']}"
+            for lap in record.get("laps", {}):
+                times = summary(record["laps"], lap)
+                batches = args.tokens / args.batch
+                rounds = len(record["laps"][lap]["wall"])
+                row["tokens timed"] = f"{rounds * args.batch:,}"
+                row[lap] = f"{times['median'] * batches:.2f}"
+                row[f"{lap}, CPU"] = f"{times['cpu_median'] * batches:.2f}"
+            rows.append(row)
+    print(f"\nInference, seconds for {args.tokens:,} tokens (median batch, scaled)\n")
+    print(markdown(rows))
+
+
+def show_scaling(result: dict[str, Any], args: Args) -> None:
+    phases = {
+        "forward + backward": FORWARD_BACKWARD,
+        **{p: (p,) for p in ("forward", "backward", "router")},
+        "clip and Adam": ("update",),
+        "fill, reused": ("fill, reused memory",),
+        "fill, fresh": ("fill, fresh memory",),
+        "whole step": WHOLE_STEP,
+    }
+    rows = []
+    for entry in wider(args):
+        laps = result["widths"][entry.name]["laps"]
+        row = {"SAE": entry.name, "d_sae": f"{entry.d_sae:,}"}
+        row |= {h: ms(summary(laps, *names)["median"]) for h, names in phases.items()}
+        rows.append(row | {"CPU": ms(summary(laps, *FORWARD_BACKWARD)["cpu_median"])})
+    print("\nScaling, ms; fill: writing as much as the gradients of the weights\n")
+    print(markdown(rows))
+    million = result.get("million", {})
+    if "laps" in million:
+        both, whole = (
+            summary(million["laps"], *p)["median"]
+            for p in (FORWARD_BACKWARD, WHOLE_STEP)
+        )
+        rss = million["peak_rss"]
+        print(
+            f"\n{million['entry']['d_sae']:,} latents, d_in {million['entry']['d_in']}: "
+            f"forward + backward {ms(both)} ms, whole step {ms(whole)} ms, "
+            f"peak RSS {gb(rss) if rss else 'unknown'} GB"
+        )
+    elif million:
+        print(f"\nA million latents: {million['missing']}")
+
+
+def show_memory(result: dict[str, Any], args: Args) -> None:
+    rows = []
+    for name, record in result.items():
+        if "missing" in record:
+            rows.append({"SAE": f"{name}: {record['missing']}"})
+            continue
+        peak = record["peak_in_torch"] + record["peak_outside_torch"]
+        rss = record.get("rss_growth_with_gradients")
+        rows.append(
+            {
+                "SAE": name,
+                "peak": f"{peak / 1e6:,.1f}",
+                "bound": f"{record['bound'] / 1e6:,.1f}",
+                "peak / bound": f"{peak / record['bound']:.2f}",
+                "growth of RSS": f"{rss / 1e6:,.1f}" if rss is not None else "-",
+            }
+        )
+    print(
+        "\nMemory of a forward and backward pass, MB, without parameters and their "
+        "gradients\n(RSS includes gradients that are allocated anew)\n"
+    )
+    print(markdown(rows))
+
+
+def show_machine(result: dict[str, Any], args: Args) -> None:
+    rows = []
+    for name, record in result.items():
+        unit = "GFLOP/s" if "matmul" in name else "GB/s"
+        row = {"": name, "per second": f"{record['per_second'] / 1e9:,.1f} {unit}"}
+        if "page_fault" in record:
+            row["page fault"] = f"{1e9 * record['page_fault']:.0f} ns"
+        rows.append(row)
+    print(f"\nThis machine, {torch.get_num_threads()} threads\n")
+    print(markdown([{"": "", "per second": "", "page fault": ""}, *rows][1:]))
+
+
+PARTS: dict[str, tuple[Callable[[Args], dict[str, Any]], Callable[..., None]]] = {
+    "machine": (machine, show_machine),
+    "step": (step, show_step),
+    "inference": (inference, show_inference),
+    "scaling": (scaling, show_scaling),
+    "memory": (memory, show_memory),
+}
+
+
+def main() -> None:
+    args = parse(Args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
+    path = args.output
+    assert path is not None
+    settings = {
+        key: value
+        for key, value in asdict(args).items()
+        if key not in ("parts", "output", "plot")
+    }
+    for part in args.parts:
+        # Read before hours are spent, and again for what another run has added.
+        measure, show = PARTS[part]
+        record = {"context": context(args.device), "settings": settings}
+        record["results"] = measure(args)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, {**known, part: record})
+        show(record["results"], args)
+
+
+if __name__ == "__main__":
+    main()
