@@ -11,7 +11,7 @@ A = experts_per_token * S / num_experts, N = num_experts, e = experts_per_token:
 TopK, dense      2 S        4 S: both products' gradients in both of their factors
 TopK, sparse     S + k      3 S + k: the sparse activations' gradient is computed densely
 sparsify         S + k      4 k
-ours             N + A + k  2 N + 3 k, and e for the expert means that omega needs
+ours             N + A + k  N + 3 k, and e for the expert means that omega needs
 ===============  =========  ==============================================================
 
 Dead latents add S and 2 S to TopK, and 2 e m and 4 e m to ours, where m is the number of
@@ -54,6 +54,10 @@ class Placement:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 
+    @property
+    def kind(self) -> str:
+        return torch.device(self.device).type
+
     def randn(self, *shape: int) -> torch.Tensor:
         like: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
         return torch.randn(*shape, **like)
@@ -65,8 +69,7 @@ class Placement:
     def autocasting(self) -> contextlib.AbstractContextManager[object]:
         if not self.autocast:
             return contextlib.nullcontext()
-        device_type = torch.device(self.device).type
-        return torch.autocast(device_type, dtype=torch.bfloat16)
+        return torch.autocast(self.kind, dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ class Entry:
             "topk": (2 * wide, 4 * wide),
             "topk sparse": (wide + k, 3 * wide + k),
             "sparsify": (wide + k, 4 * k),
-            "scale": (experts + self.active + k, 2 * experts + 3 * k + means),
-            "switch": (experts + self.active + k, 2 * experts + 3 * k),
+            "scale": (experts + self.active + k, experts + 3 * k + means),
+            "switch": (experts + self.active + k, experts + 3 * k),
         }[self.kind]
         if self.dead:
             dead = wide
@@ -203,6 +206,8 @@ class TrainingRun:
         self.x, self.place = x, place
         self.dead_mask = entry.dead_mask.to(place.device)
         make = _sparsify if entry.kind == "sparsify" else _training_sae
+        self.sae: Any
+        self.loss: Loss
         self.sae, self.loss = make(entry, place)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=1e-4)
         self.steps_since_fired = torch.zeros(entry.d_sae, device=place.device)
@@ -271,7 +276,7 @@ def _training_sae(entry: Entry, place: Placement) -> tuple[torch.nn.Module, Loss
 
 
 def _sparsify(entry: Entry, place: Placement) -> tuple[torch.nn.Module, Loss]:
-    if torch.device(place.device).type == "cpu":
+    if place.kind == "cpu":
         # Its kernels are for GPUs, but chosen wherever triton is installed.
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoder, SparseCoderConfig

@@ -145,9 +145,9 @@ def summary(laps: dict[str, Any], *names: str) -> dict[str, float]:
     }
 
 
-def torch_allocations(run: Callable[[], object]) -> list[tuple[int, int]]:
+def torch_allocations(run: Callable[[], object], device: str) -> list[tuple[int, int]]:
     """
-    What torch allocates and frees in a run, inside its operators too.
+    What torch allocates and frees on a device in a run, inside its operators too.
 
     Its profiler hears of every allocation of torch's allocators; watching tensors from
     Python would miss an operator's own temporaries. Scratch memory of BLAS libraries is
@@ -163,7 +163,10 @@ def torch_allocations(run: Callable[[], object]) -> list[tuple[int, int]]:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
+    # c10's numbers of devices.
+    kind = {"cpu": 0, "cuda": 1}[torch.device(device).type]
     memory = [event for event in events if event["name"] == "[memory]"]
+    memory = [event for event in memory if event["args"]["Device Type"] == kind]
     memory.sort(key=lambda event: event["ts"])
     return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in memory]
 
@@ -309,6 +312,11 @@ def ceilings(
         pages = nbytes / mmap.PAGESIZE
         records["fill, fresh memory"]["page_fault"] = (fresh - reused) / pages
     return records
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's record; an empty one where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -32,7 +32,6 @@ Each part replaces its own results in the file and leaves those of the others.
 """
 
 import gc
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -63,6 +62,7 @@ from machine import (
     peak_bytes,
     peak_rss,
     python_peak_bytes,
+    read_json,
     summary,
     torch_allocations,
     write_json,
@@ -103,7 +103,7 @@ class Args:
             self.repeats, self.repeats_expensive, self.tokens = 2, 1, 256
         if min(self.repeats, self.repeats_expensive) < 1:
             raise ValueError("repeats must be at least 1")
-        kind = torch.device(self.device).type
+        kind = self.place.kind
         results, images = ROOT / "benchmarks/results", ROOT / "docs/images"
         if self.quick:
             results = images = ROOT / "outputs/quick"
@@ -199,7 +199,9 @@ def scaling(args: Args) -> dict[str, Any]:
             args.repeats,
             args,
             "scaling",
-            lambda e: _with_linear_part(TrainingRun(e, x, args.place), memory),
+            lambda e: _with_linear_part(
+                TrainingRun(e, x, args.place), memory[: 2 * e.d_sae]
+            ),
         )
     }
     del memory
@@ -209,9 +211,8 @@ def scaling(args: Args) -> dict[str, Any]:
     return result
 
 
-def _with_linear_part(run: TrainingRun, memory: torch.Tensor) -> Run:
-    """A step, its router alone, and writing as much as its gradients hold."""
-    gradients = memory[: 2 * run.sae.cfg.d_sae]
+def _with_linear_part(run: TrainingRun, gradients: torch.Tensor) -> Run:
+    """A step, its router alone, and writing as much as its weights' gradients hold."""
 
     def timed(watch: Stopwatch) -> None:
         run(watch)
@@ -326,7 +327,7 @@ def _memory_of(entry: Entry, x: torch.Tensor, args: Args) -> dict[str, Any]:
     run.optimizer.zero_grad()
     outside_torch = python_peak_bytes(run.forward_backward)
     run.optimizer.zero_grad()
-    events = torch_allocations(run.forward_backward)
+    events = torch_allocations(run.forward_backward, args.device)
     gradients = [p.grad for p in run.sae.parameters() if p.grad is not None]
     in_torch = peak_bytes(events, {g.untyped_storage().data_ptr() for g in gradients})
     run.optimizer.zero_grad()
@@ -351,8 +352,8 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:,.1f}"
 
 
-def gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.3g}"
+def giga(number: float) -> str:
+    return f"{number / 1e9:,.3g}"
 
 
 def show_step(result: dict[str, Any], args: Args) -> None:
@@ -377,13 +378,13 @@ def show_step(result: dict[str, Any], args: Args) -> None:
                     "CPU": ms(both["cpu_median"]),
                     "whole step": ms(summary(record["laps"], *WHOLE_STEP)["median"]),
                     **_ratios(result[name], entries, both["median"]),
-                    "GFLOP": f"{flops / 1e9:.1f}",
-                    "GFLOP/s": f"{flops / 1e9 / both['median']:.0f}",
-                    "GB": gb(nbytes),
-                    "GB/s": gb(nbytes / both["median"]),
+                    "GFLOP": giga(flops),
+                    "GFLOP/s": giga(flops / both["median"]),
+                    "GB": giga(nbytes),
+                    "GB/s": giga(nbytes / both["median"]),
                 }
             )
-        print(f"\nTraining step, {name} group, ms, medians of {rounds} rounds\n")
+        print(f"\nTraining step, {name} group, ms, medians of {rounds} round(s)\n")
         print(markdown(rows))
 
 
@@ -446,7 +447,7 @@ def show_scaling(result: dict[str, Any], args: Args) -> None:
         print(
             f"\n{million['entry']['d_sae']:,} latents, d_in {million['entry']['d_in']}: "
             f"forward + backward {ms(both)} ms, whole step {ms(whole)} ms, "
-            f"peak RSS {gb(rss) if rss else 'unknown'} GB"
+            f"peak RSS {giga(rss) if rss else 'unknown'} GB"
         )
     elif million:
         print(f"\nA million latents: {million['missing']}")
@@ -470,8 +471,9 @@ def show_memory(result: dict[str, Any], args: Args) -> None:
             }
         )
     print(
-        "\nMemory of a forward and backward pass, MB, without parameters and their "
-        "gradients\n(RSS includes gradients that are allocated anew)\n"
+        f"\nMemory of a forward and backward pass of {args.batch:,} tokens, MB, without "
+        "parameters and their gradients\n(growth of RSS includes gradients that are "
+        "allocated anew)\n"
     )
     print(markdown(rows))
 
@@ -480,12 +482,16 @@ def show_machine(result: dict[str, Any], args: Args) -> None:
     rows = []
     for name, record in result.items():
         unit = "GFLOP/s" if "matmul" in name else "GB/s"
-        row = {"": name, "per second": f"{record['per_second'] / 1e9:,.1f} {unit}"}
-        if "page_fault" in record:
-            row["page fault"] = f"{1e9 * record['page_fault']:.0f} ns"
-        rows.append(row)
-    print(f"\nThis machine, {torch.get_num_threads()} threads\n")
-    print(markdown([{"": "", "per second": "", "page fault": ""}, *rows][1:]))
+        fault = record.get("page_fault")
+        rows.append(
+            {
+                "": name,
+                "per second": f"{record['per_second'] / 1e9:,.1f} {unit}",
+                "per page of fresh memory": f"{1e9 * fault:.0f} ns" if fault else "-",
+            }
+        )
+    print(f"\n{args.device}, {torch.get_num_threads()} threads: ceilings\n")
+    print(markdown(rows))
 
 
 PARTS: dict[str, tuple[Callable[[Args], dict[str, Any]], Callable[..., None]]] = {
@@ -501,6 +507,8 @@ def main() -> None:
     args = parse(Args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.place.kind == "cuda":
+        torch.cuda.set_device(args.device)
     if args.tf32:
         torch.set_float32_matmul_precision("high")
     path = args.output
@@ -510,13 +518,12 @@ def main() -> None:
         for key, value in asdict(args).items()
         if key not in ("parts", "output", "plot")
     }
+    read_json(path)  # What cannot be read is better known before than after.
     for part in args.parts:
-        # Read before hours are spent, and again for what another run has added.
         measure, show = PARTS[part]
         record = {"context": context(args.device), "settings": settings}
         record["results"] = measure(args)
-        known = json.loads(path.read_text()) if path.exists() else {}
-        write_json(path, {**known, part: record})
+        write_json(path, {**read_json(path), part: record})
         show(record["results"], args)
 
 

@@ -53,8 +53,12 @@ def route(
         The routing, in at least float32.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    x, b_router, W_router = x.to(dtype), b_router.to(dtype), W_router.to(dtype)
+    center = b_router.detach()
     with torch.autocast(x.device.type, enabled=False):
-        logits = (x.to(dtype) - b_router.to(dtype)) @ W_router.to(dtype)
+        # The last term is zero. It gives b_router its gradient from one vector, where
+        # x - b_router would need the gradient of every token.
+        logits = (x - center) @ W_router + (center - b_router) @ W_router
     probabilities = logits.softmax(dim=-1)
     # Ranked by logits, which stay distinct where probabilities underflow to 0.
     selected = logits.topk(experts_per_token, dim=-1)

@@ -13,6 +13,7 @@ from .latent_products import (
     latent_sums,
     sampled_products,
     sparse_decode,
+    transposed_latent_sums,
 )
 from .topk import select_topk
 from .types import DecompositionName, GateName, SparseLatents, TopKOver
@@ -33,4 +34,5 @@ __all__ = [
     "sampled_products",
     "select_topk",
     "sparse_decode",
+    "transposed_latent_sums",
 ]

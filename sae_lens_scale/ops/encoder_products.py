@@ -8,10 +8,10 @@ from jaxtyping import Float
 
 from .latent_products import (
     LatentSelection,
-    latent_sums,
     one_by_one,
     sampled_products,
     sparse_decode,
+    transposed_latent_sums,
 )
 
 
@@ -25,64 +25,63 @@ class _EncoderProducts(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
-        x, center, W, _, _, indices, order, experts, num_experts, pool = inputs
+        x, center, W_enc, _, _, indices, order, experts, num_experts, pool = inputs
         ctx.num_experts, ctx.pool = num_experts, pool
-        ctx.save_for_backward(x, center, W, indices, order, experts)
-        ctx.save_for_forward(x, center, W, indices, order, experts)
+        ctx.save_for_backward(x, center, W_enc, indices, order, experts)
+        ctx.save_for_forward(x, center, W_enc, indices, order, experts)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def _restore(ctx: Any) -> tuple[Any, ...]:
-        x, center, W, indices, order, experts = ctx.saved_tensors
-        latents = LatentSelection(indices, len(W), order, ctx.pool)
-        return x - center, W, latents, LatentSelection(experts, ctx.num_experts)
+        x, center, W_enc, indices, order, experts = ctx.saved_tensors
+        latents = LatentSelection(indices, W_enc.shape[1], order, ctx.pool)
+        return x - center, W_enc, latents, LatentSelection(experts, ctx.num_experts)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor | None, grad_means: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        centered, W, latents, experts = _EncoderProducts._restore(ctx)
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        grad, grad_means = grads
+        centered, W_enc, latents, experts = _EncoderProducts._restore(ctx)
         if grad is None:
-            grad = W.new_zeros(latents.indices.shape)
-        size = len(W) // experts.num_latents
+            grad = W_enc.new_zeros(latents.indices.shape)
+        size = latents.num_latents // experts.num_latents
         # A mean takes an equal part of each of its latents.
         part = None if grad_means is None else grad_means / size
         grad_x = grad_center = grad_W = None
         if ctx.needs_input_grad[0]:
-            grad_x = sparse_decode(grad, W, latents)
+            grad_x = sparse_decode(grad, W_enc.T, latents)
             if part is not None:
-                sums = reduce(W, "(N n) d -> N d", "sum", n=size)
+                sums = reduce(W_enc, "d (N n) -> N d", "sum", n=size)
                 grad_x = grad_x + sparse_decode(part, sums, experts)
         if ctx.needs_input_grad[1]:
             # The sum of all tokens' gradients, none of which is formed.
             total = _totals(grad, latents)
             if part is not None:
                 total = total + _totals(part, experts).repeat_interleave(size)
-            grad_center = -(total @ W)
+            grad_center = -(W_enc @ total)
         if ctx.needs_input_grad[2]:
-            grad_W = latent_sums(grad, centered, latents)
+            grad_W = transposed_latent_sums(grad, centered, latents)
             if part is not None:
-                shared = latent_sums(part, centered, experts)
-                grad_W.unflatten(0, (-1, size)).add_(shared.unsqueeze(1))
+                shared = transposed_latent_sums(part, centered, experts)
+                grad_W.unflatten(1, (-1, size)).add_(shared.unsqueeze(-1))
         return grad_x, grad_center, grad_W, *[None] * 7
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        centered, W, latents, experts = _EncoderProducts._restore(ctx)
+        centered, W_enc, latents, experts = _EncoderProducts._restore(ctx)
         x_t, center_t, W_t = tangents[:3]
-        size = len(W) // experts.num_latents
-        products = torch.zeros_like(latents.indices, dtype=W.dtype)
-        means = torch.zeros_like(experts.indices, dtype=W.dtype)
+        size = latents.num_latents // experts.num_latents
+        products = torch.zeros_like(latents.indices, dtype=W_enc.dtype)
+        means = torch.zeros_like(experts.indices, dtype=W_enc.dtype)
         pairs = []
         if x_t is not None:
-            pairs.append((x_t, W))
+            pairs.append((x_t, W_enc))
         if center_t is not None:
-            pairs.append((-center_t.expand_as(centered), W))
+            pairs.append((-center_t.expand_as(centered), W_enc))
         if W_t is not None:
             pairs.append((centered, W_t))
-        for rows, weights in pairs:
-            products = products + sampled_products(rows, weights, latents)
-            of_experts = reduce(weights, "(N n) d -> N d", "mean", n=size)
+        for rows, W in pairs:
+            products = products + sampled_products(rows, W.T, latents)
+            of_experts = reduce(W, "d (N n) -> N d", "mean", n=size)
             means = means + sampled_products(rows, of_experts, experts)
         return products, means
 
@@ -119,8 +118,7 @@ def encoder_products(
     Args:
         x: Inputs, ``[tokens, d_in]``.
         center: What is subtracted from each, ``[d_in]``.
-        W_enc: Encoder weights, ``[d_in, d_sae]``. Backward is fastest if they are stored
-            latent by latent, as the transpose of a contiguous tensor.
+        W_enc: Encoder weights, ``[d_in, d_sae]``.
         products: ``(x - center) . W_enc[:, j]`` for each selected latent j.
         means: ``(x - center)`` times the mean encoder vector of each selected expert.
         latents: The latents that each token selected.
@@ -133,7 +131,7 @@ def encoder_products(
     return _EncoderProducts.apply(
         x,
         center,
-        W_enc.T,
+        W_enc,
         products,
         means,
         latents.indices,

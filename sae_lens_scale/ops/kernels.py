@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 # Bytes of the results that are computed at a time: enough to keep cores busy, little
 # enough to stay in a core's cache until copied.
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 def sparse_decode(

@@ -191,15 +191,50 @@ def latent_sums(
     return _apply(latent_sums, values, rows, selection)
 
 
+def transposed_latent_sums(
+    values: Float[torch.Tensor, "tokens k"],
+    rows: Float[torch.Tensor, "tokens width"],
+    selection: LatentSelection,
+) -> Float[torch.Tensor, "width num_latents"]:
+    """
+    :func:`latent_sums` transposed, as the gradient of an encoder is stored.
+
+    Args:
+        values: Values of the selected latents, ``[tokens, k]``.
+        rows: One row for each token, ``[tokens, width]``.
+        selection: The latents of each token.
+
+    Returns:
+        ``[width, num_latents]``, contiguous.
+    """
+    return _apply(transposed_latent_sums, values, rows, selection)
+
+
 def _latent_sums(
-    values: torch.Tensor, rows: torch.Tensor, selection: LatentSelection
+    values: torch.Tensor, rows: torch.Tensor, s: LatentSelection
 ) -> torch.Tensor:
-    if selection.order is None:
-        selection = selection.sorted_by_latent()
-    out_shape = (selection.num_latents, rows.shape[-1])
-    pool = selection.pool or BufferPool()
-    out = pool.take(out_shape, rows)
-    kernels.latent_sums(values, rows, selection.indices, selection.order, out)
+    out = (s.pool or BufferPool()).take((s.num_latents, rows.shape[-1]), rows)
+    return _write_latent_sums(values, rows, s, out)
+
+
+def _transposed_latent_sums(
+    values: torch.Tensor, rows: torch.Tensor, s: LatentSelection
+) -> torch.Tensor:
+    out = (s.pool or BufferPool()).take((rows.shape[-1], s.num_latents), rows)
+    _write_latent_sums(values, rows, s, out.T)
+    return out
+
+
+def _write_latent_sums(
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    selection: LatentSelection,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    order = selection.order
+    if order is None:
+        order = selection.indices.flatten().argsort(stable=True)
+    kernels.latent_sums(values, rows, selection.indices, order, out)
     return out
 
 
@@ -207,14 +242,17 @@ _COMPUTE: dict[Any, Callable[..., torch.Tensor]] = {
     sparse_decode: lambda a, b, s: kernels.sparse_decode(a, b, s.indices),
     sampled_products: lambda a, b, s: kernels.sampled_products(a, b, s.indices),
     latent_sums: _latent_sums,
+    transposed_latent_sums: _transposed_latent_sums,
 }
 _GRADIENT_IN_A: dict[Any, Callable[..., torch.Tensor]] = {
     sparse_decode: lambda grad, _, weights, s: sampled_products(grad, weights, s),
     sampled_products: lambda grad, _, weights, s: sparse_decode(grad, weights, s),
     latent_sums: lambda grad, _, rows, s: sampled_products(rows, grad, s),
+    transposed_latent_sums: lambda grad, _, rows, s: sampled_products(rows, grad.T, s),
 }
 _GRADIENT_IN_B: dict[Any, Callable[..., torch.Tensor]] = {
     sparse_decode: lambda grad, values, _, s: latent_sums(values, grad, s),
     sampled_products: lambda grad, rows, _, s: latent_sums(grad, rows, s),
     latent_sums: lambda grad, values, _, s: sparse_decode(values, grad, s),
+    transposed_latent_sums: lambda grad, values, _, s: sparse_decode(values, grad.T, s),
 }

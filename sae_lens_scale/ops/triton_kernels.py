@@ -7,6 +7,8 @@ strides; rows that are contiguous are read fastest. Indices are not checked: one
 of range reads or writes memory that is not the tensor's.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -111,21 +113,22 @@ def sparse_decode(
     if not out.numel():
         return out
     block_k, block_w = _gather_tile(k, width)
-    with torch.cuda.device_of(out):
-        _sparse_decode_kernel[(tokens, triton.cdiv(width, block_w))](
-            values,
-            weights,
-            indices,
-            out,
-            k,
-            width,
-            *values.stride(),
-            *weights.stride(),
-            *indices.stride(),
-            BLOCK_K=block_k,
-            BLOCK_W=block_w,
-            SUM=_SUM_DTYPES[out.dtype],
-        )
+    _launch(
+        _sparse_decode_kernel,
+        (tokens, triton.cdiv(width, block_w)),
+        values,
+        weights,
+        indices,
+        out,
+        k,
+        width,
+        *values.stride(),
+        *weights.stride(),
+        *indices.stride(),
+        BLOCK_K=block_k,
+        BLOCK_W=block_w,
+        SUM=_SUM_DTYPES[out.dtype],
+    )
     return out
 
 
@@ -183,21 +186,22 @@ def sampled_products(
     if not out.numel():
         return out
     block_k, block_w = _gather_tile(k, width)
-    with torch.cuda.device_of(out):
-        _sampled_products_kernel[(tokens, triton.cdiv(k, block_k))](
-            rows,
-            weights,
-            indices,
-            out,
-            k,
-            width,
-            *rows.stride(),
-            *weights.stride(),
-            *indices.stride(),
-            BLOCK_K=block_k,
-            BLOCK_W=block_w,
-            SUM=_SUM_DTYPES[out.dtype],
-        )
+    _launch(
+        _sampled_products_kernel,
+        (tokens, triton.cdiv(k, block_k)),
+        rows,
+        weights,
+        indices,
+        out,
+        k,
+        width,
+        *rows.stride(),
+        *weights.stride(),
+        *indices.stride(),
+        BLOCK_K=block_k,
+        BLOCK_W=block_w,
+        SUM=_SUM_DTYPES[out.dtype],
+    )
     return out
 
 
@@ -244,7 +248,7 @@ def _sum_pieces_kernel(
         pairs = tl.load(order + positions, in_piece, 0)
         tokens = pairs // k
         factors = tl.load(
-            values + tokens * values_stride_t + (pairs % k) * values_stride_k,
+            values + tokens * values_stride_t + (pairs - tokens * k) * values_stride_k,
             in_piece,
             0.0,
         )
@@ -349,35 +353,38 @@ def latent_sums(
         "BLOCK_W": block_w,
         "SUM": _SUM_DTYPES[out.dtype],
     }
-    with torch.cuda.device_of(out):
-        _sum_pieces_kernel[(len(latent_of_piece), column_blocks)](
-            values,
-            rows,
-            order.contiguous(),
+    _launch(
+        _sum_pieces_kernel,
+        (len(latent_of_piece), column_blocks),
+        values,
+        rows,
+        order.contiguous(),
+        starts,
+        first_pieces,
+        latent_of_piece,
+        partial_sums,
+        long_latents,
+        out,
+        num_latents,
+        k,
+        width,
+        *values.stride(),
+        *rows.stride(),
+        *out.stride(),
+        **constants,
+    )
+    if pairs > _PIECE:
+        _launch(
+            _sum_long_latents_kernel,
+            (spans, column_blocks),
             starts,
-            first_pieces,
-            latent_of_piece,
             partial_sums,
             long_latents,
             out,
-            num_latents,
-            k,
             width,
-            *values.stride(),
-            *rows.stride(),
             *out.stride(),
             **constants,
         )
-        if pairs > _PIECE:
-            _sum_long_latents_kernel[(spans, column_blocks)](
-                starts,
-                partial_sums,
-                long_latents,
-                out,
-                width,
-                *out.stride(),
-                **constants,
-            )
 
 
 @triton.jit
@@ -486,33 +493,39 @@ def grouped_products(
     if _INTERPRETED:
         # The interpreter keeps bfloat16 as bits, which its tl.dot takes for integers.
         dot_dtype = torch.float32
-    with torch.cuda.device_of(out):
-        _grouped_products_kernel[
-            (len(expert_of_tile) * triton.cdiv(width_out, block_n),)
-        ](
-            rows,
-            row_indices.contiguous(),
-            weights,
-            order.contiguous(),
-            starts,
-            first_tiles,
-            expert_of_tile,
-            out,
-            num_experts,
-            width_in,
-            width_out,
-            *rows.stride(),
-            *weights.stride(),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            DOT=_DOT_DTYPES[dot_dtype],
-            PRECISION="tf32" if _tf32_allowed() else "ieee",
-        )
+    _launch(
+        _grouped_products_kernel,
+        (len(expert_of_tile) * triton.cdiv(width_out, block_n),),
+        rows,
+        row_indices.contiguous(),
+        weights,
+        order.contiguous(),
+        starts,
+        first_tiles,
+        expert_of_tile,
+        out,
+        num_experts,
+        width_in,
+        width_out,
+        *rows.stride(),
+        *weights.stride(),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        DOT=_DOT_DTYPES[dot_dtype],
+        PRECISION="tf32" if _tf32_allowed() else "ieee",
+    )
     return out
 
 
 _INTERPRETED = not isinstance(_sparse_decode_kernel, triton.JITFunction)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device_of(args[0]):
+        # Fused as Triton does up to 3.9; what it does after has to be asked for.
+        kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
 def _gather_tile(num_rows: int, width: int) -> tuple[int, int]:
@@ -552,5 +565,5 @@ def _tf32_allowed() -> bool:
     # Reading the older setting where the newer one is in use raises.
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     if precision is None:
-        return torch.backends.cuda.matmul.allow_tf32
+        return bool(torch.backends.cuda.matmul.allow_tf32)
     return precision == "tf32"

@@ -55,7 +55,8 @@ def _decode_sparsely(feature_acts: torch.Tensor, W_dec: torch.Tensor) -> bool:
         torch.is_grad_enabled() and (feature_acts.requires_grad or W_dec.requires_grad)
     ):
         return False
-    return feature_acts.count_nonzero() * _DENSE_SPEEDUP < feature_acts.numel()
+    nonzero = int(feature_acts.count_nonzero())
+    return nonzero * _DENSE_SPEEDUP < feature_acts.numel()
 
 
 class Kept(NamedTuple):

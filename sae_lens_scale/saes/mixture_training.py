@@ -24,12 +24,7 @@ from typing_extensions import override
 
 from sae_lens_scale.dead_latents import dead_latent_loss, dead_offsets
 from sae_lens_scale.initialization import geometric_median, spherical_kmeans
-from sae_lens_scale.ops import (
-    LatentSelection,
-    decoder_norm,
-    grouped_encode,
-    sparse_decode,
-)
+from sae_lens_scale.ops import decoder_norm, grouped_encode
 from sae_lens_scale.routing import expert_load, load_balance_loss
 
 from .files import replacing_files, require_tensors
@@ -98,15 +93,6 @@ def _is_finite_number(value: Any) -> bool:
     return abs(value) <= sys.float_info.max  # False for NaN and for huge integers.
 
 
-def _stored_by_latent(W_enc: torch.Tensor) -> torch.Tensor:
-    """
-    The same weights ``[d_in, d_sae]``, as the transpose of a contiguous tensor.
-
-    So is their gradient made; one of another layout would be copied at every step.
-    """
-    return W_enc.T.contiguous().T
-
-
 # As TrainStepOutput types them.
 Metrics: TypeAlias = dict[
     str, torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
@@ -124,16 +110,6 @@ class MixtureTrainingSAE(
 
     # Each expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
-
-    @override
-    def initialize_weights(self) -> None:
-        super().initialize_weights()
-        self.W_enc.data = _stored_by_latent(self.W_enc.data)
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        state_dict["W_enc"] = _stored_by_latent(state_dict["W_enc"])
 
     @override
     def encode_with_hidden_pre(
@@ -270,12 +246,7 @@ class MixtureTrainingSAE(
         offsets, is_dead = dead_offsets(dead, cfg.num_experts)
         # Only what is dead is computed: experts made of nothing else.
         first = torch.arange(cfg.num_experts, device=dead.device) * cfg.expert_size
-        rows = LatentSelection(
-            (first[:, None] + offsets).view(-1, 1),
-            cfg.d_sae,
-            pool=self._gradient_memory,
-        )
-        ones = self.W_dec.new_ones(rows.indices.shape)
+        rows = (first[:, None] + offsets).flatten()
         slots = torch.arange(cfg.experts_per_token, device=dead.device)
         kept = self._kept(
             (slots[:, None] * cfg.expert_size + offsets[experts]).flatten(-2), routing
@@ -283,7 +254,7 @@ class MixtureTrainingSAE(
         if encoding.candidates is None:
             products = grouped_encode(
                 encoding.sae_in.reshape(-1, cfg.d_in),
-                sparse_decode(ones, self.W_enc.T, rows).T,
+                self.W_enc.index_select(1, rows),
                 experts.reshape(-1, cfg.experts_per_token),
                 cfg.num_experts,
             ).view(kept.indices.shape)
@@ -303,7 +274,7 @@ class MixtureTrainingSAE(
             routing.weights.reshape(-1, cfg.experts_per_token).to(pre_acts.dtype),
             experts.reshape(-1, cfg.experts_per_token),
             (step_input.sae_in - sae_out).detach().reshape(-1, cfg.d_in),
-            sparse_decode(ones, self.W_dec, rows),
+            self.W_dec.index_select(0, rows),
             cfg.num_experts,
         )
 

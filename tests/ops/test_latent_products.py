@@ -13,6 +13,7 @@ from sae_lens_scale.ops import (
     reference,
     sampled_products,
     sparse_decode,
+    transposed_latent_sums,
 )
 
 NUM_LATENTS, WIDTH = 12, 5
@@ -42,6 +43,7 @@ SELECTIONS = [
     select(0, 3),
     select(4, 0),
 ]
+PRODUCTS = [sparse_decode, sampled_products, latent_sums, transposed_latent_sums]
 every_selection = pytest.mark.parametrize(
     "selection", SELECTIONS, ids=lambda s: f"{tuple(s.indices.shape)}"
 )
@@ -95,6 +97,9 @@ def test_latent_sums_are_their_formula(selection: LatentSelection):
     got = latent_sums(values, rows, selection)
     want = reference.sum_by_latent(values, rows, selection.indices, NUM_LATENTS)
     assert_same(got, want, values, rows)
+    got = transposed_latent_sums(values, rows, selection)
+    assert got.is_contiguous()
+    assert_same(got, want.T, values, rows)
 
 
 def test_known_products_are_taken_over_and_have_derivatives():
@@ -108,11 +113,11 @@ def test_known_products_are_taken_over_and_have_derivatives():
     assert sampled_products(rows, weights, selection, known)[0, 0] == 5
 
 
-@pytest.mark.parametrize("product", [sparse_decode, sampled_products, latent_sums])
+@pytest.mark.parametrize("product", PRODUCTS)
 def test_forward_mode_and_vectorised_derivatives_agree(product):
     selection = select(7, 3)
     a = draw(7, WIDTH if product is sampled_products else 3).detach()
-    b = draw(7 if product is latent_sums else NUM_LATENTS, WIDTH, seed=1).detach()
+    b = draw(7 if product in PRODUCTS[2:] else NUM_LATENTS, WIDTH, seed=1).detach()
     forward = torch.func.jacfwd(product, argnums=(0, 1))(a, b, selection)
     reverse = torch.func.jacrev(product, argnums=(0, 1))(a, b, selection)
     for ours, theirs in zip(forward, reverse, strict=True):
@@ -147,10 +152,13 @@ def test_encoder_products_forward_and_reverse_derivatives_agree():
     x, center, W_enc = draw(7, WIDTH), draw(WIDTH, seed=1), draw(WIDTH, 12, seed=2)
     latents, chosen = select(7, 3), torch.tensor([[0, 2]] * 7)
 
-    def products(*inputs: torch.Tensor) -> torch.Tensor:
-        known = torch.zeros(7, 3).double(), torch.zeros(7, 2).double()
+    def products(
+        x: torch.Tensor, center: torch.Tensor, W_enc: torch.Tensor
+    ) -> torch.Tensor:
+        known, means = torch.zeros(7, 3).double(), torch.zeros(7, 2).double()
         experts = LatentSelection(chosen, 3)
-        return torch.cat(encoder_products(*inputs, *known, latents, experts), dim=-1)
+        both = encoder_products(x, center, W_enc, known, means, latents, experts)
+        return torch.cat(both, dim=-1)
 
     inputs = tuple(t.detach() for t in (x, center, W_enc))
     forward = torch.func.jacfwd(products, argnums=(0, 1, 2))(*inputs)
