@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.sae import SAE, TrainStepInput
 
 from sae_lens_scale import (
     ScaleTrainingSAE,
@@ -88,6 +88,11 @@ def step_input(
         n_training_steps=0,
         is_logging_step=is_logging_step,
     )
+
+
+def reconstruct(sae: Any, x: torch.Tensor) -> torch.Tensor:
+    """As splicing does it. An SAE's own forward pass, which is sparse, rounds otherwise."""
+    return sae.decode(sae.encode(x)) if isinstance(sae, SAE) else sae(x)
 
 
 def gradients(sae: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -21,9 +21,9 @@ _TILE_COLUMNS = 256
 # Latents that many tokens selected are summed in pieces of this many pairs, so that they
 # keep many programs busy, not one.
 _PIECE = 128
-# Pairs of one expert, outputs and inputs of the tiles that are multiplied, by bytes per
-# number.
-_PRODUCT_TILES = {2: (64, 128, 64), 4: (64, 64, 32)}
+# Pairs of one expert, outputs and inputs of the tiles that are multiplied, and warps, by
+# bytes per number: what compiles without spilling registers, also as float32 without TF32.
+_PRODUCT_TILES = {2: (64, 128, 64, 4), 4: (64, 128, 16, 8)}
 
 _SUM_DTYPES = {
     torch.float16: tl.float32,
@@ -488,7 +488,7 @@ def grouped_products(
     if not out.numel():
         return out
     dot_dtype = torch.promote_types(rows.dtype, weights.dtype)
-    block_m, block_n, block_k = _PRODUCT_TILES[dot_dtype.itemsize]
+    block_m, block_n, block_k, warps = _PRODUCT_TILES[dot_dtype.itemsize]
     starts, first_tiles, expert_of_tile = _pieces(experts, num_experts, block_m)
     if _INTERPRETED:
         # The interpreter keeps bfloat16 as bits, which its tl.dot takes for integers.
@@ -514,6 +514,7 @@ def grouped_products(
         BLOCK_K=block_k,
         DOT=_DOT_DTYPES[dot_dtype],
         PRECISION="tf32" if _tf32_allowed() else "ieee",
+        num_warps=warps,
     )
     return out
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import small_corpus
+from helpers import reconstruct, small_corpus
 from sae_lens import (
     SAE,
     LanguageModelSAERunnerConfig,
@@ -92,7 +92,8 @@ def clean_activations(bridge: SAETransformerBridge, hook: str = HOOK) -> torch.T
 def replaced_by(bridge: SAETransformerBridge, edits: dict[str, Any]) -> torch.Tensor:
     """Logits with activations replaced by plain hooks, no SAE attached."""
     hooks: list[Any] = [
-        (name, lambda x, hook, edit=edit: edit(x)) for name, edit in edits.items()
+        (name, lambda x, hook, edit=edit: reconstruct(edit, x))
+        for name, edit in edits.items()
     ]
     return bridge.run_with_hooks(PROMPT, fwd_hooks=hooks)
 
@@ -150,7 +151,7 @@ def test_cache_shows_all_hooks_under_the_canonical_name(
     }
     assert torch.equal(shown["hook_sae_acts_post"], sae.encode(x))
     assert torch.equal(shown["hook_expert_indices"], sae.route(x).indices)  # type: ignore[operator]
-    assert torch.equal(shown["hook_sae_error"], x - sae(x))
+    assert torch.equal(shown["hook_sae_error"], x - reconstruct(sae, x))
     assert shown["hook_expert_indices"].unique().numel() > 1
     torch.testing.assert_close(logits, bridge(PROMPT), atol=1e-5, rtol=0)
 

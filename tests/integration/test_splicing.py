@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import small_corpus
+from helpers import reconstruct, small_corpus
 from sae_lens import (
     SAE,
     HookedSAETransformer,
@@ -113,7 +113,8 @@ def replaced_by(
 ) -> torch.Tensor:
     """Logits with activations replaced by plain hooks, no SAE attached."""
     hooks: list[Any] = [
-        (name, lambda x, hook, edit=edit: edit(x)) for name, edit in edits.items()
+        (name, lambda x, hook, edit=edit: reconstruct(edit, x))
+        for name, edit in edits.items()
     ]
     return model.run_with_hooks(tokens, fwd_hooks=hooks, **kwargs)
 
@@ -185,8 +186,8 @@ def test_cache_shows_all_hooks_of_a_batch_of_prompts(
     }
     assert torch.equal(shown["hook_sae_input"], x)
     assert torch.equal(shown["hook_sae_acts_post"], sae.encode(x))
-    assert torch.equal(shown["hook_sae_recons"], sae(x))
-    assert torch.equal(shown["hook_sae_error"], x - sae(x))
+    assert torch.equal(shown["hook_sae_recons"], reconstruct(sae, x))
+    assert torch.equal(shown["hook_sae_error"], x - reconstruct(sae, x))
     torch.testing.assert_close(shown["hook_sae_output"], x)
     # More than one expert is at work, or these tests would show little.
     assert shown["hook_expert_indices"].unique().numel() > 1
@@ -483,7 +484,8 @@ def test_splicing_works_when_the_model_starts_or_stops_at_a_layer(
     model = tiny_model
     tokens = model.to_tokens(PROMPTS)
     residual = model.run_with_saes(tokens, saes=[sae], stop_at_layer=1)
-    assert torch.equal(residual, sae(clean_activations(model, tokens)))  # type: ignore[arg-type]
+    clean = clean_activations(model, tokens)
+    assert torch.equal(residual, reconstruct(sae, clean))  # type: ignore[arg-type]
     # Layer 0 and its SAE are left out.
     after = model.run_with_saes(residual, saes=[sae], start_at_layer=1)
     assert torch.equal(after, model.run_with_saes(tokens, saes=[sae]))  # type: ignore[arg-type]
