@@ -234,6 +234,8 @@ def context(device: str) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        # More than this process explains: others were busy, too.
+        "load_average": os.getloadavg(),
         "transparent_huge_pages": huge_pages.read_text().strip()
         if huge_pages.exists()
         else None,

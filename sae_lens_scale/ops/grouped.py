@@ -33,17 +33,18 @@ class _ExpertGroups:
         """
         # unbind, not slicing: its backward writes each expert's gradient once, where
         # every slice would allocate a full-size gradient of zeros.
-        experts = zip(row_indices.split(self.sizes), weights.unbind(), strict=True)
+        experts = weights.unbind()
         if not (
             torch.is_grad_enabled() and (rows.requires_grad or weights.requires_grad)
         ):
             out = rows.new_empty(len(row_indices), weights.shape[-1])
-            for pairs, (i, w) in zip(
-                self.order.split(self.sizes), experts, strict=True
-            ):
-                out.index_copy_(0, pairs, (rows.index_select(0, i) @ w).to(out.dtype))
+            pairs = self.order.split(self.sizes), row_indices.split(self.sizes)
+            for here, i, w in zip(*pairs, experts, strict=True):
+                out.index_copy_(0, here, (rows.index_select(0, i) @ w).to(out.dtype))
             return out
-        products = torch.cat([rows.index_select(0, i) @ w for i, w in experts])
+        # One selection: the backward of each writes a full-size gradient.
+        groups = rows.index_select(0, row_indices).split(self.sizes)
+        products = torch.cat([x @ w for x, w in zip(groups, experts, strict=True)])
         inverse = torch.empty_like(self.order)
         inverse[self.order] = torch.arange(len(inverse), device=inverse.device)
         return products.index_select(0, inverse)

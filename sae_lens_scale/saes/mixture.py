@@ -297,7 +297,12 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         )
         means = means.view(expert_indices.shape)
         scaled = self._scale(
-            kept_products.view(kept.indices.shape), sae_in, means, expert_indices, kept
+            kept_products.view(kept.indices.shape),
+            sae_in,
+            means,
+            expert_indices,
+            kept.offsets,
+            kept.slots,
         )
         return scaled + self.b_enc[kept.indices], means
 
@@ -307,9 +312,25 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         sae_in: torch.Tensor,
         mean_products: torch.Tensor,
         expert_indices: torch.Tensor,
-        kept: Kept | None = None,
+        offsets: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Feature scaling of products: those of ``kept`` latents, or of all candidates."""
+        """
+        Feature scaling of products with encoder vectors.
+
+        Args:
+            products: What to scale: products with all latents of the selected experts,
+                ``[..., experts_per_token, expert_size]``; or with some latents of each;
+                or with any of them, ``[..., n]``.
+            sae_in: The encoder's input, ``[..., d_in]``.
+            mean_products: Its products with the mean encoder vector of each selected
+                expert, ``[..., experts_per_token]``.
+            expert_indices: The selected experts, likewise.
+            offsets: Which of each expert's latents these are,
+                ``[num_experts, latents per expert]``; or, with slots, which latents of
+                their experts they are, ``[..., n]``. All if None.
+            slots: Which of the token's experts they belong to, ``[..., n]``.
+        """
         return products
 
     @override

@@ -243,38 +243,34 @@ class MixtureTrainingSAE(
             return sae_out.new_zeros(())
         cfg, routing = self.cfg, encoding.routing
         experts = routing.indices
+        # Only what is dead is computed, as if experts were made of nothing else.
         offsets, is_dead = dead_offsets(dead, cfg.num_experts)
-        # Only what is dead is computed: experts made of nothing else.
         first = torch.arange(cfg.num_experts, device=dead.device) * cfg.expert_size
-        rows = (first[:, None] + offsets).flatten()
-        slots = torch.arange(cfg.experts_per_token, device=dead.device)
-        kept = self._kept(
-            (slots[:, None] * cfg.expert_size + offsets[experts]).flatten(-2), routing
-        )
+        latents = first.unsqueeze(-1) + offsets
         if encoding.candidates is None:
             products = grouped_encode(
                 encoding.sae_in.reshape(-1, cfg.d_in),
-                self.W_enc.index_select(1, rows),
+                self.W_enc.index_select(1, latents.flatten()),
                 experts.reshape(-1, cfg.experts_per_token),
                 cfg.num_experts,
-            ).view(kept.indices.shape)
-            pre_acts = self.b_enc[kept.indices] + self._scale(
-                products, encoding.sae_in, encoding.mean_products, experts, kept
+            ).view(*experts.shape, -1)
+            scaled = self._scale(
+                products, encoding.sae_in, encoding.mean_products, experts, offsets
             )
+            pre_acts = scaled + self.b_enc[latents][experts]
         else:
-            pre_acts = encoding.candidates.flatten(-2).gather(-1, kept.positions)
+            pre_acts = encoding.candidates.gather(-1, offsets[experts])
         norms = None
         if cfg.rescale_acts_by_decoder_norm:
-            norms = decoder_norm(self.W_dec.detach())[kept.indices]
-            norms = norms.view(-1, *offsets[experts].shape[-2:])
+            norms = decoder_norm(self.W_dec.detach())[latents][experts].flatten(0, -3)
         return dead_latent_loss(
-            pre_acts.view(-1, *offsets[experts].shape[-2:]),
+            pre_acts.flatten(0, -3),
             norms,
-            is_dead[experts].view(-1, *offsets[experts].shape[-2:]),
+            is_dead[experts].flatten(0, -3),
             routing.weights.reshape(-1, cfg.experts_per_token).to(pre_acts.dtype),
             experts.reshape(-1, cfg.experts_per_token),
             (step_input.sae_in - sae_out).detach().reshape(-1, cfg.d_in),
-            self.W_dec.index_select(0, rows),
+            self.W_dec.index_select(0, latents.flatten()),
             cfg.num_experts,
         )
 

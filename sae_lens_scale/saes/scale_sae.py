@@ -21,7 +21,7 @@ from sae_lens_scale.feature_scaling import (
 )
 from sae_lens_scale.ops import DecompositionName, GateName
 
-from .mixture import Encoding, Kept, MixtureSAE
+from .mixture import Encoding, MixtureSAE
 from .mixture_config import MixtureSAEConfig, require_choice
 from .mixture_training import Metrics, MixtureTrainingSAE, MixtureTrainingSAEConfig
 
@@ -235,7 +235,8 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
         sae_in: torch.Tensor,
         mean_products: torch.Tensor,
         expert_indices: torch.Tensor,
-        kept: Kept | None = None,
+        offsets: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.omega is None:
             return products
@@ -249,13 +250,19 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
             self.W_low_pass,
         )
         omega = self.omega[expert_indices]
-        if kept is None:
-            return scale_pre_acts(products, low, omega.unsqueeze(-1))
-        if self.cfg.decomposition == "identity":
-            low = low.squeeze(-2).gather(-1, kept.offsets)
+        is_identity = self.cfg.decomposition == "identity"
+        if slots is not None:
+            omega = omega.gather(-1, slots)
+            if is_identity and offsets is not None:
+                low = low.squeeze(-2).gather(-1, offsets)
+            else:
+                low = low.squeeze(-1).gather(-1, slots)
         else:
-            low = low.squeeze(-1).gather(-1, kept.slots)
-        return scale_pre_acts(products, low, omega.gather(-1, kept.slots))
+            omega = omega.unsqueeze(-1)
+            if is_identity and offsets is not None:
+                low = low.expand(*expert_indices.shape, -1)
+                low = low.gather(-1, offsets[expert_indices])
+        return scale_pre_acts(products, low, omega)
 
     @torch.no_grad()
     def effective_W_enc(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ Triton's compiler does, so they are also compiled for a GPU, which needs none.
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,28 @@ def surrounded_by_nan(tensor: torch.Tensor) -> torch.Tensor:
     ]
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 LAYOUTS = [as_it_is, transposed, surrounded_by_nan]
-SHAPES = [
-    # tokens, k, num_latents, width
-    (5, 3, 7, 32),
-    (1, 1, 1, 1),
-    (1, 9, 4, 300),
-    (3, 1, 5, 257),
-    (6, 17, 30, 20),
-    (0, 4, 5, 8),
-    (3, 0, 5, 8),
-    (3, 4, 5, 0),
-]
+
+
+def cases(
+    sizes: list[Any], empty_sizes: list[Any], dtypes: list[torch.dtype]
+) -> list[tuple[Any, torch.dtype, Callable[[torch.Tensor], torch.Tensor]]]:
+    """All combinations; for what is empty, one."""
+    return [
+        *product(sizes, dtypes, LAYOUTS),
+        *product(empty_sizes, dtypes[:1], LAYOUTS[:1]),
+    ]
+
+
+selections = pytest.mark.parametrize(
+    ("shape", "dtype", "layout"),
+    cases(
+        # tokens, k, num_latents, width
+        [(1, 1, 1, 1), (1, 9, 4, 300), (3, 1, 5, 257), (6, 17, 30, 20)],
+        [(0, 4, 5, 8), (3, 0, 5, 8), (3, 4, 5, 0)],
+        [torch.float32, torch.bfloat16, torch.float64],
+    ),
+)
 
 
 def random_numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -101,7 +111,8 @@ def random_numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def random_indices(tokens: int, k: int, num_latents: int) -> torch.Tensor:
     """Some latents twice; neither the first nor the last, where there are others."""
-    return torch.randint(num_latents > 2, num_latents - (num_latents > 2), (tokens, k))
+    unused = int(num_latents > 2)
+    return torch.randint(unused, num_latents - unused, (tokens, k))
 
 
 def random_weights(num_latents: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -112,9 +123,7 @@ def random_weights(num_latents: int, width: int, dtype: torch.dtype) -> torch.Te
     return weights
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@selections
 def test_sparse_decode_sums_the_selected_rows(
     run: Run,
     shape: tuple[int, int, int, int],
@@ -132,9 +141,7 @@ def test_sparse_decode_sums_the_selected_rows(
     assert_close(out, expected, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@selections
 def test_sampled_products_are_dot_products_with_the_selected_rows(
     run: Run,
     shape: tuple[int, int, int, int],
@@ -171,9 +178,7 @@ def check_latent_sums(
     assert memory[:, [0, -1]].isnan().all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@selections
 def test_latent_sums_write_every_row_of_memory_that_holds_nan(
     run: Run,
     shape: tuple[int, int, int, int],
@@ -209,29 +214,28 @@ def test_latent_sums_add_up_the_pieces_of_popular_latents(
     check_latent_sums(run, values, rows, indices, len(counts))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("counts", "width_in", "width_out"),
-    [
-        ([4], 16, 16),
-        ([2, 0, 66, 0, 1, 64, 129], 33, 20),
-        ([0, 0, 3], 70, 130),
-        ([0, 1], 1, 1),
-        ([0, 0], 8, 8),
-        ([2, 2], 0, 8),
-        ([2, 2], 8, 0),
-    ],
+    ("shape", "dtype", "layout"),
+    cases(
+        # pairs of each expert, width of rows, width of products
+        [
+            ([4], 16, 16),
+            ([2, 0, 66, 0, 1, 64, 129], 33, 20),
+            ([0, 0, 3], 70, 130),
+            ([0, 1], 1, 1),
+        ],
+        [([0, 0], 8, 8), ([2, 2], 0, 8), ([2, 2], 8, 0)],
+        [torch.float32, torch.float16, torch.bfloat16],
+    ),
 )
 def test_grouped_products_multiply_each_row_by_its_expert(
     run: Run,
-    counts: list[int],
-    width_in: int,
-    width_out: int,
+    shape: tuple[list[int], int, int],
     dtype: torch.dtype,
     layout: Callable[[torch.Tensor], torch.Tensor],
 ):
     torch.manual_seed(0)
+    counts, width_in, width_out = shape
     experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     order = torch.randperm(len(experts))
     row_indices = order // 2
