@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "train":
-            _train(rest)
+            _train(rest, options.fused_optimizer)
         else:
             options.run(options)
     except (KeyboardInterrupt, InterruptedException) as interruption:
@@ -90,10 +90,14 @@ def _parser() -> argparse.ArgumentParser:
         help="show where an error came from (before the command)",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    # SAELens's parser reads everything that follows, --help included.
-    commands.add_parser(
-        "train", help="train an SAE with SAELens's runner", add_help=False
+    # SAELens's parser reads everything else that follows, --help included.
+    train = commands.add_parser(
+        "train",
+        help="train an SAE with SAELens's runner",
+        add_help=False,
+        allow_abbrev=False,
     )
+    train.add_argument("--fused_optimizer", action="store_true")
 
     evaluate = commands.add_parser(
         "evaluate", help="run SAELens's evaluation on an SAE"
@@ -193,7 +197,7 @@ def _add_sae(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _train(arguments: list[str]) -> None:
+def _train(arguments: list[str], fused_optimizer: bool) -> None:
     # SAELens's parser prints its usage, over a hundred options, before each error.
     printed = io.StringIO()
     try:
@@ -217,7 +221,7 @@ def _train(arguments: list[str]) -> None:
         existing = next(p for p in (path, *path.parents) if p.exists())
         if not existing.is_dir():
             raise NotADirectoryError(f"--{name}: {existing} is no folder")
-    InterruptibleTrainingRunner(cfg).run()
+    InterruptibleTrainingRunner(cfg, fused_optimizer=fused_optimizer).run()
 
 
 def _evaluate(options: argparse.Namespace) -> None:

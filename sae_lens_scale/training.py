@@ -1,4 +1,4 @@
-"""SAELens's training runner, with a checkpoint when it is interrupted."""
+"""SAELens's training runner, with a checkpoint when it is interrupted, and faster."""
 
 import signal
 from pathlib import Path
@@ -21,9 +21,20 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     ``resume_from_checkpoint``. A signal before the first step, or a second one, stops at
     once, without a checkpoint. Handlers are installed during the run, which therefore needs
     the main thread, as SAELens's does.
+
+    Args:
+        *args: As SAELens's runner takes them.
+        fused_optimizer: Whether Adam updates all of a parameter's state in one pass over
+            memory, as torch's does with ``fused=True``: several times faster, equal up to
+            rounding. A run that goes on from a checkpoint may choose anew.
+        **kwargs: As SAELens's runner takes them.
     """
 
     _interrupted = False
+
+    def __init__(self, *args: Any, fused_optimizer: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.fused_optimizer = fused_optimizer
 
     @override
     def run_trainer_with_interruption_handling(
@@ -36,6 +47,9 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             # Due at the end of this step, when weights, optimizer and counters agree.
             trainer.checkpoint_thresholds.insert(0, -1)
 
+        for group in trainer.optimizer.param_groups:
+            # None is torch's default; False would also refuse its second best.
+            group["fused"] = self.fused_optimizer or None
         # Nothing of an interrupted run before this one.
         self._interrupted = False
         before = {

@@ -38,6 +38,7 @@ def make_runner(
     output: Path,
     architecture: str = "scale",
     kind: type[LanguageModelSAETrainingRunner] = InterruptibleTrainingRunner,
+    fused_optimizer: bool = False,
     **settings: Any,
 ) -> LanguageModelSAETrainingRunner:
     torch.manual_seed(0)
@@ -67,6 +68,7 @@ def make_runner(
         LanguageModelSAERunnerConfig(**fields),
         override_model=model,
         override_dataset=small_corpus(),
+        **({"fused_optimizer": True} if fused_optimizer else {}),
     )
 
 
@@ -256,6 +258,41 @@ def test_signal_while_the_result_is_saved_does_not_cost_it(
     ).run()
     assert [path.name for path in checkpoints(tmp_path)] == [f"final_{STEPS * BATCH}"]
     assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("architecture", ["scale", "switch", "topk"])
+def test_fused_optimizer_trains_the_same_up_to_rounding(
+    architecture: str, tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    weights = []
+    for fused in (True, False):
+        output = tmp_path / str(fused)
+        runner = make_runner(
+            tiny_model, output, architecture, n_checkpoints=1, fused_optimizer=fused
+        )
+        weights.append(dict(runner.run().named_parameters()))
+        (checkpoint,) = {p.parent for p in checkpoints(output)}
+        state = torch.load(next(checkpoint.glob("*/trainer_state.pt")))
+        assert bool(state["optimizer"]["param_groups"][0]["fused"]) == fused
+    for name, parameter in weights[0].items():
+        torch.testing.assert_close(parameter, weights[1][name], atol=1e-5, rtol=1e-5)
+
+
+def test_a_resumed_run_chooses_its_optimizer_anew(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    runner = make_runner(tiny_model, tmp_path, fused_optimizer=True)
+    at_step(runner, 5, kill)
+    with pytest.raises(InterruptedException):
+        runner.run()
+    (checkpoint,) = checkpoints(tmp_path)
+    resumed = make_runner(
+        tiny_model, tmp_path, resume_from_checkpoint=str(checkpoint), n_checkpoints=1
+    )
+    resumed.run()
+    last = max(checkpoints(tmp_path), key=lambda p: p.stat().st_mtime)
+    state = torch.load(last / "trainer_state.pt")
+    assert state["optimizer"]["param_groups"][0]["fused"] is None
 
 
 def test_SAELenss_own_runner_loses_an_interrupted_run(

@@ -20,7 +20,6 @@ from datasets import Dataset, IterableDataset, load_dataset
 from sae_lens import HookedSAETransformer
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -37,6 +36,7 @@ from sae_lens_scale.saes import (
 )
 from sae_lens_scale.saes.mixture import MixtureSAE
 from sae_lens_scale.saes.mixture_training import MixtureTrainingSAE
+from sae_lens_scale.training import InterruptibleTrainingRunner
 
 from .corpus import docstring_corpus
 
@@ -288,8 +288,12 @@ def _train(
     begin = time.perf_counter()
     # The store shuffles with torch's generator: the same tokens in the same order.
     torch.manual_seed(runner_cfg.seed)
-    LanguageModelSAETrainingRunner(
-        runner_cfg, override_dataset=train, override_model=model, override_sae=sae
+    InterruptibleTrainingRunner(
+        runner_cfg,
+        override_dataset=train,
+        override_model=model,
+        override_sae=sae,
+        fused_optimizer=True,
     ).run()
     record = {"settings": settings, "seconds": time.perf_counter() - begin}
     (partial_folder / "demo.json").write_text(json.dumps(record))

@@ -522,7 +522,7 @@ def grouped_products(
 _INTERPRETED = not isinstance(_sparse_decode_kernel, triton.JITFunction)
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(args[0]):

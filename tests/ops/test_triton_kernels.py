@@ -112,7 +112,7 @@ def random_numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def random_indices(tokens: int, k: int, num_latents: int) -> torch.Tensor:
     """Some latents twice; neither the first nor the last, where there are others."""
     unused = int(num_latents > 2)
-    return torch.randint(unused, num_latents - unused, (tokens, k))
+    return torch.randint(unused, num_latents - unused, (k, tokens)).T
 
 
 def random_weights(num_latents: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -170,7 +170,7 @@ def check_latent_sums(
     products = values.double().unsqueeze(-1) * rows.double().unsqueeze(1)
     expected = products.new_zeros(num_latents, width)
     expected.index_add_(0, indices.flatten(), products.flatten(0, 1))
-    order = indices.flatten().argsort(stable=True)
+    order = indices.flatten().argsort(stable=True).repeat_interleave(2)[::2]
     memory = torch.full((num_latents, width + 2), torch.nan, dtype=dtype)
     arguments = values, rows, indices, order, memory[:, 1:-1]
     run(triton_kernels.latent_sums, *arguments)
@@ -238,7 +238,8 @@ def test_grouped_products_multiply_each_row_by_its_expert(
     counts, width_in, width_out = shape
     experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     order = torch.randperm(len(experts))
-    row_indices = order // 2
+    # Not contiguous.
+    row_indices, order = torch.stack([order // 2, order], dim=1).unbind(1)
     rows = layout(random_numbers(len(experts) // 2 + 1, width_in, dtype=dtype))
     weights = layout(random_numbers(len(counts), width_in, width_out, dtype=dtype))
     expected = rows.new_empty(len(experts), width_out)
