@@ -1,0 +1,87 @@
+"""Memory of a training step: what the active latents need, nothing as wide as d_sae."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import step_input
+from torch.profiler import ProfilerActivity, profile
+
+from sae_lens_scale import (
+    ScaleTrainingSAE,
+    ScaleTrainingSAEConfig,
+    SwitchTrainingSAE,
+    SwitchTrainingSAEConfig,
+)
+
+TOKENS, D_IN, D_SAE, K = 4096, 64, 16_384, 8
+# What is computed at a time, whatever the number of tokens.
+SCRATCH = 4 << 20
+
+
+def peak_bytes(function: Any, trace: Path) -> int:
+    """The most that torch's CPU allocator holds at once, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    profiler.export_chrome_trace(str(trace))
+    held = peak = 0
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if event.get("name") == "[memory]":
+            held += event["args"]["Bytes"]
+            peak = max(peak, held)
+    return peak
+
+
+def make(architecture: str, experts_per_token: int = 1, **settings: Any) -> Any:
+    shared: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "num_experts": 64}
+    torch.manual_seed(0)
+    if architecture == "switch":
+        return SwitchTrainingSAE(SwitchTrainingSAEConfig(**shared, **settings))
+    shared["experts_per_token"] = experts_per_token
+    return ScaleTrainingSAE(ScaleTrainingSAEConfig(**shared, **settings))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("scale", {"experts_per_token": 2}),
+        ("scale", {"experts_per_token": 4}),
+        ("scale", {"experts_per_token": 2, "decomposition": "identity"}),
+        ("scale", {"experts_per_token": 2, "rescale_acts_by_decoder_norm": False}),
+        ("switch", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("share_dead", [0.0, 0.05])
+def test_a_training_step_needs_memory_for_active_latents_only(
+    architecture: str, settings: dict[str, Any], share_dead: float, tmp_path: Path
+):
+    sae = make(architecture, **settings)
+    x = torch.randn(TOKENS, D_IN)
+    dead = torch.rand(D_SAE) < share_dead
+
+    def step() -> None:
+        sae.training_forward_pass(step_input(x, dead)).loss.backward()
+
+    step()
+    sae.zero_grad()
+    peak = peak_bytes(step, tmp_path / "trace.json")
+    active = sae.cfg.experts_per_token * sae.cfg.expert_size
+    bound = 3 * TOKENS * (active + K + D_IN) * 4
+    # Dead latents bring gradients of the weights' size, for each of the two.
+    bound += 3 * 2 * D_IN * D_SAE * 4 if share_dead else 0
+    dense = TOKENS * D_SAE * 4
+    assert bound + SCRATCH < dense / 2, "a dense tensor would go unnoticed"
+    assert peak < bound + SCRATCH
+
+
+def test_a_dense_training_step_is_noticed(tmp_path: Path):
+    sae = make("scale", 2, use_sparse_activations=False)
+    x = torch.randn(TOKENS, D_IN)
+
+    def step() -> None:
+        sae.training_forward_pass(step_input(x)).loss.backward()
+
+    assert peak_bytes(step, tmp_path / "trace.json") > TOKENS * D_SAE * 4
