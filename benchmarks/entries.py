@@ -279,7 +279,10 @@ def _sparsify(entry: Entry, place: Placement) -> tuple[torch.nn.Module, Loss]:
     if place.kind == "cpu":
         # Its kernels are for GPUs, but chosen wherever triton is installed.
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify import (  # pyright: ignore[reportMissingImports]
+        SparseCoder,
+        SparseCoderConfig,
+    )
 
     config = SparseCoderConfig(num_latents=entry.d_sae, k=entry.k)
     coder = SparseCoder(entry.d_in, config, place.device, place.torch_dtype)

@@ -94,17 +94,17 @@ def interleave(
     with tqdm(total=(rounds + 1) * len(starts), desc=label) as bar:
         for name, start in starts.items():
             try:
-                run = start()
-                run(Stopwatch(device))
-                runs[name] = run
+                runs[name] = start()
+                runs[name](Stopwatch(device))
             except UNAVAILABLE as error:
                 if name not in optional:
                     raise
+                runs.pop(name, None)
                 records[name]["missing"] = f"{type(error).__name__}: {error}"
             bar.update()
         for _ in range(rounds):
-            for name, run in runs.items():
-                _time(run, device, records[name])
+            for name in runs:
+                _time(runs[name], device, records[name])
                 bar.update()
     runs.clear()
     # Hook points hold their modules in cycles.

@@ -16,13 +16,16 @@ Parts:
 - ``memory``: what one forward and backward pass needs beyond parameters and gradients.
 - ``machine``: what matrix products and memory attain here; ceilings for all the others.
 
-SAEs are compared within one process and in turns: a machine that slows down, does so for
+SAEs are compared within one process and in turns: a machine that slows down does so for
 all. An SAE that takes seconds and allocates gigabytes at every step leaves caches cold, and
 pages and clock rates changed, for what comes after it. So those form a second group, with
 fewer rounds, in which the two references run, too: ratios are taken within a group, and
 how the references differ between the groups shows how much neighbours matter.
 
-Times are medians over the rounds, after a round that is not timed. "whole step" is forward,
+Times are medians over the rounds, after a round that is not timed; where they are far above
+the least, look at what else ran, and at the CPU time: below cores times wall time, cores
+were taken or idle. Memory that is freed in between returns to the system, which may take
+its time to provide it again: tensors as wide as d_sae pay for that. "whole step" is forward,
 the trainer's firing statistics, backward, gradient clipping, Adam and zero_grad; sparsify
 is given the same optimizer, without its own trainer's work on decoder norms, and is under
 autocast on every GPU that knows bfloat16. Inputs are random and so are weights: routing is
@@ -126,16 +129,21 @@ class Args:
 
 def step(args: Args) -> dict[str, Any]:
     x = args.place.randn(args.batch, args.d_in)
-    return {
-        name: _compare(
+    result = {}
+    for name, (entries, rounds) in args.groups.items():
+        result[name] = _compare(
             entries,
             rounds,
             args,
             f"step, {name}",
             lambda e: TrainingRun(e, x, args.place),
         )
-        for name, (entries, rounds) in args.groups.items()
-    }
+        for entry in entries:
+            result[name][entry.name] |= {
+                "flops": entry.flops(args.batch),
+                "least_bytes": entry.least_bytes(args.batch, x.element_size()),
+            }
+    return result
 
 
 def inference(args: Args) -> dict[str, Any]:
@@ -169,7 +177,6 @@ def _compare(
     label: str,
     start: Callable[[Entry], Run],
 ) -> dict[str, Any]:
-    torch.manual_seed(0)
     return interleave(
         {e.name: lambda e=e: start(e) for e in entries},
         rounds,
@@ -192,7 +199,7 @@ def scaling(args: Args) -> dict[str, Any]:
     entries = wider(args)
     x = args.place.randn(args.batch, args.d_in)
     # As much memory as the widest gradients take.
-    memory = args.place.randn(2 * entries[-1].d_sae, args.d_in)
+    buffer = args.place.randn(2 * entries[-1].d_sae, args.d_in)
     result = {
         "widths": _compare(
             entries,
@@ -200,11 +207,11 @@ def scaling(args: Args) -> dict[str, Any]:
             args,
             "scaling",
             lambda e: _with_linear_part(
-                TrainingRun(e, x, args.place), memory[: 2 * e.d_sae]
+                TrainingRun(e, x, args.place), buffer[: 2 * e.d_sae]
             ),
         )
     }
-    del memory
+    del buffer
     if args.million:
         result["million"] = _million(args)
     plot_scaling(entries, result["widths"], args)
@@ -260,7 +267,7 @@ def plot_scaling(entries: list[Entry], records: dict[str, Any], args: Args) -> N
     except ImportError:
         print("matplotlib is not installed: no picture of scaling")
         return
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
     lines = {
         "forward + backward": (FORWARD_BACKWARD, "o-"),
@@ -276,16 +283,10 @@ def plot_scaling(entries: list[Entry], records: dict[str, Any], args: Args) -> N
         axes.plot([e.d_sae for e in entries], times, style, label=label, markersize=5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks([e.d_sae for e in entries], [f"{e.d_sae:,}" for e in entries])
-    axes.set_xlabel("latents d_sae (experts N below)")
-    for e in entries:
-        axes.annotate(
-            f"{e.num_experts}",
-            (e.d_sae, 0.02),
-            xycoords=("data", "axes fraction"),
-            ha="center",
-            color="gray",
-        )
+    axes.set_xticks(
+        [e.d_sae for e in entries], [f"{e.d_sae:,}\n{e.num_experts}" for e in entries]
+    )
+    axes.set_xlabel("latents, and experts")
     axes.set_ylabel("milliseconds per step")
     axes.set_title(
         f"Scale SAE, {entries[0].active} active latents per token, "
@@ -293,7 +294,7 @@ def plot_scaling(entries: list[Entry], records: dict[str, Any], args: Args) -> N
         fontsize=10,
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     assert args.plot is not None
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.plot, dpi=150)
@@ -357,7 +358,6 @@ def giga(number: float) -> str:
 
 
 def show_step(result: dict[str, Any], args: Args) -> None:
-    element_size = args.place.torch_dtype.itemsize
     for name, (entries, rounds) in args.groups.items():
         rows = []
         for entry in entries:
@@ -367,8 +367,7 @@ def show_step(result: dict[str, Any], args: Args) -> None:
                 continue
             times = {p: summary(record["laps"], p) for p in FORWARD_BACKWARD}
             both = summary(record["laps"], *FORWARD_BACKWARD)
-            flops = sum(entry.flops(args.batch).values())
-            nbytes = entry.least_bytes(args.batch, element_size)
+            flops, nbytes = sum(record["flops"].values()), record["least_bytes"]
             rows.append(
                 {
                     "SAE": entry.name,
@@ -414,9 +413,10 @@ def show_inference(result: dict[str, Any], args: Args) -> None:
                 rounds = len(record["laps"][lap]["wall"])
                 row["tokens timed"] = f"{rounds * args.batch:,}"
                 row[lap] = f"{times['median'] * batches:.2f}"
+                row[f"{lap}, min"] = f"{times['min'] * batches:.2f}"
                 row[f"{lap}, CPU"] = f"{times['cpu_median'] * batches:.2f}"
             rows.append(row)
-    print(f"\nInference, seconds for {args.tokens:,} tokens (median batch, scaled)\n")
+    print(f"\nInference, seconds for {args.tokens:,} tokens from the median batch\n")
     print(markdown(rows))
 
 
@@ -522,6 +522,7 @@ def main() -> None:
     for part in args.parts:
         measure, show = PARTS[part]
         record = {"context": context(args.device), "settings": settings}
+        torch.manual_seed(0)
         record["results"] = measure(args)
         write_json(path, {**read_json(path), part: record})
         show(record["results"], args)

@@ -114,4 +114,4 @@ def scale_pre_acts(
     Returns:
         ``x W_hat``; the arguments' shapes broadcast.
     """
-    return products + omega * (products - low)
+    return torch.addcmul(products, omega, products - low)

@@ -45,6 +45,8 @@ class _ExpertGroups:
         # One selection: the backward of each writes a full-size gradient.
         groups = rows.index_select(0, row_indices).split(self.sizes)
         products = torch.cat([x @ w for x, w in zip(groups, experts, strict=True)])
+        # Under autocast, products have another dtype than what they are products of.
+        products = products.to(rows.dtype)
         inverse = torch.empty_like(self.order)
         inverse[self.order] = torch.arange(len(inverse), device=inverse.device)
         return products.index_select(0, inverse)

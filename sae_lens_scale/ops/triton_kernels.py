@@ -3,8 +3,8 @@ GPU kernels for the products of mixture-of-experts SAEs, in Triton.
 
 Nothing here knows autograd, and nothing waits for the GPU. Sums are formed in float32, or
 float64 where the result is that, and in the same order each time. All tensors may have any
-strides; rows that are contiguous are read fastest. Indices are not checked: one that is out
-of range reads or writes memory that is not the tensor's.
+strides; rows that are contiguous are read fastest. Indices are int64 and not checked: one
+that is out of range reads or writes memory that is not the tensor's.
 """
 
 from typing import Any
