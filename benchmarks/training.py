@@ -1,0 +1,123 @@
+"""
+Where the time of a training run goes: SAELens's runner on the demo's model and text.
+
+    python benchmarks/training.py --steps 60
+
+Trains each SAE with SAELens's runner, first as it is, then with a fused Adam (see
+sae_lens_scale.training), under Python's profiler, which needs no change to any code: the
+parts are functions of SAELens and torch. Half of the steps have latents that count as dead,
+so that the dead-latent loss, which a long run pays for, is paid for here too.
+"""
+
+import cProfile
+import os
+import pstats
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from machine import context, markdown, read_json, write_json
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from simple_parsing import parse
+
+from sae_lens_scale.experiments.demo import (
+    DemoConfig,
+    load_language_model,
+    load_text,
+    runner_config,
+    sae_configs,
+)
+from sae_lens_scale.training import InterruptibleTrainingRunner
+
+# File and function of each part of a step; whatever else a step does is bookkeeping.
+PARTS = {
+    "SAE forward": ("", "training_forward_pass"),
+    "SAE backward": ("torch/_tensor.py", "backward"),
+    "gradient clipping": ("torch/nn/utils/clip_grad.py", "clip_grad_norm_"),
+    "Adam": ("torch/optim/adam.py", "step"),
+}
+STEP = ("sae_lens/training/sae_trainer.py", "step")
+FIT = ("sae_lens/training/sae_trainer.py", "fit")
+
+
+@dataclass
+class Args:
+    """
+    Settings.
+
+    Args:
+        steps (int): Training steps of each run.
+        saes (list[str]): Which of the demo's SAEs to train.
+        output (Path): Where to write the record.
+    """
+
+    steps: int = 60
+    saes: list[str] = field(default_factory=lambda: ["scale", "switch", "topk"])
+    output: Path = Path(__file__).parent / "results" / "training-cpu.json"
+
+
+def seconds(profiler: cProfile.Profile, part: tuple[str, str]) -> float:
+    """Seconds in all functions of a name, what they call included."""
+    file, name = part
+    entries = pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
+    return sum(
+        cumulative
+        for (path, _, function), (_, _, _, cumulative, _) in entries
+        if function == name and path.endswith(file)
+    )
+
+
+def measure(
+    cfg: DemoConfig, sae_cfg: TrainingSAEConfig, fused: bool, steps: int, **real: Any
+) -> dict[str, float]:
+    """Train, and return milliseconds per step of each part."""
+    runner_cfg = replace(runner_config(cfg, sae_cfg), dead_feature_window=steps // 2)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        runner = InterruptibleTrainingRunner(
+            replace(runner_cfg, output_path=folder),
+            override_sae=TrainingSAE.from_dict(runner_cfg.get_training_sae_cfg_dict()),
+            fused_optimizer=fused,
+            **real,
+        )
+        profiler = cProfile.Profile()
+        profiler.runcall(runner.run)
+    parts = {name: seconds(profiler, part) for name, part in PARTS.items()}
+    step, fit = seconds(profiler, STEP), seconds(profiler, FIT)
+    # Adam's step and the trainer's have the same name, but not the same file.
+    parts["bookkeeping"] = step - sum(parts.values())
+    parts["language model and data"] = fit - step
+    parts["whole"] = fit
+    return {name: 1e3 * spent / steps for name, spent in parts.items()}
+
+
+def main() -> None:
+    args = parse(Args)
+    demo = DemoConfig()
+    cfg = replace(demo, training_tokens=args.steps * demo.batch_size)
+    model = load_language_model(cfg.model, cfg.device)
+    real = {
+        "override_model": model,
+        "override_dataset": load_text("docstrings", "train"),
+    }
+    sae_cfgs = sae_configs(cfg, model.cfg.d_model)
+    record = {**read_json(args.output), "settings": {"steps": args.steps}}
+    rows = []
+    for name in args.saes:
+        for fused in (False, True):
+            label = f"{name}, fused Adam" if fused else name
+            parts = measure(cfg, sae_cfgs[name], fused, args.steps, **real)
+            record[label] = parts
+            rows.append(
+                {"ms per step": label} | {p: f"{v:.0f}" for p, v in parts.items()}
+            )
+            write_json(args.output, {**record, "context": context(cfg.device)})
+            print(markdown(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
