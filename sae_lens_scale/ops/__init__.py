@@ -4,12 +4,12 @@ Every operation has a slow counterpart written straight from the formula in
 :mod:`sae_lens_scale.ops.reference`, which the tests hold it to.
 """
 
+from .bilinear import Selection
 from .buffers import BufferPool
 from .decode import decode_nonzero, decoder_norm
 from .encoder_products import encoder_products
 from .grouped import grouped_decode, grouped_encode
 from .latent_products import (
-    LatentSelection,
     latent_sums,
     sampled_products,
     sparse_decode,
@@ -22,7 +22,7 @@ __all__ = [
     "BufferPool",
     "DecompositionName",
     "GateName",
-    "LatentSelection",
+    "Selection",
     "SparseLatents",
     "TopKOver",
     "decode_nonzero",

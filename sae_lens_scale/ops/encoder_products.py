@@ -6,13 +6,8 @@ import torch
 from einops import reduce
 from jaxtyping import Float
 
-from .latent_products import (
-    LatentSelection,
-    one_by_one,
-    sampled_products,
-    sparse_decode,
-    transposed_latent_sums,
-)
+from .bilinear import Selection, one_by_one
+from .latent_products import sampled_products, sparse_decode, transposed_latent_sums
 
 
 class _EncoderProducts(torch.autograd.Function):
@@ -34,8 +29,8 @@ class _EncoderProducts(torch.autograd.Function):
     @staticmethod
     def _restore(ctx: Any) -> tuple[Any, ...]:
         x, center, W_enc, indices, order, experts = ctx.saved_tensors
-        latents = LatentSelection(indices, W_enc.shape[1], order, ctx.pool)
-        return x - center, W_enc, latents, LatentSelection(experts, ctx.num_experts)
+        latents = Selection(indices, W_enc.shape[1], order, ctx.pool)
+        return x - center, W_enc, latents, Selection(experts, ctx.num_experts)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
@@ -43,7 +38,7 @@ class _EncoderProducts(torch.autograd.Function):
         centered, W_enc, latents, experts = _EncoderProducts._restore(ctx)
         if grad is None:
             grad = W_enc.new_zeros(latents.indices.shape)
-        size = latents.num_latents // experts.num_latents
+        size = latents.size // experts.size
         # A mean takes an equal part of each of its latents.
         part = None if grad_means is None else grad_means / size
         grad_x = grad_center = grad_W = None
@@ -69,7 +64,7 @@ class _EncoderProducts(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         centered, W_enc, latents, experts = _EncoderProducts._restore(ctx)
         x_t, center_t, W_t = tangents[:3]
-        size = latents.num_latents // experts.num_latents
+        size = latents.size // experts.size
         products = torch.zeros_like(latents.indices, dtype=W_enc.dtype)
         means = torch.zeros_like(experts.indices, dtype=W_enc.dtype)
         pairs = []
@@ -92,8 +87,8 @@ class _EncoderProducts(torch.autograd.Function):
         return (torch.stack(products), torch.stack(means)), (0, 0)
 
 
-def _totals(values: torch.Tensor, selection: LatentSelection) -> torch.Tensor:
-    zeros = values.new_zeros(selection.num_latents)
+def _totals(values: torch.Tensor, selection: Selection) -> torch.Tensor:
+    zeros = values.new_zeros(selection.size)
     return zeros.index_add(0, selection.indices.flatten(), values.flatten())
 
 
@@ -103,8 +98,8 @@ def encoder_products(
     W_enc: Float[torch.Tensor, "d_in d_sae"],
     products: Float[torch.Tensor, "tokens k"],
     means: Float[torch.Tensor, "tokens experts_per_token"],
-    latents: LatentSelection,
-    experts: LatentSelection,
+    latents: Selection,
+    experts: Selection,
 ) -> tuple[
     Float[torch.Tensor, "tokens k"], Float[torch.Tensor, "tokens experts_per_token"]
 ]:
@@ -123,7 +118,7 @@ def encoder_products(
         means: ``(x - center)`` times the mean encoder vector of each selected expert.
         latents: The latents that each token selected.
         experts: The experts that each token selected; latent j belongs to expert
-            ``j // (d_sae / experts.num_latents)``.
+            ``j // (d_sae / experts.size)``.
 
     Returns:
         ``products`` and ``means``, as functions of the first three arguments.
@@ -137,6 +132,6 @@ def encoder_products(
         latents.indices,
         latents.order,
         experts.indices,
-        experts.num_latents,
+        experts.size,
         latents.pool,
     )

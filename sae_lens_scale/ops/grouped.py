@@ -1,55 +1,17 @@
-"""Products with the weights of the selected experts only."""
+"""
+Products with the weights of the selected experts only.
+
+As in :mod:`.latent_products`, three products are each other's derivatives, here of dense
+``rows`` ``[tokens, width]``, ``acts`` ``[tokens, experts_per_token, n]`` that are dense
+within each selected expert, and the experts' matrices ``[num_experts, width, n]``.
+"""
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 
-
-class _ExpertGroups:
-    """The (token, slot) pairs of a batch, sorted by expert."""
-
-    def __init__(self, expert_indices: torch.Tensor, num_experts: int):
-        experts = expert_indices.flatten()
-        # Stable, so that results do not depend on the sort's tie-breaking.
-        self.order = experts.argsort(stable=True)
-        self.sizes = torch.bincount(experts, minlength=num_experts).tolist()
-
-    def multiply(
-        self,
-        rows: torch.Tensor,
-        row_indices: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """
-        Multiply rows by their experts' weights, in the order of the pairs.
-
-        Args:
-            rows: What the pairs' indices select from.
-            row_indices: The row of each pair, sorted by expert.
-            weights: One matrix for each expert.
-
-        Returns:
-            One product for each pair, in their original order.
-        """
-        # unbind, not slicing: its backward writes each expert's gradient once, where
-        # every slice would allocate a full-size gradient of zeros.
-        experts = weights.unbind()
-        if not (
-            torch.is_grad_enabled() and (rows.requires_grad or weights.requires_grad)
-        ):
-            out = rows.new_empty(len(row_indices), weights.shape[-1])
-            pairs = self.order.split(self.sizes), row_indices.split(self.sizes)
-            for here, i, w in zip(*pairs, experts, strict=True):
-                out.index_copy_(0, here, (rows.index_select(0, i) @ w).to(out.dtype))
-            return out
-        # One selection: the backward of each writes a full-size gradient.
-        groups = rows.index_select(0, row_indices).split(self.sizes)
-        products = torch.cat([x @ w for x, w in zip(groups, experts, strict=True)])
-        # Under autocast, products have another dtype than what they are products of.
-        products = products.to(rows.dtype)
-        inverse = torch.empty_like(self.order)
-        inverse[self.order] = torch.arange(len(inverse), device=inverse.device)
-        return products.index_select(0, inverse)
+from . import kernels
+from .bilinear import BilinearProduct, Selection
 
 
 def grouped_encode(
@@ -74,10 +36,8 @@ def grouped_encode(
     Returns:
         ``[tokens, experts_per_token, d_sae / num_experts]``.
     """
-    groups = _ExpertGroups(expert_indices, num_experts)
-    experts = rearrange(W_enc, "d (N n) -> N d n", N=num_experts)
-    tokens = groups.order // expert_indices.shape[-1]
-    return groups.multiply(x, tokens, experts).unflatten(0, expert_indices.shape)
+    matrices = rearrange(W_enc, "d (N n) -> N d n", N=num_experts)
+    return _ENCODE(x, matrices, Selection(expert_indices, num_experts).sorted())
 
 
 def grouped_decode(
@@ -102,7 +62,23 @@ def grouped_decode(
     Returns:
         The sum over experts of ``acts @ W_dec``, ``[tokens, d_in]``.
     """
-    groups = _ExpertGroups(expert_indices, num_experts)
-    experts = rearrange(W_dec, "(N n) d -> N n d", N=num_experts)
-    out = groups.multiply(acts.flatten(0, 1), groups.order, experts)
-    return out.unflatten(0, expert_indices.shape).sum(-2)
+    matrices = rearrange(W_dec, "(N n) d -> N d n", N=num_experts)
+    return _DECODE(acts, matrices, Selection(expert_indices, num_experts).sorted())
+
+
+_ENCODE = BilinearProduct(
+    kernels.grouped_encode,
+    lambda grad, _, matrices, s: _DECODE(grad, matrices, s),
+    lambda grad, rows, _, s: _SUMS(rows, grad, s),
+)
+_DECODE = BilinearProduct(
+    kernels.grouped_decode,
+    lambda grad, _, matrices, s: _ENCODE(grad, matrices, s),
+    lambda grad, acts, _, s: _SUMS(grad, acts, s),
+)
+# For each expert, ``rows.T @ acts`` over its tokens.
+_SUMS = BilinearProduct(
+    kernels.grouped_sums,
+    lambda grad, _, acts, s: _DECODE(acts, grad, s),
+    lambda grad, rows, _, s: _ENCODE(rows, grad, s),
+)

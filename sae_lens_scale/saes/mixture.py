@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from sae_lens_scale.ops import (
     BufferPool,
-    LatentSelection,
+    Selection,
     SparseLatents,
     decode_nonzero,
     decoder_norm,
@@ -100,7 +100,7 @@ class Encoding(NamedTuple):
     latents: SparseLatents
     pre_acts: torch.Tensor
     coefficients: torch.Tensor
-    selection: LatentSelection
+    selection: Selection
     candidates: torch.Tensor | None
 
 
@@ -263,19 +263,19 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         indices = routing.indices.gather(-1, slots) * size + offsets
         return Kept(positions, slots, offsets, indices)
 
-    def _selection(self, kept: Kept) -> LatentSelection:
+    def _selection(self, kept: Kept) -> Selection:
         indices = kept.indices.reshape(-1, kept.indices.shape[-1])
-        selection = LatentSelection(indices, self.cfg.d_sae, pool=self._gradient_memory)
+        selection = Selection(indices, self.cfg.d_sae, pool=self._gradient_memory)
         if torch.is_grad_enabled() and self.W_dec.requires_grad:
             # Encoder and decoder gradients will both need it.
-            return selection.sorted_by_latent()
+            return selection.sorted()
         return selection
 
     def _kept_pre_acts(
         self,
         products: torch.Tensor,
         kept: Kept,
-        selection: LatentSelection,
+        selection: Selection,
         router_in: torch.Tensor,
         sae_in: torch.Tensor,
         expert_indices: torch.Tensor,
@@ -291,7 +291,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             .reshape(selection.indices.shape),
             products.mean(dim=-1).reshape(-1, cfg.experts_per_token),
             selection,
-            LatentSelection(
+            Selection(
                 expert_indices.reshape(-1, cfg.experts_per_token), cfg.num_experts
             ),
         )

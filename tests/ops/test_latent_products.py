@@ -5,7 +5,7 @@ import torch
 
 from sae_lens_scale.ops import (
     BufferPool,
-    LatentSelection,
+    Selection,
     encoder_products,
     grouped_encode,
     kernels,
@@ -25,17 +25,17 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return values.requires_grad_()
 
 
-def select(tokens: int, k: int, popular: bool = False) -> LatentSelection:
+def select(tokens: int, k: int, popular: bool = False) -> Selection:
     """Latents with repetitions, within tokens too; all of the last four, if popular."""
     low = NUM_LATENTS - 4 if popular else 0
     generator = torch.Generator().manual_seed(tokens + k)
     indices = torch.randint(low, NUM_LATENTS, (tokens, k), generator=generator)
-    return LatentSelection(indices, NUM_LATENTS)
+    return Selection(indices, NUM_LATENTS)
 
 
 SELECTIONS = [
     select(7, 3),
-    select(7, 3).sorted_by_latent(),
+    select(7, 3).sorted(),
     select(7, 3)._replace(pool=BufferPool()),
     select(1, 4),
     select(9, 1),
@@ -72,7 +72,7 @@ def assert_same(
 
 
 @every_selection
-def test_sparse_decode_is_its_formula(selection: LatentSelection):
+def test_sparse_decode_is_its_formula(selection: Selection):
     values, weights = draw(*selection.indices.shape), draw(NUM_LATENTS, WIDTH, seed=1)
     got = sparse_decode(values, weights, selection)
     want = reference.decode_selected(values, weights, selection.indices)
@@ -80,7 +80,7 @@ def test_sparse_decode_is_its_formula(selection: LatentSelection):
 
 
 @every_selection
-def test_sampled_products_are_their_formula(selection: LatentSelection):
+def test_sampled_products_are_their_formula(selection: Selection):
     rows, weights = (
         draw(len(selection.indices), WIDTH),
         draw(NUM_LATENTS, WIDTH, seed=1),
@@ -91,7 +91,7 @@ def test_sampled_products_are_their_formula(selection: LatentSelection):
 
 
 @every_selection
-def test_latent_sums_are_their_formula(selection: LatentSelection):
+def test_latent_sums_are_their_formula(selection: Selection):
     values = draw(*selection.indices.shape)
     rows = draw(len(selection.indices), WIDTH, seed=1)
     got = latent_sums(values, rows, selection)
@@ -100,17 +100,6 @@ def test_latent_sums_are_their_formula(selection: LatentSelection):
     got = transposed_latent_sums(values, rows, selection)
     assert got.is_contiguous()
     assert_same(got, want.T, values, rows)
-
-
-def test_known_products_are_taken_over_and_have_derivatives():
-    selection = select(7, 3)
-    rows, weights = draw(7, WIDTH), draw(NUM_LATENTS, WIDTH, seed=1)
-    want = reference.sample_products(rows, weights, selection.indices)
-    known = want.detach().clone()
-    got = sampled_products(rows, weights, selection, known)
-    assert_same(got, want, rows, weights)
-    known[0, 0] = 5
-    assert sampled_products(rows, weights, selection, known)[0, 0] == 5
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -134,7 +123,7 @@ def test_encoder_products_are_products_with_selected_latents_and_means(
     W_enc = draw(WIDTH, NUM_LATENTS, seed=2)
     latents = select(tokens, 3)
     chosen = torch.rand(tokens, num_experts).topk(1, dim=-1).indices
-    experts = LatentSelection(chosen, num_experts)
+    experts = Selection(chosen, num_experts)
     size = NUM_LATENTS // num_experts
     dense = (x - center) @ W_enc
     want = dense.gather(-1, latents.indices)
@@ -156,7 +145,7 @@ def test_encoder_products_forward_and_reverse_derivatives_agree():
         x: torch.Tensor, center: torch.Tensor, W_enc: torch.Tensor
     ) -> torch.Tensor:
         known, means = torch.zeros(7, 3).double(), torch.zeros(7, 2).double()
-        experts = LatentSelection(chosen, 3)
+        experts = Selection(chosen, 3)
         both = encoder_products(x, center, W_enc, known, means, latents, experts)
         return torch.cat(both, dim=-1)
 
@@ -200,7 +189,7 @@ def test_products_with_weights_that_are_stored_transposed():
 
 
 def test_results_do_not_depend_on_how_work_is_cut(monkeypatch: pytest.MonkeyPatch):
-    selection = select(40, 6).sorted_by_latent()
+    selection = select(40, 6).sorted()
     values, rows = draw(40, 6).detach(), draw(40, WIDTH, seed=1).detach()
     weights = draw(NUM_LATENTS, WIDTH, seed=2).detach().float()
     whole = latent_sums(values, rows, selection)
