@@ -63,7 +63,6 @@ def scaled_encoder(
 
 def low_pass_products(
     x: Float[torch.Tensor, "*batch d_in"],
-    means: Float[torch.Tensor, "*batch experts_per_token"],
     expert_indices: Int[torch.Tensor, "*batch experts_per_token"],
     W_enc: Float[torch.Tensor, "d_in d_sae"],
     num_experts: int,
@@ -73,10 +72,11 @@ def low_pass_products(
     """
     Products of the input with the low-pass parts of its experts.
 
+    Those of ``"mean"`` are also the means of the products with an expert's latents, which
+    cost less where these products are known.
+
     Args:
         x: Encoder input, ``[..., d_in]``.
-        means: Products with the mean encoder vector of each selected expert,
-            ``[..., experts_per_token]``; the means of the products with its latents.
         expert_indices: Selected experts, ``[..., experts_per_token]``.
         W_enc: Encoder weights, ``[d_in, d_sae]``.
         num_experts: Number of experts; divides d_sae.
@@ -91,10 +91,8 @@ def low_pass_products(
         expert_size = W_enc.shape[-1] // num_experts
         low = F.pad(x, (0, max(0, expert_size - x.shape[-1])))
         return low[..., :expert_size].unsqueeze(-2)
-    if decomposition == "learned":
-        vectors = _low_pass_vectors(W_enc, num_experts, W_low_pass)
-        means = (x @ vectors).gather(-1, expert_indices)
-    return means.unsqueeze(-1)
+    vectors = _low_pass_vectors(W_enc, num_experts, W_low_pass)
+    return (x @ vectors).gather(-1, expert_indices).unsqueeze(-1)
 
 
 def scale_pre_acts(

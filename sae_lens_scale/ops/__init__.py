@@ -15,6 +15,7 @@ from .latent_products import (
     sparse_decode,
     transposed_latent_sums,
 )
+from .select import select_latents
 from .topk import select_topk
 from .types import DecompositionName, GateName, SparseLatents, TopKOver
 
@@ -32,6 +33,7 @@ __all__ = [
     "grouped_encode",
     "latent_sums",
     "sampled_products",
+    "select_latents",
     "select_topk",
     "sparse_decode",
     "transposed_latent_sums",

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from .bilinear import Selection
 
 # Bytes of the results that are computed at a time on the CPU: enough to keep cores busy,
-# little enough to stay in their caches until copied.
-_CHUNK_BYTES = 1 << 20
+# little enough to stay in their caches until copied; fewer where the copy is a transpose.
+_CHUNK_BYTES = 8 << 20
+_TRANSPOSED_CHUNK_BYTES = 2 << 20
 
 
 def _triton_for(*tensors: torch.Tensor) -> ModuleType | None:
@@ -114,7 +115,8 @@ def latent_sums(
     ends = counts.cumsum(0)
     step, boundaries = len(out), [0, len(order)]
     if out.device.type == "cpu":
-        step = max(1, _CHUNK_BYTES // max(1, rows.element_size() * rows.shape[-1]))
+        nbytes = _CHUNK_BYTES if out.stride(-1) == 1 else _TRANSPOSED_CHUNK_BYTES
+        step = max(1, nbytes // max(1, rows.element_size() * rows.shape[-1]))
         boundaries = [0, *ends[step - 1 :: step].tolist(), len(order)]
     for i, first in enumerate(range(0, len(out), step)):
         chunk = slice(boundaries[i], boundaries[i + 1])
@@ -154,9 +156,14 @@ def grouped_decode(
         out = _triton_grouped(triton, flat, order, matrices.mT, experts)
         return out.view(*experts.indices.shape, matrices.shape[1]).sum(dim=1)
     out = acts.new_zeros(len(acts), matrices.shape[1])
+    # index_add_ adds row by row, but copes with a token that has an expert twice.
+    distinct = experts.indices.sort(dim=-1).values.diff(dim=-1).all()
     for expert, pairs, tokens in _groups(experts):
         products = flat.index_select(0, pairs) @ matrices[expert].T
-        out.index_add_(0, tokens, products.to(out.dtype))
+        if distinct:
+            out.index_copy_(0, tokens, out.index_select(0, tokens).add_(products))
+        else:
+            out.index_add_(0, tokens, products.to(out.dtype))
     return out
 
 

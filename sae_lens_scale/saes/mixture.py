@@ -59,6 +59,24 @@ def _decode_sparsely(feature_acts: torch.Tensor, W_dec: torch.Tensor) -> bool:
     return nonzero * _DENSE_SPEEDUP < feature_acts.numel()
 
 
+class Inputs(NamedTuple):
+    """
+    What router and encoder see of a batch.
+
+    Attributes:
+        x: The router's input, normalised, ``[..., d_in]``.
+        center: What the encoder's input is smaller by: b_dec, or zeros, ``[d_in]``.
+    """
+
+    x: torch.Tensor
+    center: torch.Tensor
+
+    @property
+    def sae_in(self) -> torch.Tensor:
+        """The encoder's input, ``[..., d_in]``."""
+        return self.x - self.center
+
+
 class Kept(NamedTuple):
     """
     Which of a token's candidates TopK keeps; all ``[..., k]``.
@@ -81,10 +99,10 @@ class Encoding(NamedTuple):
     All that encoding a batch computes, compactly.
 
     Attributes:
-        sae_in: The encoder's input, ``[..., d_in]``.
+        inputs: What router and encoder saw.
         routing: The experts that each token selected, and their gates.
-        mean_products: Products of ``sae_in`` with the mean encoder vector of each
-            selected expert, ``[..., experts_per_token]``.
+        mean_products: Products of the encoder's input with the mean encoder vector of
+            each selected expert, ``[..., experts_per_token]``.
         latents: The latents that survived TopK, and their activations, ``[..., k]``.
         pre_acts: Their pre-activations as TopK ranked them before any gate, ``[..., k]``.
         coefficients: What multiplies their decoder rows, ``[..., k]``: activations, but
@@ -94,7 +112,7 @@ class Encoding(NamedTuple):
             norms, ``[..., experts_per_token, expert_size]``; only on request.
     """
 
-    sae_in: torch.Tensor
+    inputs: Inputs
     routing: Routing
     mean_products: torch.Tensor
     latents: SparseLatents
@@ -167,15 +185,15 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             with_candidates: Whether to return all candidates. Their gradient makes a
                 backward pass as dense as the forward pass.
         """
-        router_in, sae_in = self._process_inputs(x)
-        routing = self._route(router_in)
+        inputs = self._process_inputs(x)
+        routing = self._route(inputs.x)
         norms = None
         if self.cfg.rescale_acts_by_decoder_norm:
             norms = decoder_norm(self.W_dec)
         # Whoever edits pre-activations may make any of them depend on any other.
         if with_candidates or is_hooked(self.hook_sae_acts_pre):
-            products = self._products(sae_in, routing.indices)
-            candidates = self._candidates(products, sae_in, routing.indices)
+            products = self._products(inputs.sae_in, routing.indices)
+            candidates = self._candidates(products, inputs, routing.indices)
             candidates = self._hook_pre_acts(candidates, routing.indices)
             kept = self._kept(self._topk(candidates, routing, norms), routing)
             pre_acts = candidates.flatten(-2).gather(-1, kept.positions)
@@ -183,12 +201,12 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         else:
             candidates = None
             with torch.no_grad():
-                products = self._products(sae_in.detach(), routing.indices)
-                positions = self._topk_of_products(products, sae_in, routing, norms)
+                products = self._products(inputs.sae_in, routing.indices)
+                positions = self._topk_of_products(products, inputs, routing, norms)
             kept = self._kept(positions, routing)
             selection = self._selection(kept)
             pre_acts, means = self._kept_pre_acts(
-                products, kept, selection, router_in, sae_in, routing.indices
+                products, kept, selection, inputs, routing.indices
             )
         gates = routing.weights.to(pre_acts.dtype).gather(-1, kept.slots)
         # ReLU before the gate: -inf * 0 would be NaN.
@@ -197,7 +215,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             values = coefficients * norms[kept.indices]
             pre_acts = pre_acts * norms[kept.indices]
         return Encoding(
-            sae_in=sae_in,
+            inputs=inputs,
             routing=routing,
             mean_products=means,
             latents=SparseLatents(values, kept.indices),
@@ -210,11 +228,11 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
     def _candidates(
         self,
         products: torch.Tensor,
-        sae_in: torch.Tensor,
+        inputs: Inputs,
         expert_indices: torch.Tensor,
     ) -> torch.Tensor:
         """Pre-activations of all latents of the selected experts, before any norm."""
-        scaled = self._scale(products, sae_in, products.mean(dim=-1), expert_indices)
+        scaled = self._scale(products, inputs, products.mean(dim=-1), expert_indices)
         return scaled + self._by_expert(self.b_enc)[expert_indices]
 
     def _topk(
@@ -233,7 +251,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
     def _topk_of_products(
         self,
         products: torch.Tensor,
-        sae_in: torch.Tensor,
+        inputs: Inputs,
         routing: Routing,
         norms: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -245,11 +263,11 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             size = _CANDIDATES_AT_A_TIME // products.shape[-2:].numel()
         parts = [
             t.reshape(tokens, *t.shape[len(batch) :]).split(max(1, size))
-            for t in (products, sae_in, routing.indices, routing.weights)
+            for t in (products, inputs.x, routing.indices, routing.weights)
         ]
         positions = [
             self._topk(
-                self._candidates(p, x, indices),
+                self._candidates(p, inputs._replace(x=x), indices),
                 routing._replace(indices=indices, weights=weights),
                 norms,
             )
@@ -276,15 +294,14 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         products: torch.Tensor,
         kept: Kept,
         selection: Selection,
-        router_in: torch.Tensor,
-        sae_in: torch.Tensor,
+        inputs: Inputs,
         expert_indices: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The kept latents' pre-activations, and all mean products, differentiable."""
         cfg = self.cfg
         kept_products, means = encoder_products(
-            router_in.reshape(-1, cfg.d_in),
-            self.b_dec if cfg.apply_b_dec_to_input else torch.zeros_like(self.b_dec),
+            inputs.x.reshape(-1, cfg.d_in),
+            inputs.center,
             self.W_enc,
             products.flatten(-2)
             .gather(-1, kept.positions)
@@ -298,7 +315,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         means = means.view(expert_indices.shape)
         scaled = self._scale(
             kept_products.view(kept.indices.shape),
-            sae_in,
+            inputs,
             means,
             expert_indices,
             kept.offsets,
@@ -309,7 +326,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
     def _scale(
         self,
         products: torch.Tensor,
-        sae_in: torch.Tensor,
+        inputs: Inputs,
         mean_products: torch.Tensor,
         expert_indices: torch.Tensor,
         offsets: torch.Tensor | None = None,
@@ -322,8 +339,8 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             products: What to scale: products with all latents of the selected experts,
                 ``[..., experts_per_token, expert_size]``; or with some latents of each;
                 or with any of them, ``[..., n]``.
-            sae_in: The encoder's input, ``[..., d_in]``.
-            mean_products: Its products with the mean encoder vector of each selected
+            inputs: What the encoder sees.
+            mean_products: The products with the mean encoder vector of each selected
                 expert, ``[..., experts_per_token]``.
             expert_indices: The selected experts, likewise.
             offsets: Which of each expert's latents these are,
@@ -425,7 +442,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             ValueError: If the last dimension of ``x`` is not d_in.
         """
         with self._keep_run_time_norm_state():
-            return self._route(self._process_inputs(x)[0])
+            return self._route(self._process_inputs(x).x)
 
     @contextmanager
     def _keep_run_time_norm_state(self) -> Iterator[None]:
@@ -475,10 +492,9 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
 
     @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
-        return self._process_inputs(sae_in)[1]
+        return self._process_inputs(sae_in).sae_in
 
-    def _process_inputs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inputs of the router and of the encoder: before and after b_dec."""
+    def _process_inputs(self, x: torch.Tensor) -> Inputs:
         x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
         # A last dimension of 1 would broadcast against b_dec without an error.
         if x.shape[-1:] != (self.cfg.d_in,):
@@ -486,8 +502,10 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
                 f"the last dimension of x must be d_in={self.cfg.d_in}, "
                 f"got shape {tuple(x.shape)}"
             )
-        x = self.run_time_activation_norm_fn_in(x)
-        return x, x - self.b_dec * self.cfg.apply_b_dec_to_input
+        center = self.b_dec
+        if not self.cfg.apply_b_dec_to_input:
+            center = torch.zeros_like(center)
+        return Inputs(self.run_time_activation_norm_fn_in(x), center)
 
     def _products(
         self, sae_in: torch.Tensor, expert_indices: torch.Tensor

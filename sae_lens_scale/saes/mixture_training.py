@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from sae_lens_scale.dead_latents import dead_latent_loss, dead_offsets
 from sae_lens_scale.initialization import geometric_median, spherical_kmeans
-from sae_lens_scale.ops import decoder_norm, grouped_encode
+from sae_lens_scale.ops import decoder_norm, grouped_encode, select_latents
 from sae_lens_scale.routing import expert_load, load_balance_loss
 
 from .files import replacing_files, require_tensors
@@ -241,21 +241,28 @@ class MixtureTrainingSAE(
         dead = step_input.dead_neuron_mask
         if dead is None or not dead.any():
             return sae_out.new_zeros(())
-        cfg, routing = self.cfg, encoding.routing
+        cfg, inputs, routing = self.cfg, encoding.inputs, encoding.routing
         experts = routing.indices
         # Only what is dead is computed, as if experts were made of nothing else.
         offsets, is_dead = dead_offsets(dead, cfg.num_experts)
         first = torch.arange(cfg.num_experts, device=dead.device) * cfg.expert_size
         latents = first.unsqueeze(-1) + offsets
         if encoding.candidates is None:
+            W_enc = select_latents(
+                self.W_enc, 1, latents.flatten(), self._gradient_memory
+            )
+            # As in route: the center's gradient from a term that is zero.
+            center = inputs.center.detach()
             products = grouped_encode(
-                encoding.sae_in.reshape(-1, cfg.d_in),
-                self.W_enc.index_select(1, latents.flatten()),
+                (inputs.x - center).reshape(-1, cfg.d_in),
+                W_enc,
                 experts.reshape(-1, cfg.experts_per_token),
                 cfg.num_experts,
-            ).view(*experts.shape, -1)
+            ).view(*experts.shape, offsets.shape[-1])
+            shift = (center - inputs.center) @ W_enc
+            products = products + shift.view_as(latents)[experts]
             scaled = self._scale(
-                products, encoding.sae_in, encoding.mean_products, experts, offsets
+                products, inputs, encoding.mean_products, experts, offsets
             )
             pre_acts = scaled + self.b_enc[latents][experts]
         else:
@@ -270,7 +277,7 @@ class MixtureTrainingSAE(
             routing.weights.reshape(-1, cfg.experts_per_token).to(pre_acts.dtype),
             experts.reshape(-1, cfg.experts_per_token),
             (step_input.sae_in - sae_out).detach().reshape(-1, cfg.d_in),
-            self.W_dec.index_select(0, latents.flatten()),
+            select_latents(self.W_dec, 0, latents.flatten(), self._gradient_memory),
             cfg.num_experts,
         )
 

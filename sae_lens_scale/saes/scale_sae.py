@@ -21,7 +21,7 @@ from sae_lens_scale.feature_scaling import (
 )
 from sae_lens_scale.ops import DecompositionName, GateName
 
-from .mixture import Encoding, MixtureSAE
+from .mixture import Encoding, Inputs, MixtureSAE
 from .mixture_config import MixtureSAEConfig, require_choice
 from .mixture_training import Metrics, MixtureTrainingSAE, MixtureTrainingSAEConfig
 
@@ -232,7 +232,7 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
     def _scale(
         self,
         products: torch.Tensor,
-        sae_in: torch.Tensor,
+        inputs: Inputs,
         mean_products: torch.Tensor,
         expert_indices: torch.Tensor,
         offsets: torch.Tensor | None = None,
@@ -240,26 +240,28 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
     ) -> torch.Tensor:
         if self.omega is None:
             return products
-        low = low_pass_products(
-            sae_in,
-            mean_products,
-            expert_indices,
-            self.W_enc,
-            self.cfg.num_experts,
-            self.cfg.decomposition,
-            self.W_low_pass,
-        )
+        decomposition = self.cfg.decomposition
+        if decomposition == "mean":
+            low = mean_products.unsqueeze(-1)
+        else:
+            low = low_pass_products(
+                inputs.sae_in,
+                expert_indices,
+                self.W_enc,
+                self.cfg.num_experts,
+                decomposition,
+                self.W_low_pass,
+            )
         omega = self.omega[expert_indices]
-        is_identity = self.cfg.decomposition == "identity"
         if slots is not None:
             omega = omega.gather(-1, slots)
-            if is_identity and offsets is not None:
+            if decomposition == "identity" and offsets is not None:
                 low = low.squeeze(-2).gather(-1, offsets)
             else:
                 low = low.squeeze(-1).gather(-1, slots)
         else:
             omega = omega.unsqueeze(-1)
-            if is_identity and offsets is not None:
+            if decomposition == "identity" and offsets is not None:
                 low = low.expand(*expert_indices.shape, -1)
                 low = low.gather(-1, offsets[expert_indices])
         return scale_pre_acts(products, low, omega)

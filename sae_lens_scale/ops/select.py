@@ -1,0 +1,49 @@
+"""Some latents' weights, with a gradient that is written into memory that is reused."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+
+from .buffers import BufferPool
+
+
+class _SelectLatents(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        weights: torch.Tensor, dim: int, latents: torch.Tensor, *_: Any
+    ) -> torch.Tensor:
+        return weights.index_select(dim, latents)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        weights, ctx.dim, latents, ctx.pool = inputs
+        ctx.shape = weights.shape
+        ctx.save_for_backward(latents)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        (latents,) = ctx.saved_tensors
+        gradient = ctx.pool.take(ctx.shape, grads[0]).zero_()
+        return gradient.index_add_(ctx.dim, latents, grads[0]), None, None, None
+
+
+def select_latents(
+    weights: torch.Tensor,
+    dim: int,
+    latents: Int[torch.Tensor, " n"],
+    pool: BufferPool,
+) -> torch.Tensor:
+    """
+    Weights of some latents; ``weights.index_select(dim, latents)``.
+
+    Args:
+        weights: One row or column for each latent.
+        dim: Which dimension counts the latents.
+        latents: Those to select.
+        pool: Memory for the gradient, which is as large as the weights.
+
+    Returns:
+        A copy of the selected rows or columns.
+    """
+    return _SelectLatents.apply(weights, dim, latents, pool)
