@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-matrix lint bench-gates clean
+.PHONY: install demo test test-matrix lint bench bench-training bench-gates clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,13 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[bench]"
+	$(RUN) benchmarks/speed.py $(ARGS)
+
+bench-training: $(INSTALLED)
+	$(RUN) benchmarks/training.py $(ARGS)
 
 bench-gates: $(INSTALLED)
 	$(RUN) benchmarks/gates.py $(ARGS)

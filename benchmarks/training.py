@@ -13,7 +13,7 @@ import cProfile
 import os
 import pstats
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,13 @@ class Args:
 
     Args:
         steps (int): Training steps of each run.
+        batch_size (int): Tokens of each step.
         saes (list[str]): Which of the demo's SAEs to train.
         output (Path): Where to write the record.
     """
 
     steps: int = 60
+    batch_size: int = 2_048
     saes: list[str] = field(default_factory=lambda: ["scale", "switch", "topk"])
     output: Path = Path(__file__).parent / "results" / "training-cpu.json"
 
@@ -97,15 +99,19 @@ def measure(
 
 def main() -> None:
     args = parse(Args)
-    demo = DemoConfig()
-    cfg = replace(demo, training_tokens=args.steps * demo.batch_size)
+    cfg = DemoConfig(
+        training_tokens=args.steps * args.batch_size, batch_size=args.batch_size
+    )
     model = load_language_model(cfg.model, cfg.device)
     real = {
         "override_model": model,
         "override_dataset": load_text("docstrings", "train"),
     }
     sae_cfgs = sae_configs(cfg, model.cfg.d_model)
-    record = {**read_json(args.output), "settings": {"steps": args.steps}}
+    record: dict[str, Any] = {
+        **read_json(args.output),
+        "settings": asdict(args) | {"output": str(args.output)},
+    }
     rows = []
     for name in args.saes:
         for fused in (False, True):

@@ -64,11 +64,13 @@ def make_runner(
         "output_path": str(output / "sae"),
         **settings,
     }
+    # SAELens's own runner does not know it.
+    options: dict[str, Any] = {"fused_optimizer": True} if fused_optimizer else {}
     return kind(
         LanguageModelSAERunnerConfig(**fields),
         override_model=model,
         override_dataset=small_corpus(),
-        **({"fused_optimizer": True} if fused_optimizer else {}),
+        **options,
     )
 
 
