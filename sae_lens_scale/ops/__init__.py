@@ -6,7 +6,7 @@ Every operation has a slow counterpart written straight from the formula in
 
 from .bilinear import Selection
 from .buffers import BufferPool
-from .decode import decode_nonzero, decoder_norm
+from .decode import decode_dense, decoder_norm
 from .encoder_products import encoder_products
 from .grouped import grouped_decode, grouped_encode
 from .latent_products import (
@@ -26,7 +26,7 @@ __all__ = [
     "Selection",
     "SparseLatents",
     "TopKOver",
-    "decode_nonzero",
+    "decode_dense",
     "decoder_norm",
     "encoder_products",
     "grouped_decode",

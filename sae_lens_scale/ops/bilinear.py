@@ -18,7 +18,7 @@ class Selection(NamedTuple):
         indices: The selected items, in ``range(size)``; ``[tokens, k]``, int64.
         size: How many there are to select from.
         order: ``indices`` flattened and sorted by item, as positions in the unsorted;
-            ``[tokens * k]``. Sorted when needed if None; see :meth:`sorted`.
+            ``[tokens * k]``. Sorted when needed if None; see :meth:`with_order`.
         pool: Memory for results that are as large as weights, which are gradients most of
             the time; fresh memory if None.
     """
@@ -28,7 +28,7 @@ class Selection(NamedTuple):
     order: Int[torch.Tensor, " tokens_k"] | None = None
     pool: BufferPool | None = None
 
-    def sorted(self) -> "Selection":
+    def with_order(self) -> "Selection":
         """The same selection with ``order``: one sort for all products that follow."""
         return (
             self if self.order is not None else self._replace(order=self.find_order())
@@ -41,8 +41,10 @@ class Selection(NamedTuple):
         return self.indices.flatten().argsort(stable=True)
 
     def empty(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """Memory from the pool."""
-        return (self.pool or BufferPool()).take(shape, like)
+        """An uninitialised tensor of a shape, from the pool if there is one."""
+        return (
+            like.new_empty(shape) if self.pool is None else self.pool.take(shape, like)
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,16 @@ class BilinearProduct:
         selection: Selection,
     ) -> torch.Tensor:
         """The product, differentiable to any order."""
-        return _Apply.apply(self, a, b, *selection)
+        return _apply(self, a, b, *selection)
+
+
+def eagerly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """
+    A function that torch.compile leaves alone.
+
+    Work is cut by expert and by latent as the data have it, which no graph can hold.
+    """
+    return torch.compiler.disable(function.apply)
 
 
 def one_by_one(
@@ -133,3 +144,6 @@ class _Apply(torch.autograd.Function):
     def _restore(ctx: Any) -> tuple[torch.Tensor, torch.Tensor, Selection]:
         a, b, indices, order = ctx.saved_tensors
         return a, b, Selection(indices, ctx.size, order, ctx.pool)
+
+
+_apply = eagerly(_Apply)

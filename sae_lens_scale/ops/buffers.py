@@ -7,8 +7,21 @@ from typing import Any
 import numpy as np
 import torch
 
-# References to a buffer that nobody uses: the pool's, the loop's, getrefcount's.
-_UNUSED = 3
+# More than a training step has gradients that are as large as weights: two of encoder and
+# decoder, and two of their dead latents.
+_MOST_BUFFERS = 4
+
+
+def _references_when_unused() -> int:
+    """How many references Python counts, in a loop over a list, to what only that holds."""
+    for buffer in [np.empty(0)]:
+        return sys.getrefcount(buffer)
+    raise AssertionError
+
+
+# It depends on the version of Python. Without its global lock, the count is not exact.
+_UNUSED = _references_when_unused()
+_CAN_COUNT = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class BufferPool:
@@ -18,7 +31,8 @@ class BufferPool:
     An optimizer that sets gradients to None hands their memory back to the system, and
     the next step pays for every page of it anew: a tenth of the time of a backward pass.
     A buffer is given out again only once no tensor uses its memory any longer, so a
-    gradient that somebody keeps stays as it is. Buffers live as long as their pool.
+    gradient that somebody keeps stays as it is. A pool keeps a few buffers, as long as it
+    lives.
     """
 
     def __init__(self) -> None:
@@ -37,14 +51,15 @@ class BufferPool:
             A contiguous tensor.
         """
         nbytes = like.element_size() * math.prod(shape)
-        if like.device.type != "cpu" or not nbytes:
+        if like.device.type != "cpu" or not nbytes or not _CAN_COUNT:
             return like.new_empty(shape)
         for buffer in self._buffers:
             if buffer.nbytes == nbytes and sys.getrefcount(buffer) == _UNUSED:
                 break
         else:
             buffer = np.empty(nbytes, np.uint8)
-            self._buffers.append(buffer)
+            if len(self._buffers) < _MOST_BUFFERS:
+                self._buffers.append(buffer)
         # resize_, not view: autograd lets nobody edit a view in place.
         return torch.frombuffer(buffer, dtype=like.dtype).resize_(shape)
 

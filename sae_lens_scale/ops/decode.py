@@ -1,8 +1,15 @@
-"""Decoding."""
+"""Decoding of d_sae-wide activations."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+
+from .bilinear import BilinearProduct, Selection
+
+# How many times faster than on its own an activation is decoded in a dense product: 838 ms
+# for 100 million of them, against 8 ms for 131 thousand and 60 ms to find these (2 x86
+# cores, rows of 768 float32).
+_DENSE_SPEEDUP = 20
 
 
 def decoder_norm(
@@ -16,31 +23,45 @@ def decoder_norm(
     return W_dec.norm(dim=-1).clamp(min=1e-8)
 
 
-def decode_nonzero(
+def decode_dense(
     acts: Float[torch.Tensor, "tokens d_sae"],
-    weights: Float[torch.Tensor, "d_sae width"],
-    scales: Float[torch.Tensor, " d_sae"] | None = None,
-) -> Float[torch.Tensor, "tokens width"]:
+    W_dec: Float[torch.Tensor, "d_sae d_in"],
+) -> Float[torch.Tensor, "tokens d_in"]:
     """
-    ``(acts * scales) @ weights``, at the cost of the activations that are not zero; no gradient.
+    ``acts @ W_dec``, on the CPU at the cost of the activations that are not zero.
+
+    Its gradients are dense: those of activations that are zero, too. Where rows of W_dec
+    are infinite or NaN, activations that are zero make NaN of them only if most are not.
 
     Args:
-        acts: Activations, most of them zero, ``[tokens, d_sae]``.
-        weights: One row for each latent, ``[d_sae, width]``.
-        scales: What to multiply each latent's activations by, ``[d_sae]``.
+        acts: Activations, ``[tokens, d_sae]``.
+        W_dec: Decoder weights, ``[d_sae, d_in]``.
 
     Returns:
-        ``[tokens, width]``.
+        ``[tokens, d_in]``, without decoder bias.
     """
+    return _DECODE_DENSE(acts, W_dec, _NOTHING)
+
+
+def _decode(acts: torch.Tensor, W_dec: torch.Tensor, _: Selection) -> torch.Tensor:
+    if acts.device.type != "cpu" or acts.dtype != W_dec.dtype:
+        return acts @ W_dec
+    if acts.count_nonzero() * _DENSE_SPEEDUP >= acts.numel():
+        return acts @ W_dec
     tokens, latents = acts.nonzero(as_tuple=True)
-    values = acts[tokens, latents]
-    if scales is not None:
-        values = values * scales[latents]
     counts = torch.bincount(tokens, minlength=len(acts))
     return F.embedding_bag(
         latents,
-        weights,
+        W_dec,
         counts.cumsum(0) - counts,
-        per_sample_weights=values.to(weights.dtype),
+        per_sample_weights=acts[tokens, latents],
         mode="sum",
     )
+
+
+_NOTHING = Selection(torch.zeros(0, 0, dtype=torch.int64), 0)
+_DECODE_DENSE = BilinearProduct(
+    _decode,
+    lambda grad, _, W_dec, _selection: grad @ W_dec.T,
+    lambda grad, acts, _, _selection: acts.T @ grad,
+)

@@ -6,7 +6,7 @@ import torch
 from einops import reduce
 from jaxtyping import Float
 
-from .bilinear import Selection, one_by_one
+from .bilinear import Selection, eagerly, one_by_one
 from .latent_products import sampled_products, sparse_decode, transposed_latent_sums
 
 
@@ -52,12 +52,17 @@ class _EncoderProducts(torch.autograd.Function):
             total = _totals(grad, latents)
             if part is not None:
                 total = total + _totals(part, experts).repeat_interleave(size)
-            grad_center = -(W_enc @ total)
+            grad_center = -(W_enc @ total.to(W_enc.dtype))
         if ctx.needs_input_grad[2]:
             grad_W = transposed_latent_sums(grad, centered, latents)
             if part is not None:
                 shared = transposed_latent_sums(part, centered, experts)
-                grad_W.unflatten(1, (-1, size)).add_(shared.unsqueeze(-1))
+                by_expert = grad_W.unflatten(1, (-1, size))
+                if torch.is_grad_enabled():
+                    # Somebody derives this gradient, maybe of a batch of gradients.
+                    grad_W = (by_expert + shared.unsqueeze(-1)).flatten(1)
+                else:
+                    by_expert.add_(shared.unsqueeze(-1))
         return grad_x, grad_center, grad_W, *[None] * 7
 
     @staticmethod
@@ -88,8 +93,13 @@ class _EncoderProducts(torch.autograd.Function):
 
 
 def _totals(values: torch.Tensor, selection: Selection) -> torch.Tensor:
+    # A sum of thousands of bfloat16 numbers in bfloat16 would be wrong.
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     zeros = values.new_zeros(selection.size)
     return zeros.index_add(0, selection.indices.flatten(), values.flatten())
+
+
+_encoder_products = eagerly(_EncoderProducts)
 
 
 def encoder_products(
@@ -114,8 +124,10 @@ def encoder_products(
         x: Inputs, ``[tokens, d_in]``.
         center: What is subtracted from each, ``[d_in]``.
         W_enc: Encoder weights, ``[d_in, d_sae]``.
-        products: ``(x - center) . W_enc[:, j]`` for each selected latent j.
-        means: ``(x - center)`` times the mean encoder vector of each selected expert.
+        products: ``(x - center) . W_enc[:, j]`` for each selected latent j; a gradient
+            that they have themselves is dropped.
+        means: ``(x - center)`` times the mean encoder vector of each selected expert,
+            likewise.
         latents: The latents that each token selected.
         experts: The experts that each token selected; latent j belongs to expert
             ``j // (d_sae / experts.size)``.
@@ -123,7 +135,7 @@ def encoder_products(
     Returns:
         ``products`` and ``means``, as functions of the first three arguments.
     """
-    return _EncoderProducts.apply(
+    return _encoder_products(
         x,
         center,
         W_enc,

@@ -37,7 +37,7 @@ def grouped_encode(
         ``[tokens, experts_per_token, d_sae / num_experts]``.
     """
     matrices = rearrange(W_enc, "d (N n) -> N d n", N=num_experts)
-    return _ENCODE(x, matrices, Selection(expert_indices, num_experts).sorted())
+    return _ENCODE(x, matrices, Selection(expert_indices, num_experts).with_order())
 
 
 def grouped_decode(
@@ -63,7 +63,7 @@ def grouped_decode(
         The sum over experts of ``acts @ W_dec``, ``[tokens, d_in]``.
     """
     matrices = rearrange(W_dec, "(N n) d -> N d n", N=num_experts)
-    return _DECODE(acts, matrices, Selection(expert_indices, num_experts).sorted())
+    return _DECODE(acts, matrices, Selection(expert_indices, num_experts).with_order())
 
 
 _ENCODE = BilinearProduct(

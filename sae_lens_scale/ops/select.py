@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 
+from .bilinear import eagerly
 from .buffers import BufferPool
 
 
@@ -24,8 +25,15 @@ class _SelectLatents(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (latents,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Somebody derives this gradient, maybe of a batch of gradients.
+            zeros = grads[0].new_zeros(ctx.shape)
+            return zeros.index_add(ctx.dim, latents, grads[0]), None, None, None
         gradient = ctx.pool.take(ctx.shape, grads[0]).zero_()
         return gradient.index_add_(ctx.dim, latents, grads[0]), None, None, None
+
+
+_select_latents = eagerly(_SelectLatents)
 
 
 def select_latents(
@@ -46,4 +54,4 @@ def select_latents(
     Returns:
         A copy of the selected rows or columns.
     """
-    return _SelectLatents.apply(weights, dim, latents, pool)
+    return _select_latents(weights, dim, latents, pool)

@@ -1,10 +1,11 @@
 """Types that all layers share."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 
+from .bilinear import eagerly, one_by_one
 from .buffers import zeros
 
 GateName = Literal["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
@@ -26,8 +27,7 @@ class SparseLatents(NamedTuple):
 
     def to_dense(self, d_sae: int) -> Float[torch.Tensor, "*batch d_sae"]:
         """The same activations ``[..., d_sae]``, zero elsewhere; differentiable."""
-        dense = zeros((*self.values.shape[:-1], d_sae), self.values)
-        return dense.scatter_add_(-1, self.indices, self.values)
+        return _to_dense(self.values, self.indices, d_sae)
 
     def to_coo(self, d_sae: int) -> torch.Tensor:
         """The same activations as a sparse COO tensor ``[..., d_sae]``."""
@@ -40,3 +40,35 @@ class SparseLatents(NamedTuple):
             (*batch, d_sae),
             check_invariants=False,
         )
+
+
+class _ToDense(torch.autograd.Function):
+    """See :meth:`SparseLatents.to_dense`; linear in the values."""
+
+    @staticmethod
+    def forward(
+        values: torch.Tensor, indices: torch.Tensor, d_sae: int
+    ) -> torch.Tensor:
+        dense = zeros((*values.shape[:-1], d_sae), values)
+        return dense.scatter_add_(-1, indices, values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        _, indices, ctx.d_sae = inputs
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        return grads[0].gather(-1, ctx.saved_tensors[0]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+        return _ToDense.apply(tangents[0], ctx.saved_tensors[0], ctx.d_sae)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return torch.stack(one_by_one(_ToDense, info, in_dims, inputs)), 0
+
+
+_to_dense = eagerly(_ToDense)

@@ -17,7 +17,7 @@ from sae_lens_scale.ops import (
     BufferPool,
     Selection,
     SparseLatents,
-    decode_nonzero,
+    decode_dense,
     decoder_norm,
     encoder_products,
     grouped_encode,
@@ -36,27 +36,29 @@ _RUN_TIME_NORM_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 # Candidates that are ranked at a time on the CPU: what stays in a core's cache.
 _CANDIDATES_AT_A_TIME = 1 << 17
 
-# How many times faster an activation is decoded in a dense product than on its own.
-_DENSE_SPEEDUP = 20
-
 
 def is_hooked(hook: nn.Module) -> bool:
     """Whether anybody watches or edits what passes a hook point."""
-    return bool(hook._forward_hooks or hook._backward_hooks)
+    return bool(
+        hook._forward_hooks
+        or hook._forward_pre_hooks
+        or hook._backward_hooks
+        or hook._backward_pre_hooks
+    )
 
 
 T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
 
 
-def _decode_sparsely(feature_acts: torch.Tensor, W_dec: torch.Tensor) -> bool:
-    """Whether to look for what is not zero, and to decode that only: on the CPU, and
-    where no gradient is wanted, which zero activations have too."""
-    if feature_acts.device.type != "cpu" or (
-        torch.is_grad_enabled() and (feature_acts.requires_grad or W_dec.requires_grad)
-    ):
-        return False
-    nonzero = int(feature_acts.count_nonzero())
-    return nonzero * _DENSE_SPEEDUP < feature_acts.numel()
+def take(per_item: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """
+    ``per_item[indices]``, with a gradient that is the same in every run.
+
+    That of indexing is summed by all threads at once, and in bfloat16 if parameters are.
+    """
+    wide = per_item.to(torch.promote_types(per_item.dtype, torch.float32))
+    taken = wide.index_select(0, indices.flatten())
+    return taken.view(*indices.shape, *per_item.shape[1:]).to(per_item.dtype)
 
 
 class Inputs(NamedTuple):
@@ -286,7 +288,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         selection = Selection(indices, self.cfg.d_sae, pool=self._gradient_memory)
         if torch.is_grad_enabled() and self.W_dec.requires_grad:
             # Encoder and decoder gradients will both need it.
-            return selection.sorted()
+            return selection.with_order()
         return selection
 
     def _kept_pre_acts(
@@ -321,7 +323,7 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             kept.offsets,
             kept.slots,
         )
-        return scaled + self.b_enc[kept.indices], means
+        return scaled + take(self.b_enc, kept.indices), means
 
     def _scale(
         self,
@@ -372,7 +374,12 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
         return self.hook_sae_output(sae_out)
 
     def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
-        if is_hooked(self.hook_sae_acts_post):
+        overridden = any(
+            getattr(getattr(self, name), "__func__", None)
+            is not getattr(MixtureSAE, name)
+            for name in ("encode", "decode")
+        )
+        if overridden or is_hooked(self.hook_sae_acts_post):
             return self.decode(self.encode(x))
         return self._decode_encoding(self._encode(x))
 
@@ -398,18 +405,12 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             )
         if feature_acts.is_sparse:
             feature_acts = feature_acts.to_dense()
-        scales = None
         if self.cfg.rescale_acts_by_decoder_norm:
-            scales = 1 / decoder_norm(self.W_dec)
-        if _decode_sparsely(feature_acts, self.W_dec):
-            flat = feature_acts.reshape(-1, self.cfg.d_sae)
-            recons = decode_nonzero(flat, self.W_dec, scales)
-            recons = recons.view(*feature_acts.shape[:-1], self.cfg.d_in)
-        else:
-            if scales is not None:
-                feature_acts = feature_acts * scales
-            recons = feature_acts @ self.W_dec
-        return self._finish_decoding(recons)
+            feature_acts = feature_acts * (1 / decoder_norm(self.W_dec))
+        recons = decode_dense(feature_acts.reshape(-1, self.cfg.d_sae), self.W_dec)
+        return self._finish_decoding(
+            recons.view(*feature_acts.shape[:-1], self.cfg.d_in)
+        )
 
     def _decode_encoding(self, encoding: Encoding) -> torch.Tensor:
         """What decode returns for the same activations, from their compact form."""
@@ -538,7 +539,17 @@ class MixtureSAE(SAE[T_MIXTURE_CONFIG], ABC):
             (*pre_acts.shape[:-2], cfg.num_experts, cfg.expert_size), -torch.inf
         )
         index = expert_indices.unsqueeze(-1).expand_as(pre_acts)
+        # An expert that an edit selected twice has one place, which has one gradient.
+        same = expert_indices.unsqueeze(-1) == expert_indices.unsqueeze(-2)
+        repeated = same.tril(-1).any(dim=-1, keepdim=True)
+        pre_acts = torch.where(repeated, pre_acts.detach(), pre_acts)
         return wide.scatter_(-2, index, pre_acts).flatten(-2)
+
+    @override
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # What moves or converts the parameters leaves this memory without a use.
+        self._gradient_memory = BufferPool()
+        return super()._apply(*args, **kwargs)
 
     def _by_expert(self, per_latent: torch.Tensor) -> torch.Tensor:
         """Split the last dimension into experts and their latents."""

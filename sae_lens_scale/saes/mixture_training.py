@@ -28,7 +28,7 @@ from sae_lens_scale.ops import decoder_norm, grouped_encode, select_latents
 from sae_lens_scale.routing import expert_load, load_balance_loss
 
 from .files import replacing_files, require_tensors
-from .mixture import Encoding, MixtureSAE, is_hooked
+from .mixture import Encoding, MixtureSAE, is_hooked, take
 from .mixture_config import MixtureSAEConfig
 
 
@@ -260,11 +260,11 @@ class MixtureTrainingSAE(
                 cfg.num_experts,
             ).view(*experts.shape, offsets.shape[-1])
             shift = (center - inputs.center) @ W_enc
-            products = products + shift.view_as(latents)[experts]
+            products = products + take(shift.view_as(latents), experts)
             scaled = self._scale(
                 products, inputs, encoding.mean_products, experts, offsets
             )
-            pre_acts = scaled + self.b_enc[latents][experts]
+            pre_acts = scaled + take(take(self.b_enc, latents), experts)
         else:
             pre_acts = encoding.candidates.gather(-1, offsets[experts])
         norms = None

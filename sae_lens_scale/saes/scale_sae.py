@@ -21,7 +21,7 @@ from sae_lens_scale.feature_scaling import (
 )
 from sae_lens_scale.ops import DecompositionName, GateName
 
-from .mixture import Encoding, Inputs, MixtureSAE
+from .mixture import Encoding, Inputs, MixtureSAE, take
 from .mixture_config import MixtureSAEConfig, require_choice
 from .mixture_training import Metrics, MixtureTrainingSAE, MixtureTrainingSAEConfig
 
@@ -252,7 +252,7 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
                 decomposition,
                 self.W_low_pass,
             )
-        omega = self.omega[expert_indices]
+        omega = take(self.omega, expert_indices)
         if slots is not None:
             omega = omega.gather(-1, slots)
             if decomposition == "identity" and offsets is not None:

@@ -34,6 +34,13 @@ def test_memory_that_anything_uses_is_not_given_out_again(keep):
     assert len({other.data_ptr() for other in others}) == 3
 
 
+def test_a_pool_keeps_few_buffers():
+    pool = BufferPool()
+    held = [pool.take((n, 4), LIKE) for n in range(1, 20)]
+    del held
+    assert len(pool._buffers) == 4
+
+
 def test_memory_outlives_its_pool():
     pool = BufferPool()
     tensor = pool.take((1000, 1000), LIKE).fill_(3)

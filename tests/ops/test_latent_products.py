@@ -35,7 +35,7 @@ def select(tokens: int, k: int, popular: bool = False) -> Selection:
 
 SELECTIONS = [
     select(7, 3),
-    select(7, 3).sorted(),
+    select(7, 3).with_order(),
     select(7, 3)._replace(pool=BufferPool()),
     select(1, 4),
     select(9, 1),
@@ -189,7 +189,7 @@ def test_products_with_weights_that_are_stored_transposed():
 
 
 def test_results_do_not_depend_on_how_work_is_cut(monkeypatch: pytest.MonkeyPatch):
-    selection = select(40, 6).sorted()
+    selection = select(40, 6).with_order()
     values, rows = draw(40, 6).detach(), draw(40, WIDTH, seed=1).detach()
     weights = draw(NUM_LATENTS, WIDTH, seed=2).detach().float()
     whole = latent_sums(values, rows, selection)

@@ -6,7 +6,7 @@ import torch
 from sae_lens_scale.ops import (
     SparseLatents,
     TopKOver,
-    decode_nonzero,
+    decode_dense,
     decoder_norm,
     grouped_decode,
     grouped_encode,
@@ -118,14 +118,24 @@ def test_SparseLatents_dense_and_sparse_forms_agree(batch: tuple[int, ...]):
     assert torch.equal(latents.to_coo(D_SAE).to_dense(), dense)
 
 
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("active", [0, 1, D_SAE])
 @pytest.mark.parametrize("tokens", [0, 1, 9])
-def test_decode_nonzero_is_the_dense_product(tokens: int, scaled: bool):
-    acts = draw(tokens, D_SAE).relu()
-    acts[1:3] = 0
-    W, scales = draw(D_SAE, D_IN, seed=1), draw(D_SAE, seed=2) if scaled else None
-    want = (acts if scales is None else acts * scales) @ W
-    torch.testing.assert_close(decode_nonzero(acts, W, scales), want)
+def test_decode_dense_is_the_dense_product_however_few_are_active(
+    tokens: int, active: int
+):
+    acts = draw(tokens, D_SAE)
+    acts[:, active:] = 0
+    W = draw(D_SAE, D_IN, seed=1).requires_grad_()
+    acts.requires_grad_()
+    assert_same(decode_dense(acts, W), acts @ W, acts, W)
+
+
+def test_decode_dense_of_steered_activations():
+    acts, W = torch.zeros(9, D_SAE), draw(D_SAE, D_IN).float()
+    acts[3, 5], acts[4, 6], acts[5, 7] = -2, torch.inf, torch.nan
+    torch.testing.assert_close(decode_dense(acts, W), acts @ W, equal_nan=True)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        decode_dense(acts.double(), W)
 
 
 def test_decoder_norm_has_a_floor_and_a_finite_gradient():

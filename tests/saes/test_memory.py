@@ -1,6 +1,7 @@
 """Memory of a training step: what the active latents need, nothing as wide as d_sae."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def test_a_training_step_needs_memory_for_active_latents_only(
     step()
     sae.zero_grad()
     peak = peak_bytes(step, tmp_path / "trace.json")
+    # NumPy's memory, for gradients above all, is not the allocator's.
+    sae.zero_grad()
+    tracemalloc.start()
+    step()
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     active = sae.cfg.experts_per_token * sae.cfg.expert_size
     bound = 3 * TOKENS * (active + K + D_IN) * 4
     # Dead latents bring gradients of the weights' size, for each of the two.
@@ -75,6 +82,7 @@ def test_a_training_step_needs_memory_for_active_latents_only(
     dense = TOKENS * D_SAE * 4
     assert bound + SCRATCH < dense / 2, "a dense tensor would go unnoticed"
     assert peak < bound + SCRATCH
+    assert numpy_peak < SCRATCH, "gradients did not go into memory that was there"
 
 
 def test_a_dense_training_step_is_noticed(tmp_path: Path):

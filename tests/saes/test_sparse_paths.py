@@ -1,0 +1,160 @@
+"""The compact paths are the dense ones: whatever is overridden, hooked or derived."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close, gradients, scale_sae, step_input, switch_sae
+from typing_extensions import override
+
+from sae_lens_scale import ScaleTrainingSAE
+from sae_lens_scale.saes.mixture import is_hooked
+
+X = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+both = pytest.mark.parametrize("make", [scale_sae, switch_sae])
+frozen_or_not = pytest.mark.parametrize("frozen", [True, False])
+
+
+@both
+@frozen_or_not
+def test_forward_is_decode_of_encode(make: Callable[..., Any], frozen: bool):
+    sae = make().requires_grad_(not frozen)
+    x = X.clone().requires_grad_()
+    wide = sae.decode(sae.encode(x))
+    assert_close(sae(x), wide)
+    assert_close(
+        torch.autograd.grad(sae(x).sin().sum(), x)[0],
+        torch.autograd.grad(wide.sin().sum(), x)[0],
+    )
+
+
+class Doubling(ScaleTrainingSAE):
+    @override
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().encode(x)
+
+
+def test_forward_uses_an_encode_that_a_subclass_or_somebody_else_overrides():
+    plain = scale_sae()
+    sae = Doubling(plain.cfg)
+    sae.load_state_dict(plain.state_dict())
+    assert_close(sae(X) - sae.b_dec, 2 * (plain(X) - plain.b_dec))
+    plain.decode = lambda acts: acts  # type: ignore[method-assign]
+    assert_close(plain(X), plain.encode(X))
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_any_kind_of_hook_is_noticed(register: str):
+    sae = scale_sae()
+    assert not is_hooked(sae.hook_sae_acts_post)
+    handle = getattr(sae.hook_sae_acts_post, register)(lambda *_: None)
+    assert is_hooked(sae.hook_sae_acts_post)
+    handle.remove()
+    assert not is_hooked(sae.hook_sae_acts_post)
+
+
+@both
+@frozen_or_not
+@pytest.mark.parametrize("part", ["encode", "decode", "forward"])
+def test_derivatives_of_every_mode_agree(
+    make: Callable[..., Any], frozen: bool, part: str
+):
+    sae = make().requires_grad_(not frozen)
+    function = getattr(sae, part)
+    start = sae.encode(X[:2]).detach() if part == "decode" else X[:2]
+    reverse = torch.func.jacrev(function)(start)
+    assert reverse.abs().max() > 0.1
+    assert_close(torch.func.jacfwd(function)(start), reverse)
+    direction = torch.randn_like(start)
+    with torch.no_grad():
+        forward = torch.func.jvp(function, (start,), (direction,))[1]
+    want = reverse.flatten(0, 1).flatten(1) @ direction.flatten()
+    assert_close(forward.flatten(), want)
+
+
+@pytest.mark.parametrize("part", ["encode", "decode", "forward"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_every_part_can_be_compiled(part: str, grad: bool):
+    sae = scale_sae()
+    function = getattr(sae, part)
+    x = sae.encode(X).detach() if part == "decode" else X
+    torch.compiler.reset()
+    with torch.set_grad_enabled(grad):
+        compiled = torch.compile(function, backend="aot_eager")
+        assert_close(compiled(x), function(x))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_training_step_with_dead_latents_can_be_compiled(sparse: bool):
+    sae = scale_sae(use_sparse_activations=sparse)
+    step = step_input(X, torch.arange(60) % 3 == 0)
+    torch.compiler.reset()
+    compiled = torch.compile(sae.training_forward_pass, backend="aot_eager")
+    want = gradients(sae, sae.training_forward_pass(step).loss)
+    for name, gradient in gradients(sae, compiled(step).loss).items():
+        assert_close(gradient, want[name])
+
+
+@both
+def test_gradients_in_bfloat16_are_not_summed_in_bfloat16(make: Callable[..., Any]):
+    sae = make(dtype="float32")
+    x = torch.randn(8192, 10, generator=torch.Generator().manual_seed(2)).bfloat16()
+    sae.to(torch.bfloat16)
+    exact = make(dtype="float64")
+    exact.load_state_dict(sae.state_dict())
+    got, want = (
+        gradients(s, s(x.to(s.dtype)).double().pow(2).mean()) for s in (sae, exact)
+    )
+    # Tokens whose latents rounding decides differ; sums in bfloat16 would lose half.
+    for name in ("b_dec", "b_enc"):
+        error = (got[name].double() - want[name]).norm() / want[name].norm()
+        assert error < 0.1, f"{name}: {error}"
+
+
+def test_two_runs_with_several_threads_are_equal_to_the_bit():
+    sae = scale_sae(d_sae=600, num_experts=10, dtype="float32")
+    x = torch.randn(4096, 10, generator=torch.Generator().manual_seed(2))
+    dead = torch.arange(600) % 4 == 0
+    first = gradients(sae, sae.training_forward_pass(step_input(x, dead)).loss)
+    for _ in range(5):
+        again = gradients(sae, sae.training_forward_pass(step_input(x, dead)).loss)
+        for name, gradient in again.items():
+            assert torch.equal(gradient, first[name]), name
+
+
+def test_gradients_of_an_expert_that_is_selected_twice_and_watched():
+    sae = scale_sae()
+    plain, watched = [], []
+    for found, hooks in (
+        (plain, []),
+        (watched, [("hook_sae_acts_pre", lambda value, hook: value)]),
+    ):
+        twice = ("hook_expert_indices", lambda indices, hook: indices * 0 + 2)
+        with sae.hooks([twice, *hooks]):
+            found.append(gradients(sae, sae(X).sin().sum()))
+    for name, gradient in watched[0].items():
+        assert_close(gradient, plain[0][name])
+
+
+def test_gradients_accumulate_and_outlive_the_step():
+    sae = scale_sae()
+    step = step_input(X)
+    sae.training_forward_pass(step).loss.backward()
+    first = {n: p.grad for n, p in sae.named_parameters()}
+    copies = {n: g.clone() for n, g in first.items() if g is not None}
+    sae.zero_grad()
+    sae.training_forward_pass(step).loss.backward()
+    sae.training_forward_pass(step).loss.backward()
+    for name, parameter in sae.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(first[name], copies[name])  # type: ignore[arg-type]
+            assert_close(parameter.grad, 2 * copies[name])
