@@ -13,7 +13,7 @@ import cProfile
 import os
 import pstats
 import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def main() -> None:
     sae_cfgs = sae_configs(cfg, model.cfg.d_model)
     record: dict[str, Any] = {
         **read_json(args.output),
-        "settings": asdict(args) | {"output": str(args.output)},
+        "settings": {"steps": args.steps, "batch_size": args.batch_size},
     }
     rows = []
     for name in args.saes:
