@@ -15,7 +15,7 @@ from .latent_products import (
     sparse_decode,
     transposed_latent_sums,
 )
-from .select import select_latents
+from .select import select_latents, take
 from .topk import select_topk
 from .types import DecompositionName, GateName, SparseLatents, TopKOver
 
@@ -36,5 +36,6 @@ __all__ = [
     "select_latents",
     "select_topk",
     "sparse_decode",
+    "take",
     "transposed_latent_sums",
 ]

@@ -1,4 +1,4 @@
-"""Some latents' weights, with a gradient that is written into memory that is reused."""
+"""Selecting what belongs to some latents or experts, with well-behaved gradients."""
 
 from typing import Any
 
@@ -55,3 +55,21 @@ def select_latents(
         A copy of the selected rows or columns.
     """
     return _select_latents(weights, dim, latents, pool)
+
+
+def take(per_item: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """
+    ``per_item[indices]``, with a gradient that is the same in every run.
+
+    That of indexing is summed by all threads at once, and in bfloat16 if parameters are.
+
+    Args:
+        per_item: One number or row for each item.
+        indices: Items, of any shape.
+
+    Returns:
+        In the shape of ``indices``, with the dimensions of a row at the end.
+    """
+    wide = per_item.to(torch.promote_types(per_item.dtype, torch.float32))
+    taken = wide.index_select(0, indices.flatten())
+    return taken.view(*indices.shape, *per_item.shape[1:]).to(per_item.dtype)

@@ -24,11 +24,12 @@ from typing_extensions import override
 
 from sae_lens_scale.dead_latents import dead_latent_loss, dead_offsets
 from sae_lens_scale.initialization import geometric_median, spherical_kmeans
-from sae_lens_scale.ops import decoder_norm, grouped_encode, select_latents
+from sae_lens_scale.ops import decoder_norm, grouped_encode, select_latents, take
 from sae_lens_scale.routing import expert_load, load_balance_loss
 
+from .encoding import Encoding, is_hooked
 from .files import replacing_files, require_tensors
-from .mixture import Encoding, MixtureSAE, is_hooked, take
+from .mixture import MixtureSAE
 from .mixture_config import MixtureSAEConfig
 
 

@@ -19,9 +19,10 @@ from sae_lens_scale.feature_scaling import (
     scale_pre_acts,
     scaled_encoder,
 )
-from sae_lens_scale.ops import DecompositionName, GateName
+from sae_lens_scale.ops import DecompositionName, GateName, take
 
-from .mixture import Encoding, Inputs, MixtureSAE, take
+from .encoding import Encoding, Inputs
+from .mixture import MixtureSAE
 from .mixture_config import MixtureSAEConfig, require_choice
 from .mixture_training import Metrics, MixtureTrainingSAE, MixtureTrainingSAEConfig
 
