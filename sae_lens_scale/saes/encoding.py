@@ -199,7 +199,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
     ) -> torch.Tensor:
         """Pre-activations of all latents of the selected experts, before any norm."""
         scaled = self._scale(products, inputs, products.mean(dim=-1), expert_indices)
-        return scaled + self._by_expert(self.b_enc)[expert_indices]
+        return scaled + take(self._by_expert(self.b_enc), expert_indices)
 
     def _topk(
         self, pre_acts: torch.Tensor, routing: Routing, norms: torch.Tensor | None
