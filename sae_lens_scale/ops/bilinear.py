@@ -111,7 +111,7 @@ class _Apply(torch.autograd.Function):
         return product.compute(a, b, Selection(*selection))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
         ctx.product, a, b, indices, ctx.size, order, ctx.pool = inputs
         ctx.save_for_backward(a, b, indices, order)
         ctx.save_for_forward(a, b, indices, order)

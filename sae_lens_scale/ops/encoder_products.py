@@ -19,7 +19,7 @@ class _EncoderProducts(torch.autograd.Function):
         return products.clone(), means.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
         x, center, W_enc, _, _, indices, order, experts, num_experts, pool = inputs
         ctx.num_experts, ctx.pool = num_experts, pool
         ctx.save_for_backward(x, center, W_enc, indices, order, experts)

@@ -17,7 +17,7 @@ class _SelectLatents(torch.autograd.Function):
         return weights.index_select(dim, latents)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
         weights, ctx.dim, latents, ctx.pool = inputs
         ctx.shape = weights.shape
         ctx.save_for_backward(latents)

@@ -53,7 +53,7 @@ class _ToDense(torch.autograd.Function):
         return dense.scatter_add_(-1, indices, values)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
         _, indices, ctx.d_sae = inputs
         ctx.save_for_backward(indices)
         ctx.save_for_forward(indices)
