@@ -1,15 +1,24 @@
-"""How much the experts of a mixture are used."""
+"""What a mixture's experts are: how much they are used, how alike, how amplified."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int
+from sae_lens.saes.sae import SAE
+from tqdm.auto import tqdm
 
 from sae_lens_scale.saes.mixture import MixtureSAE
 
+from .activation_similarity import finite_batches
+from .redundancy import PROGRESS_DELAY, feature_redundancy, unit_rows
 
-@dataclass
+
+@dataclass(frozen=True)
 class ExpertUsage:
     """
     How a router spreads tokens over its experts.
@@ -25,11 +34,100 @@ class ExpertUsage:
     idle_experts: int
     entropy: float
 
+    @property
+    def cumulative_shares(self) -> list[float]:
+        """
+        Cumulative distribution of the selections, experts in descending order of use
+        (figure 6b of the Scale SAE paper): entry i is the share of all selections that
+        went to the i + 1 most used experts. The last of the ``num_experts`` entries is 1.
+        """
+        total = sum(self.counts)
+        descending = sorted(self.counts, reverse=True)
+        return [count / total for count in accumulate(descending)]
+
+
+@dataclass(frozen=True)
+class ExpertPair:
+    """
+    Two experts that tokens select together.
+
+    Attributes:
+        first: One expert.
+        second: The other, of larger index.
+        tokens: Number of tokens that selected both.
+        lift: That number divided by what it would be on average if tokens that select
+            one were as likely as all others to select the other.
+    """
+
+    first: int
+    second: int
+    tokens: int
+    lift: float
+
+
+@dataclass(frozen=True)
+class ExpertCoactivation:
+    """
+    Which experts are selected together.
+
+    Attributes:
+        tokens: Number of tokens.
+        pairs_used: Number of pairs of experts that at least one token selected together.
+        pairs: Number of pairs that there are.
+        strongest: The pairs that most tokens selected together, most frequent first.
+    """
+
+    tokens: int
+    pairs_used: int
+    pairs: int
+    strongest: list[ExpertPair]
+
+
+@dataclass(frozen=True)
+class SetSimilarity:
+    """
+    How alike the decoder rows of a set of latents are.
+
+    Attributes:
+        mean_cosine: Mean cosine over all pairs of different latents.
+        mean_max_cosine: Mean over latents of the largest cosine with another of the set.
+        share_above: Share of latents whose largest cosine exceeds the threshold.
+    """
+
+    mean_cosine: float
+    mean_max_cosine: float
+    share_above: float
+
+
+@dataclass(frozen=True)
+class ExpertSimilarity:
+    """
+    Similarity within experts, against that within sets of latents of any expert.
+
+    Attributes:
+        threshold: Cosine that ``share_above`` refers to.
+        intra: Mean over all experts.
+        inter: Mean over random sets of latents of all experts, each as large as an expert.
+        per_expert: What ``intra`` is the mean of, ``num_experts`` entries.
+        per_sample: What ``inter`` is the mean of.
+    """
+
+    threshold: float
+    intra: SetSimilarity
+    inter: SetSimilarity
+    per_expert: list[SetSimilarity]
+    per_sample: list[SetSimilarity]
+
 
 @torch.no_grad()
-def expert_usage(sae: MixtureSAE, activations: Iterable[torch.Tensor]) -> ExpertUsage:
+def expert_usage(
+    sae: MixtureSAE[Any], activations: Iterable[torch.Tensor]
+) -> ExpertUsage:
     """
     Count the experts that an SAE selects for activations.
+
+    These are the router's selections. The paper's authors count, for figure 6b, the
+    experts that hold one of a token's three strongest latents.
 
     Args:
         sae: A Scale or Switch SAE.
@@ -40,19 +138,224 @@ def expert_usage(sae: MixtureSAE, activations: Iterable[torch.Tensor]) -> Expert
         Counts over all tokens of all batches.
 
     Raises:
-        ValueError: If there are no tokens.
+        ValueError: If the SAE is no mixture, activations are not finite or there are no
+            tokens.
     """
+    _require_mixture(sae)
     num_experts = sae.cfg.num_experts
-    counts = torch.zeros(num_experts, dtype=torch.long, device=sae.device)
-    for batch in activations:
-        indices = sae.route(batch.to(sae.device)).indices
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=sae.device)
+    for indices in _selected_experts(sae, activations):
         counts += indices.flatten().bincount(minlength=num_experts)
-    if not counts.any():
-        raise ValueError("activations must hold at least one token, got none")
-    share = counts.double() / counts.sum()
+    _require_tokens(int(counts.sum()))
+    share = counts.cpu().double() / counts.sum().item()
     entropy = torch.special.entr(share).sum().item()
     return ExpertUsage(
         counts=counts.tolist(),
         idle_experts=int((counts == 0).sum()),
         entropy=entropy / math.log(num_experts) if num_experts > 1 else 1.0,
     )
+
+
+@torch.no_grad()
+def expert_coactivation(
+    sae: MixtureSAE[Any], activations: Iterable[torch.Tensor], num_strongest: int = 20
+) -> tuple[Int[torch.Tensor, "num_experts num_experts"], ExpertCoactivation]:
+    """
+    Count which experts tokens select together.
+
+    Args:
+        sae: A Scale or Switch SAE. A Switch SAE's tokens select one expert each, and no
+            pairs.
+        activations: Batches of raw activations of the language model, each
+            ``[..., d_in]``.
+        num_strongest: How many pairs the summary lists at most.
+
+    Returns:
+        How many tokens selected experts i and j, ``[num_experts, num_experts]``, int64, on
+        the SAE's device: symmetric, with the counts of :func:`expert_usage` on the
+        diagonal. And a summary of it.
+
+    Raises:
+        ValueError: If the SAE is no mixture, activations are not finite, there are no
+            tokens or num_strongest is negative.
+    """
+    _require_mixture(sae)
+    if num_strongest < 0:
+        raise ValueError(f"num_strongest must be at least 0, got {num_strongest}")
+    num_experts = sae.cfg.num_experts
+    counts = torch.zeros(
+        num_experts * num_experts, dtype=torch.int64, device=sae.device
+    )
+    tokens = 0
+    for indices in _selected_experts(sae, activations):
+        tokens += len(indices)
+        for slot in range(indices.shape[-1]):
+            cells = (indices[:, slot : slot + 1] * num_experts + indices).flatten()
+            counts.scatter_add_(0, cells, torch.ones_like(cells))
+    _require_tokens(tokens)
+    counts = counts.view(num_experts, num_experts)
+    first, second = counts.triu(1).nonzero(as_tuple=True)
+    together = counts[first, second]
+    alone = counts.diagonal()
+    # Stable, so that pairs of equal frequency come in the order of their experts.
+    order = together.sort(descending=True, stable=True).indices[:num_strongest]
+    strongest = [
+        ExpertPair(i, j, both, both * tokens / (count_i * count_j))
+        for i, j, both, count_i, count_j in zip(
+            first[order].tolist(),
+            second[order].tolist(),
+            together[order].tolist(),
+            alone[first[order]].tolist(),
+            alone[second[order]].tolist(),
+            strict=True,
+        )
+    ]
+    summary = ExpertCoactivation(
+        tokens=tokens,
+        pairs_used=len(together),
+        pairs=num_experts * (num_experts - 1) // 2,
+        strongest=strongest,
+    )
+    return counts, summary
+
+
+@torch.no_grad()
+def expert_similarity(
+    sae: MixtureSAE[Any],
+    seed: int = 0,
+    num_samples: int | None = None,
+    threshold: float = 0.9,
+) -> ExpertSimilarity:
+    """
+    Compare decoder rows within experts, and within random sets of latents of any expert
+    (figure 6a of the Scale SAE paper).
+
+    Of each set, three measures: the mean cosine over all pairs i < j of its latents; the
+    mean of each latent's largest cosine with another latent of the set; and the share of
+    latents for which that exceeds the threshold, which is what section 3.3.1 calls
+    redundancy and what the authors' code plots for experts and random sets. A random set
+    is drawn without replacement from all latents and as large as an expert, so about one
+    in num_experts of its pairs share an expert. Rows of zeros have cosine 0 with all
+    others.
+
+    Args:
+        sae: A Scale or Switch SAE.
+        seed: Of the random sets.
+        num_samples: Number of random sets; as many as there are experts if None, as in
+            the authors' code.
+        threshold: Cosine above which two latents count as near-duplicates.
+
+    Returns:
+        Means, and the values of each expert and each random set.
+
+    Raises:
+        ValueError: If the SAE is no mixture, an expert has fewer than two latents, W_dec
+            is not finite, or num_samples or threshold are out of range.
+    """
+    _require_mixture(sae)
+    cfg = sae.cfg
+    if cfg.expert_size < 2:
+        raise ValueError(
+            f"sae must have at least two latents per expert, got d_sae={cfg.d_sae} and "
+            f"num_experts={cfg.num_experts}"
+        )
+    samples = cfg.num_experts if num_samples is None else num_samples
+    if samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    generator = np.random.default_rng(seed)
+    progress = tqdm(
+        total=cfg.num_experts + samples,
+        desc="similarity of experts",
+        delay=PROGRESS_DELAY,
+    )
+    with progress:
+        per_expert, per_sample = [], []
+        for rows in sae.W_dec.split(cfg.expert_size):
+            per_expert.append(_set_similarity(rows, threshold))
+            progress.update()
+        for _ in range(samples):
+            chosen = generator.choice(cfg.d_sae, cfg.expert_size, replace=False)
+            rows = sae.W_dec[torch.from_numpy(chosen).to(sae.W_dec.device)]
+            per_sample.append(_set_similarity(rows, threshold))
+            progress.update()
+    return ExpertSimilarity(
+        threshold=float(threshold),
+        intra=_mean_similarity(per_expert),
+        inter=_mean_similarity(per_sample),
+        per_expert=per_expert,
+        per_sample=per_sample,
+    )
+
+
+def scaling_factors(sae: SAE[Any]) -> list[float]:
+    """
+    The learned omega of each expert (equation 2.5 and figure 2 of the Scale SAE paper).
+
+    An expert's encoder deviates from its low-pass part 1 + omega times as much as its
+    unscaled weights do.
+
+    Args:
+        sae: A Scale SAE that was trained with feature scaling: in training; from a
+            training checkpoint; or exported, when omega is part of W_enc and on record in
+            its metadata. Training that goes on from an export has omegas of its own, which
+            count from zero, and these are meant once any of them has moved.
+
+    Returns:
+        ``num_experts`` values.
+
+    Raises:
+        ValueError: If the SAE has no omegas.
+    """
+    omega = getattr(sae, "omega", None)
+    recorded = sae.cfg.metadata.omega
+    if omega is not None and (recorded is None or omega.any()):
+        return omega.detach().tolist()
+    if recorded is None:
+        raise ValueError(
+            "sae must be a Scale SAE trained with feature_scaling=True, got architecture "
+            f"{sae.cfg.architecture()!r} without omega"
+        )
+    return [float(value) for value in recorded]
+
+
+def _set_similarity(
+    rows: Float[torch.Tensor, "n d_in"], threshold: float
+) -> SetSimilarity:
+    redundancy = feature_redundancy(rows, threshold)
+    unit, n = unit_rows(rows), len(rows)
+    # |sum of u|^2 is the sum of u_i u_j over all i and j, i = j included.
+    cosines = unit.sum(dim=0).square().sum() - unit.square().sum()
+    return SetSimilarity(
+        mean_cosine=cosines.item() / (n * (n - 1)),
+        mean_max_cosine=redundancy.mean_max_cosine,
+        share_above=redundancy.share_above,
+    )
+
+
+def _mean_similarity(sets: list[SetSimilarity]) -> SetSimilarity:
+    return SetSimilarity(
+        mean_cosine=math.fsum(s.mean_cosine for s in sets) / len(sets),
+        mean_max_cosine=math.fsum(s.mean_max_cosine for s in sets) / len(sets),
+        share_above=math.fsum(s.share_above for s in sets) / len(sets),
+    )
+
+
+def _selected_experts(
+    sae: MixtureSAE[Any], activations: Iterable[torch.Tensor]
+) -> Iterator[Int[torch.Tensor, "tokens experts_per_token"]]:
+    for batch in finite_batches(activations, sae.device):
+        indices = sae.route(batch).indices
+        yield indices.reshape(-1, indices.shape[-1])
+
+
+def _require_mixture(sae: SAE[Any]) -> None:
+    if not isinstance(sae, MixtureSAE):
+        raise ValueError(
+            "sae must be a mixture of experts ('scale' or 'switch'), got architecture "
+            f"{sae.cfg.architecture()!r}"
+        )
+
+
+def _require_tokens(tokens: int) -> None:
+    if not tokens:
+        raise ValueError("activations must hold at least one token, got none")

@@ -1,14 +1,17 @@
 """What an SAE makes of a text, token by token (Appendix B of the Scale SAE paper)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from sae_lens import HookedSAETransformer
+from sae_lens import SAE, HookedSAETransformer
 
 from sae_lens_scale.saes.mixture import MixtureSAE
 
+from .contexts import hook_of
 
-@dataclass
+
+@dataclass(frozen=True)
 class ActiveLatent:
     """
     A latent that fires on a token.
@@ -24,7 +27,7 @@ class ActiveLatent:
     activation: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenExplanation:
     """
     What the SAE makes of one token.
@@ -46,14 +49,15 @@ class TokenExplanation:
 
 @torch.no_grad()
 def explain_tokens(
-    model: HookedSAETransformer, sae: MixtureSAE, text: str, max_latents: int = 8
+    model: HookedSAETransformer, sae: SAE[Any], text: str, max_latents: int = 8
 ) -> list[TokenExplanation]:
     """
     Run a text through the model with the SAE spliced in, and read off each token.
 
     Args:
         model: The language model that the SAE was trained on.
-        sae: A Scale or Switch SAE whose metadata names its hook.
+        sae: An SAE whose metadata names its hook. A dense one counts as a single
+            expert, whose gate is 1.
         text: The text; the tokenizer's BOS is prepended if the SAE was trained so.
         max_latents: How many latents to list per token at most.
 
@@ -61,13 +65,12 @@ def explain_tokens(
         One explanation per token, the BOS excluded.
 
     Raises:
-        ValueError: If the SAE's metadata names no hook, or one that the model lacks.
+        ValueError: If the SAE's metadata names no hook, or one that the model lacks;
+            if ``max_latents`` is negative.
     """
-    hook_name = sae.cfg.metadata.hook_name
-    if hook_name not in model.hook_dict:
-        raise ValueError(
-            f"sae.cfg.metadata.hook_name must be a hook of the model, got {hook_name!r}"
-        )
+    if max_latents < 0:
+        raise ValueError(f"max_latents must be at least 0, got {max_latents}")
+    hook_name = hook_of(model, sae)
     prepend_bos = bool(sae.cfg.metadata.prepend_bos)
     tokens = model.to_tokens(text, prepend_bos=prepend_bos)
     _, cache = model.run_with_cache_with_saes(
@@ -77,8 +80,14 @@ def explain_tokens(
         names_filter=lambda name: name.startswith(f"{hook_name}.hook_"),
     )
     acts = cache[f"{hook_name}.hook_sae_acts_post"][0]
-    weights = cache[f"{hook_name}.hook_expert_weights"][0]
-    indices = cache[f"{hook_name}.hook_expert_indices"][0]
+    if isinstance(sae, MixtureSAE):
+        expert_size = sae.cfg.expert_size
+        weights = cache[f"{hook_name}.hook_expert_weights"][0]
+        indices = cache[f"{hook_name}.hook_expert_indices"][0]
+    else:
+        expert_size = sae.cfg.d_sae
+        weights = torch.ones(len(acts), 1)
+        indices = torch.zeros(len(acts), 1, dtype=torch.long)
     words = model.to_str_tokens(tokens[0])
     explanations = []
     for position in range(int(prepend_bos), len(words)):
@@ -90,7 +99,7 @@ def explain_tokens(
                 experts=indices[position].tolist(),
                 expert_weights=weights[position].tolist(),
                 latents=[
-                    ActiveLatent(latent, latent // sae.cfg.expert_size, activation)
+                    ActiveLatent(latent, latent // expert_size, activation)
                     for activation, latent in zip(
                         top.values.tolist(), top.indices.tolist(), strict=True
                     )

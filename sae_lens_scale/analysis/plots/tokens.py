@@ -1,4 +1,4 @@
-"""Pictures of measured records. Needs the extra ``plots``."""
+"""Picture of what an SAE makes of each token."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .tokens import TokenExplanation
+from sae_lens_scale.analysis.tokens import TokenExplanation
 
 
 def plot_token_explanations(

@@ -1,0 +1,35 @@
+"""
+Automated interpretability (Appendix A.3, figure 3d of the Scale SAE paper), by delphi.
+
+EleutherAI's delphi builds the prompts, reads the judge's answers and says which are right;
+here are only what brings SAELens's SAEs to it and what counts its verdicts.
+
+delphi requires vllm, gigabytes of CUDA packages, though only its own client for local models
+uses it, and beside a torch without CUDA they break transformers. So it is installed in two
+steps, the second without its requirements, which are in the first as far as they are needed::
+
+    pip install "sae-lens-scale[autointerp]"
+    pip install --no-deps eai-delphi==0.1.3
+"""
+
+from .judges import Judge, local_judge, openai_judge
+from .pipeline import autointerp
+from .records import (
+    AutointerpSettings,
+    Interpretability,
+    LatentInterpretation,
+    QuantileScores,
+    SkippedLatent,
+)
+
+__all__ = [
+    "AutointerpSettings",
+    "Interpretability",
+    "Judge",
+    "LatentInterpretation",
+    "QuantileScores",
+    "SkippedLatent",
+    "autointerp",
+    "local_judge",
+    "openai_judge",
+]

@@ -1,0 +1,364 @@
+"""From an SAE to delphi's passages, and from delphi's verdicts to scores."""
+
+import asyncio
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer
+
+from sae_lens_scale.analysis.contexts import (
+    Tokens,
+    hook_of,
+    latent_activations,
+    token_strings,
+)
+
+from .delphi_modules import Delphi, load_delphi
+from .judges import Judge
+from .records import (
+    AutointerpSettings,
+    Interpretability,
+    LatentInterpretation,
+    QuantileScores,
+    SkippedLatent,
+)
+
+# What delphi makes of a reply without an explanation.
+_UNREADABLE = "Explanation could not be parsed."
+
+
+def autointerp(
+    model: HookedTransformer,
+    sae: SAE[Any],
+    tokens: Tokens,
+    latents: Sequence[int],
+    judge: Judge,
+    settings: AutointerpSettings | None = None,
+    *,
+    max_batches: int | None = None,
+    exclude_special_tokens: bool | Iterable[int] = True,
+    concurrency: int = 1,
+    verbose: bool = True,
+) -> Interpretability:
+    """
+    Let a judge explain latents, and measure how well its explanations foretell them.
+
+    Appendix A.3 and figure 3d of the Scale SAE paper, by EleutherAI's delphi: the judge
+    explains a latent from passages that fire it, and with nothing but its explanation
+    tells other passages that fire it from passages that do not (detection), and rightly
+    marked passages from wrongly marked ones (fuzzing). A score says as much about the
+    judge as about the SAE: compare only scores by the same judge on the same corpus and
+    settings.
+
+    Unlike in delphi's own pipeline, no passage is both explained and judged: every
+    second one, by strength, is kept for judging.
+
+    Args:
+        model: The language model that the SAE was trained on.
+        sae: A mixture or any other SAE of SAELens, its normalisation folded in, whose
+            metadata names its hook.
+        tokens: The corpus, as for
+            :func:`~sae_lens_scale.analysis.contexts.top_activating_contexts`. It is kept
+            in memory, 4 bytes per token, with the latents' activations that are not 0.
+            delphi recommends 10 million tokens.
+        latents: Indices in ``range(d_sae)``; choose them at random for a score of the
+            SAE.
+        judge: The language model that explains and judges; see
+            :func:`~sae_lens_scale.analysis.autointerp.openai_judge` and
+            :func:`~sae_lens_scale.analysis.autointerp.local_judge`.
+        settings: How passages are cut, chosen and shown; delphi's own settings, with
+            explanations from the strongest passages, by default.
+        max_batches: Stop reading the corpus after so many batches.
+        exclude_special_tokens: Ids of tokens that fire nothing; ``True`` for the
+            tokenizer's BOS, EOS and their like.
+        concurrency: How many latents are before the judge at a time, each in a thread.
+        verbose: Whether to show progress.
+
+    Returns:
+        Explanations and scores, and which latents have none.
+
+    Raises:
+        ImportError: If delphi is not installed.
+        ValueError: If ``concurrency`` is less than 1; if no row of ``tokens`` is as long
+            as a passage; and as ``top_activating_contexts``.
+        Exception: Whatever the judge raises.
+    """
+    if concurrency < 1:
+        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+    settings = settings or AutointerpSettings()
+    with _global_generators_kept():
+        delphi = load_delphi()
+    corpus = _read_corpus(
+        tqdm(
+            latent_activations(
+                model, sae, tokens, latents, max_batches, exclude_special_tokens
+            ),
+            desc="Activations",
+            total=max_batches,
+            disable=not verbose,
+        ),
+        len(latents),
+        settings.passage_length,
+    )
+    records: list[Any] = []
+    skipped = []
+    with _global_generators_kept():
+        for i, latent in enumerate(latents):
+            reason = corpus.shortage(i, settings)
+            if reason is None:
+                name = delphi.latents.Latent(hook_of(model, sae), int(latent))
+                records.append(_record(delphi, model, corpus, i, name, settings))
+            else:
+                skipped.append(SkippedLatent(int(latent), reason))
+        answers = _interpret(delphi, records, judge, settings, concurrency, verbose)
+    done = []
+    for record, verdicts in zip(records, answers, strict=True):
+        latent = record.latent.latent_index
+        if not verdicts:
+            skipped.append(
+                SkippedLatent(latent, "the judge's reply held no explanation")
+            )
+            continue
+        detection, fuzzing = (_scores(v, settings.n_quantiles) for v in verdicts)
+        done.append(
+            LatentInterpretation(latent, record.explanation, detection, fuzzing)
+        )
+    return Interpretability(
+        detection=_pooled([one.detection for one in done], settings.n_quantiles),
+        fuzzing=_pooled([one.fuzzing for one in done], settings.n_quantiles),
+        latents=done,
+        skipped=skipped,
+        passages=len(corpus.passages),
+        settings=settings,
+    )
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """Passages ``[passages, passage_length]``, and for each latent where it fires."""
+
+    passages: torch.Tensor
+    locations: Sequence[torch.Tensor]  # [activations, 2], passage and position
+    activations: Sequence[torch.Tensor]  # [activations]
+
+    def shortage(self, i: int, settings: AutointerpSettings) -> str | None:
+        """Why the i-th latent cannot be judged, if so."""
+        fires = len(self.locations[i][:, 0].unique())
+        if fires < settings.min_passages:
+            return f"fires in {fires} passages, fewer than {settings.min_passages}"
+        silent = len(self.passages) - fires
+        if silent < settings.non_activating:
+            return (
+                f"is silent in {silent} passages, fewer than {settings.non_activating}"
+            )
+        return None
+
+
+def _read_corpus(
+    stream: Iterable[tuple[torch.Tensor, torch.Tensor]], num_latents: int, length: int
+) -> _Corpus:
+    passages, locations, activations = [], [], []
+    read = 0
+    for ids, acts in stream:
+        used = ids.shape[1] // length * length
+        cut = ids[:, :used].reshape(-1, length).int()
+        fired = acts[:, :used].reshape(-1, length, num_latents)
+        where = (fired > 0).nonzero()
+        activations.append(fired[where[:, 0], where[:, 1], where[:, 2]])
+        locations.append(where + torch.tensor([read, 0, 0]))
+        passages.append(cut)
+        read += len(cut)
+    if not read:
+        raise ValueError(
+            f"tokens must have rows of at least passage_length={length} tokens, got none"
+        )
+    location, activation = torch.cat(locations), torch.cat(activations)
+    # Within a latent as they are in the corpus, which delphi needs.
+    latent, order = location[:, 2].sort(stable=True)
+    sizes = latent.bincount(minlength=num_latents).tolist()
+    return _Corpus(
+        torch.cat(passages),
+        location[order, :2].split(sizes),
+        activation[order].split(sizes),
+    )
+
+
+class _Decoder:
+    """
+    What delphi asks a tokenizer for: the text of each token.
+
+    Since transformers 5 a tokenizer's ``batch_decode`` joins the tokens of a passage, and
+    delphi would mark the wrong ones.
+    """
+
+    def __init__(self, model: HookedTransformer) -> None:
+        self.model = model
+
+    def batch_decode(self, ids: torch.Tensor) -> list[str]:
+        return token_strings(self.model, ids)
+
+
+def _record(
+    delphi: Delphi,
+    model: HookedTransformer,
+    corpus: _Corpus,
+    i: int,
+    name: Any,
+    settings: AutointerpSettings,
+) -> Any:
+    """delphi's record of a latent, with the passages to explain and to judge."""
+    decoder = _Decoder(model)
+    record = delphi.latents.constructor(
+        delphi.latents.LatentRecord(name),
+        delphi.latents.latents.ActivationData(
+            corpus.locations[i], corpus.activations[i]
+        ),
+        delphi.config.ConstructorConfig(
+            example_ctx_len=settings.passage_length,
+            min_examples=settings.min_passages,
+            n_non_activating=settings.non_activating,
+            non_activating_source="random",
+        ),
+        corpus.passages,
+        decoder,
+        seed=settings.seed,
+    )
+    # Strongest first. delphi would draw both from all of them, with the same seed.
+    to_explain, to_judge = record.examples[::2], record.examples[1::2]
+    record.train = delphi.samplers.train(
+        to_explain,
+        record.max_activation,
+        settings.explained_passages,
+        settings.explained_from,
+        settings.n_quantiles,
+        settings.seed,
+    )
+    record.test = delphi.samplers.split_quantiles(
+        to_judge,
+        settings.n_quantiles,
+        settings.n_quantiles * settings.passages_per_quantile,
+        settings.seed,
+    )
+    for example in (*record.train, *record.test):
+        example.str_tokens = decoder.batch_decode(example.tokens)
+    # Only these are needed from here on.
+    record.examples = record.examples[:1]
+    return record
+
+
+def _interpret(
+    delphi: Delphi,
+    records: list[Any],
+    judge: Judge,
+    settings: AutointerpSettings,
+    concurrency: int,
+    verbose: bool,
+) -> list[list[list[Any]]]:
+    """Explain each record; delphi's verdicts of detection and fuzzing, if explained."""
+    stopped = Event()
+
+    async def interpret(record: Any) -> list[list[Any]]:
+        client = _Client(judge, delphi, stopped)
+        explain = delphi.explainers.DefaultExplainer(client)
+        record.explanation = (await explain(record)).explanation
+        if record.explanation in ("", _UNREADABLE):
+            return []
+        verdicts = []
+        for scorer in (delphi.scorers.DetectionScorer, delphi.scorers.FuzzingScorer):
+            score = scorer(client, n_examples_shown=settings.passages_per_prompt)
+            verdicts.append((await score(record)).score)
+            # delphi takes a judge that fails for one that does not know.
+            if client.error is not None:
+                raise client.error
+        return verdicts
+
+    async def interpret_all() -> list[list[list[Any]]]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(concurrency))
+        free = asyncio.Semaphore(concurrency)
+        with tqdm(total=len(records), desc="Latents", disable=not verbose) as bar:
+
+            async def in_turn(record: Any) -> list[list[Any]]:
+                async with free:
+                    verdicts = await interpret(record)
+                    bar.update()
+                    return verdicts
+
+            return await asyncio.gather(*(in_turn(record) for record in records))
+
+    # In a thread of its own, because notebooks have an event loop running already.
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            return executor.submit(asyncio.run, interpret_all()).result()
+        except BaseException:
+            # An interrupt reaches this thread only.
+            stopped.set()
+            raise
+
+
+class _Client:
+    """A judge as delphi wants its clients."""
+
+    def __init__(self, judge: Judge, delphi: Delphi, stopped: Event) -> None:
+        self.judge = judge
+        self.response = delphi.client.Response
+        self.stopped = stopped
+        self.error: Exception | None = None
+
+    async def generate(self, prompt: list[dict[str, str]], **_: Any) -> Any:
+        # What delphi passes along is the temperature, the judge's own affair.
+        if self.stopped.is_set():
+            raise asyncio.CancelledError
+        try:
+            return self.response(await asyncio.to_thread(self.judge, prompt))
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _scores(verdicts: list[Any], n_quantiles: int) -> QuantileScores:
+    # Right, answered, asked.
+    counts = torch.zeros(3, n_quantiles + 1, dtype=torch.long)
+    for verdict in verdicts:
+        # delphi counts the parts from 0, the strongest.
+        i = n_quantiles - verdict.distance if verdict.activating else 0
+        answered = verdict.prediction is not None
+        right = answered and verdict.prediction == verdict.activating
+        counts[:, i] += torch.tensor([right, answered, True])
+    return _quantile_scores(counts)
+
+
+def _pooled(scores: list[QuantileScores], n_quantiles: int) -> QuantileScores:
+    counts = torch.zeros(3, n_quantiles + 1, dtype=torch.long)
+    for one in scores:
+        counts += torch.tensor([one.correct, one.answered, one.asked])
+    return _quantile_scores(counts)
+
+
+def _quantile_scores(counts: torch.Tensor) -> QuantileScores:
+    correct, answered, asked = counts.tolist()
+    return QuantileScores(
+        quantiles=["not", *range(1, counts.shape[1])],
+        accuracy=[c / a if a else None for c, a in zip(correct, answered, strict=True)],
+        correct=correct,
+        answered=answered,
+        asked=asked,
+    )
+
+
+@contextmanager
+def _global_generators_kept() -> Iterator[None]:
+    """delphi seeds the global generators, and its import draws from one: restore them."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(state)

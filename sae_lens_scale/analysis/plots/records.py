@@ -1,0 +1,135 @@
+"""From a frame of runs to the points that a figure draws."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Point:
+    """
+    A point of a line: what the runs at one place have, over their seeds.
+
+    Attributes:
+        line: Which line it is on.
+        x: Where.
+        mean: Mean over seeds.
+        std: Standard deviation (of a sample); None for a single seed.
+        seeds: How many there are.
+    """
+
+    line: Any
+    x: Any
+    mean: float
+    std: float | None
+    seeds: int
+
+
+def select(
+    runs: pd.DataFrame,
+    columns: Sequence[str],
+    values: Sequence[str],
+    labels: Sequence[str] | None = None,
+    **conditions: Any,
+) -> pd.DataFrame:
+    """
+    The rows that a figure shows.
+
+    Args:
+        runs: A row for each run.
+        columns: Columns that identify a point; rows that lack one are left out.
+        values: Columns that are drawn; likewise.
+        labels: Keep the rows of these, in this order; all if None.
+        conditions: Columns, and the value that they have to have. None for any.
+
+    Returns:
+        A part of ``runs``.
+
+    Raises:
+        ValueError: If a column or a label is missing, or no row is left.
+    """
+    conditions = {n: value for n, value in conditions.items() if value is not None}
+    needed = [*columns, *values]
+    require_columns(
+        runs, [*needed, *conditions, *([] if labels is None else ["label"])]
+    )
+    if labels is not None:
+        known = runs["label"].unique().tolist()
+        unknown = [label for label in labels if label not in known]
+        if unknown:
+            raise ValueError(f"labels must be among {known}, got {unknown}")
+        runs = pd.concat([runs.loc[runs["label"] == label] for label in labels])
+    for name, value in conditions.items():
+        runs = runs.loc[runs[name] == value]
+    runs = runs.dropna(subset=[*columns, *values])
+    for label in labels or ():
+        if label not in set(runs["label"]):
+            raise ValueError(f"runs with label {label!r} lack {', '.join(needed)}")
+    if runs.empty:
+        where = "".join(f", {n}={value!r}" for n, value in conditions.items())
+        raise ValueError(
+            f"runs must have rows with {', '.join(needed)}{where}, got none"
+        )
+    return runs
+
+
+def require_columns(runs: pd.DataFrame, names: Sequence[str]) -> None:
+    """Refuse a frame that lacks columns, by their names."""
+    missing = [name for name in dict.fromkeys(names) if name not in runs]
+    if missing:
+        raise ValueError(f"runs must have the columns {missing}, has {[*runs.columns]}")
+
+
+def with_mean_decomposition(runs: pd.DataFrame) -> pd.DataFrame:
+    """Leave out what is scaled by one of the other decompositions (appendix C)."""
+    require_columns(runs, ["feature_scaling", "decomposition"])
+    other = runs["feature_scaling"].eq(True) & runs["decomposition"].ne("mean")
+    return runs.loc[~other]
+
+
+def over_seeds(runs: pd.DataFrame, line: str, x: str, metric: str) -> list[Point]:
+    """
+    Mean and spread of a metric over seeds.
+
+    Args:
+        runs: A row for each run. Without a column "seed", each has a point of its own.
+        line: Column that tells the lines apart.
+        x: Column of the horizontal axis.
+        metric: Column to average.
+
+    Returns:
+        The points, line by line in the order of ``runs``.
+
+    Raises:
+        ValueError: If a point has two runs with the same seed (averaged, runs with
+            different settings would pass for seeds), or a number is infinite.
+    """
+    columns = [
+        runs[name].tolist() if name in runs else [0] * len(runs)
+        for name in (line, x, "seed", metric)
+    ]
+    points: dict[tuple[Any, Any], dict[Any, float]] = {}
+    for of_line, at, seed, value in zip(*columns, strict=True):
+        if math.isinf(value):
+            raise ValueError(f"{metric} must be finite, got {value}")
+        seeds = points.setdefault((of_line, at), {})
+        if seed in seeds:
+            raise ValueError(
+                f"runs must have one row for each {line}, {x} and seed, got several with "
+                f"{of_line!r}, {at!r} and {seed!r}: leave out those with other settings"
+            )
+        seeds[seed] = value
+    return [
+        Point(
+            of_line,
+            at,
+            mean(seeds.values()),
+            stdev(seeds.values()) if len(seeds) > 1 else None,
+            len(seeds),
+        )
+        for (of_line, at), seeds in points.items()
+    ]

@@ -1,0 +1,191 @@
+"""How alike the latents of a dictionary are."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from tqdm.auto import tqdm
+
+# Seconds after which a computation shows a progress bar.
+PROGRESS_DELAY = 5
+
+
+@dataclass(frozen=True)
+class FeatureRedundancy:
+    """
+    How many latents have a near-duplicate.
+
+    Attributes:
+        num_latents: Number of latents that were compared.
+        threshold: Cosine above which two latents count as near-duplicates.
+        share_above: Share of latents whose largest cosine with another exceeds it.
+        mean_max_cosine: Mean over latents of the largest cosine with another.
+        alive: The same for the latents that are alive, compared with each other only;
+            None if it was not asked for.
+    """
+
+    num_latents: int
+    threshold: float
+    share_above: float
+    mean_max_cosine: float
+    alive: "FeatureRedundancy | None" = None
+
+
+def unit_rows(
+    rows: Float[torch.Tensor, "*batch d_in"],
+) -> Float[torch.Tensor, "*batch d_in"]:
+    """
+    Divide rows by their norms, in float32 at least.
+
+    Args:
+        rows: ``[..., d_in]``.
+
+    Returns:
+        ``[..., d_in]``. Rows of zeros stay zero, so that their cosine with any row is 0.
+
+    Raises:
+        ValueError: If a value is NaN or infinite.
+    """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    largest = rows.abs().amax(dim=-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise ValueError("W_dec must be finite, got NaN or infinite values")
+    # Of very small or large entries the squares would vanish or overflow. The norm of
+    # what is left is at least 1, but for rows of zeros.
+    rows = rows / torch.where(largest > 0, largest, 1)
+    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1)
+
+
+@torch.no_grad()
+def max_cosine_similarity(
+    W_dec: Float[torch.Tensor, "d_sae d_in"], block_size: int = 2048
+) -> Float[torch.Tensor, " d_sae"]:
+    """
+    Each latent's largest cosine with any other latent.
+
+    Exact, in blocks of latents against latents, each pair of blocks once; a row of zeros
+    has cosine 0 with every other row. Shows a progress bar when it takes long.
+
+    Args:
+        W_dec: Decoder weights, ``[d_sae, d_in]``, of any floating point type, on any
+            device. Norms of the rows do not matter.
+        block_size: Latents per block (b). Needs ``4 b (b + 6 d_in)`` bytes at most beside
+            W_dec and the result.
+
+    Returns:
+        ``[d_sae]``, between -1 and 1, in float32 at least.
+
+    Raises:
+        ValueError: If W_dec is not two-dimensional, has fewer than two rows or holds NaN
+            or infinite values, or if block_size is not positive.
+    """
+    latents = torch.arange(len(W_dec), device=W_dec.device)
+    return _max_cosines(W_dec, latents, latents[:0], block_size)[1]
+
+
+@torch.no_grad()
+def feature_redundancy(
+    W_dec: Float[torch.Tensor, "d_sae d_in"],
+    threshold: float = 0.9,
+    alive: Bool[torch.Tensor, " d_sae"] | None = None,
+    block_size: int = 2048,
+) -> FeatureRedundancy:
+    """
+    Share of latents that nearly duplicate another (section 3.3.1 and figure 8 of the Scale
+    SAE paper).
+
+    Args:
+        W_dec: Decoder weights, ``[d_sae, d_in]``; see :func:`max_cosine_similarity`.
+        threshold: Cosine that a latent's largest one has to exceed, between -1 and 1.
+        alive: Which latents are alive, ``[d_sae]``. If given, these are also measured
+            apart from the rest, at no extra cost.
+        block_size: Latents per block; see :func:`max_cosine_similarity`.
+
+    Returns:
+        The share, and the mean of the largest cosines.
+
+    Raises:
+        ValueError: If threshold is out of range, alive is not a boolean tensor
+            ``[d_sae]`` or marks fewer than two latents, or as for
+            :func:`max_cosine_similarity`.
+    """
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold must be between -1 and 1, got {threshold}")
+    latents = torch.arange(len(W_dec), device=W_dec.device)
+    if alive is None:
+        largest = _max_cosines(W_dec, latents, latents[:0], block_size)[1]
+        return _summary(largest, threshold)
+    if alive.dtype != torch.bool or alive.shape != latents.shape:
+        raise ValueError(
+            f"alive must be a boolean tensor of shape [d_sae={len(W_dec)}], got "
+            f"{alive.dtype} of shape {tuple(alive.shape)}"
+        )
+    alive = alive.to(W_dec.device)
+    if alive.sum() < 2:
+        raise ValueError(
+            f"alive must mark at least two latents, got {int(alive.sum())}"
+        )
+    among_alive, largest = _max_cosines(
+        W_dec, latents[alive], latents[~alive], block_size
+    )
+    return _summary(largest, threshold, _summary(among_alive[alive], threshold))
+
+
+def _max_cosines(
+    W_dec: Float[torch.Tensor, "d_sae d_in"],
+    first: Int[torch.Tensor, " n"],
+    rest: Int[torch.Tensor, " m"],
+    block_size: int,
+) -> tuple[Float[torch.Tensor, " d_sae"], Float[torch.Tensor, " d_sae"]]:
+    """Largest cosines among the first latents, and then among these and the rest."""
+    if W_dec.ndim != 2 or len(W_dec) < 2:
+        raise ValueError(
+            "W_dec must have shape [d_sae, d_in] with at least two rows, got "
+            f"{tuple(W_dec.shape)}"
+        )
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    blocks = list(first.split(block_size))
+    num_first = len(blocks)
+    blocks += rest.split(block_size) if len(rest) else []
+    dtype = torch.promote_types(W_dec.dtype, torch.float32)
+    largest = torch.full((len(W_dec),), -torch.inf, dtype=dtype, device=W_dec.device)
+    among_first = largest
+
+    def update(latents: torch.Tensor, cosines: torch.Tensor) -> None:
+        largest[latents] = torch.maximum(largest[latents], cosines)
+
+    progress = tqdm(
+        total=len(blocks) * (len(blocks) + 1) // 2,
+        desc="cosines between latents",
+        unit="block",
+        delay=PROGRESS_DELAY,
+    )
+    with progress, torch.autocast(W_dec.device.type, enabled=False):
+        for i, latents in enumerate(blocks):
+            rows = unit_rows(W_dec[latents])
+            for others in blocks[:i]:
+                cosines = rows @ unit_rows(W_dec[others]).T
+                update(latents, cosines.amax(dim=1))
+                update(others, cosines.amax(dim=0))
+                progress.update()
+            cosines = rows @ rows.T
+            update(latents, cosines.fill_diagonal_(-torch.inf).amax(dim=1))
+            progress.update()
+            if i + 1 == num_first:
+                among_first = largest.clamp(-1, 1)
+    return among_first, largest.clamp(-1, 1)
+
+
+def _summary(
+    largest: Float[torch.Tensor, " n"],
+    threshold: float,
+    alive: FeatureRedundancy | None = None,
+) -> FeatureRedundancy:
+    return FeatureRedundancy(
+        num_latents=len(largest),
+        threshold=float(threshold),
+        share_above=int((largest > threshold).sum()) / len(largest),
+        mean_max_cosine=largest.cpu().double().mean().item(),
+        alive=alive,
+    )

@@ -1,0 +1,233 @@
+"""Loss recovered, against three passes by hand and SAELens's run_evals."""
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomize, small_corpus
+from sae_lens import SAE, HookedSAETransformer
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.load_model import load_model
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+from torch.nn.functional import cross_entropy
+
+from sae_lens_scale import (
+    ScaleSAE,
+    ScaleSAEConfig,
+    ScaleTrainingSAE,
+    ScaleTrainingSAEConfig,
+    SwitchSAE,
+    SwitchSAEConfig,
+)
+from sae_lens_scale.analysis.evaluation import loss_recovered
+
+HOOK = "blocks.0.hook_resid_post"
+# SmolLM2's tokenizer: BOS and EOS.
+BOS, EOS = 1, 2
+
+SAES = {
+    "scale": lambda: ScaleSAE(ScaleSAEConfig(d_in=32, d_sae=64, num_experts=4, k=6)),
+    "switch": lambda: SwitchSAE(SwitchSAEConfig(d_in=32, d_sae=64, num_experts=4, k=6)),
+    "topk": lambda: TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=6)),
+    "standard": lambda: StandardSAE(StandardSAEConfig(d_in=32, d_sae=64)),
+}
+
+
+def make_sae(architecture: str, hook: str = HOOK) -> SAE[Any]:
+    return on_hook(SAES[architecture](), hook)
+
+
+def on_hook(sae: Any, hook: str) -> Any:
+    randomize(sae)
+    sae.cfg.metadata.hook_name = hook
+    sae.cfg.metadata.context_size = 12
+    sae.cfg.metadata.prepend_bos = True
+    return sae
+
+
+def make_tokens(seed: int = 0, rows: int = 6, length: int = 12) -> torch.Tensor:
+    """Random tokens behind a BOS, an EOS amid them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 1_000, (rows, length), generator=generator)
+    tokens[:, 0] = BOS
+    tokens[0, length // 2] = EOS
+    return tokens
+
+
+@torch.no_grad()
+def by_hand(
+    model: HookedSAETransformer,
+    sae: SAE[Any],
+    tokens: torch.Tensor,
+    excluded: set[int],
+    hook: str = HOOK,
+) -> dict[str, float]:
+    """Three passes, and a loop over the predictions that count."""
+
+    def reconstruct(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        new = x.clone()
+        for row in range(tokens.shape[0]):
+            for i in range(tokens.shape[1]):
+                if int(tokens[row, i]) not in excluded:
+                    new[row, i] = sae.decode(sae.encode(x[row, i][None]))[0]
+        return new
+
+    def ablate(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x * 0
+
+    found = {}
+    passes: Any = (
+        ("with_sae", [(hook, reconstruct)]),
+        ("without_sae", []),
+        ("with_ablation", [(hook, ablate)]),
+    )
+    for name, fwd_hooks in passes:
+        logits = model.run_with_hooks(tokens, fwd_hooks=fwd_hooks)
+        losses = [
+            cross_entropy(logits[row, i].double(), tokens[row, i + 1]).item()
+            for row in range(tokens.shape[0])
+            for i in range(tokens.shape[1] - 1)
+            if int(tokens[row, i]) not in excluded
+        ]
+        found[name] = sum(losses) / len(losses)
+        found["predictions"] = len(losses)
+    lost = found["with_ablation"] - found["with_sae"]
+    found["score"] = lost / (found["with_ablation"] - found["without_sae"])
+    return found
+
+
+@pytest.mark.parametrize("architecture", list(SAES))
+@pytest.mark.parametrize("exclude", [True, False, [5, 7, 30]])
+def test_loss_recovered_is_equation_A2_of_three_passes(
+    tiny_model: HookedSAETransformer, architecture: str, exclude: Any
+):
+    sae, tokens = make_sae(architecture), make_tokens()
+    tokens[1, 3:6] = torch.tensor([5, 7, 30])
+    ids = {BOS, EOS} if exclude is True else set(exclude or [])
+    got = loss_recovered(tiny_model, sae, [tokens], exclude_special_tokens=exclude)
+    want = by_hand(tiny_model, sae, tokens, ids)
+    assert asdict(got) == pytest.approx(want, rel=1e-5)
+    assert json.loads(json.dumps(asdict(got))) == asdict(got)
+    assert got.with_sae != got.without_sae
+    assert not tiny_model.acts_to_saes
+    assert all(not point.fwd_hooks for point in tiny_model.hook_dict.values())
+
+
+def test_batches_of_any_sizes_weigh_every_prediction_the_same(
+    tiny_model: HookedSAETransformer,
+):
+    sae = make_sae("scale")
+    parts = [make_tokens(1), make_tokens(2, rows=1, length=30), make_tokens(3, rows=2)]
+    each = [loss_recovered(tiny_model, sae, [part]) for part in parts]
+    got = loss_recovered(tiny_model, sae, iter(parts))
+    assert got.predictions == sum(one.predictions for one in each)
+    assert got.with_sae == pytest.approx(
+        sum(one.with_sae * one.predictions for one in each) / got.predictions
+    )
+    assert loss_recovered(tiny_model, sae, parts, max_batches=1) == each[0]
+
+
+@pytest.mark.parametrize("architecture", ["scale", "topk"])
+def test_a_store_gives_what_run_evals_gives(
+    tiny_model: HookedSAETransformer, architecture: str
+):
+    sae = make_sae(architecture)
+
+    def store() -> ActivationsStore:
+        return ActivationsStore.from_sae(
+            tiny_model, sae, small_corpus(), store_batch_size_prompts=3
+        )
+
+    got = loss_recovered(tiny_model, sae, store(), max_batches=4)
+    config = EvalConfig(compute_ce_loss=True, n_eval_reconstruction_batches=4)
+    groups, _ = run_evals(sae, store(), tiny_model, ActivationScaler(), config)
+    want = groups["model_performance_preservation"]
+    assert {
+        "ce_loss_score": got.score,
+        "ce_loss_with_sae": got.with_sae,
+        "ce_loss_without_sae": got.without_sae,
+        "ce_loss_with_ablation": got.with_ablation,
+    } == pytest.approx(want, rel=1e-4)
+
+
+def test_a_training_SAE_sees_activations_as_its_trainer_scales_them(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=64, num_experts=4, k=6)
+    trained = on_hook(ScaleTrainingSAE(cfg), HOOK)
+    tokens, scaler = make_tokens(), ActivationScaler(scaling_factor=3.0)
+    got = loss_recovered(tiny_model, trained, [tokens], activation_scaler=scaler)
+    unscaled = loss_recovered(tiny_model, trained, [tokens])
+    assert got.with_sae != pytest.approx(unscaled.with_sae, abs=1e-3)
+    trained.fold_activation_norm_scaling_factor(3.0)
+    trained.save_inference_model(tmp_path)
+    folded = loss_recovered(tiny_model, SAE.load_from_disk(tmp_path), [tokens])
+    assert asdict(folded) == pytest.approx(asdict(got), rel=1e-4)
+
+
+def test_all_heads_of_hook_z_are_reconstructed_together(
+    tiny_model: HookedSAETransformer,
+):
+    hook, tokens = "blocks.0.attn.hook_z", make_tokens()
+    cfg = ScaleSAEConfig(
+        d_in=32, d_sae=64, num_experts=4, k=6, reshape_activations="hook_z"
+    )
+    sae = on_hook(ScaleSAE(cfg), hook)
+    sae.turn_on_forward_pass_hook_z_reshaping()
+    got = loss_recovered(tiny_model, sae, [tokens], exclude_special_tokens=False)
+    assert sae.hook_z_reshaping_mode
+    spliced: Any = tiny_model.run_with_saes(tokens, saes=[sae], return_type="loss")
+    assert got.with_sae == pytest.approx(spliced.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="shape"):
+        loss_recovered(tiny_model, sae, [tokens[0]])
+    assert sae.hook_z_reshaping_mode
+
+
+def test_a_hugging_face_model_is_evaluated_too(tiny_llama: Path):
+    hook = "model.layers.0"
+    model: Any = load_model("AutoModelForCausalLM", str(tiny_llama), hook_names=[hook])
+    got = loss_recovered(model, make_sae("scale", hook), [make_tokens()])
+    assert got.predictions == 6 * 10 - 1
+    assert len({got.with_sae, got.without_sae, got.with_ablation}) == 3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "predict .*got none"),
+        ([torch.full((2, 4), BOS)], "predict .*got none"),
+        ([torch.full((2, 1), 9)], "predict .*got none"),
+        (make_tokens(), r"tokens must be batches .*\(12,\)"),
+        ([torch.zeros(2, 3)], "tokens must be batches .*float32"),
+        ([torch.zeros(2, 0, dtype=torch.long)], r"tokens must be batches .*\(2, 0\)"),
+    ],
+)
+def test_tokens_without_predictions_or_of_another_shape_are_refused(
+    tiny_model: HookedSAETransformer, tokens: Any, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        loss_recovered(tiny_model, make_sae("scale"), tokens)
+
+
+def test_other_bad_arguments_are_refused(tiny_model: HookedSAETransformer):
+    sae, tokens = make_sae("scale"), [make_tokens()]
+    with pytest.raises(ValueError, match="max_batches must be .* got 0"):
+        loss_recovered(tiny_model, sae, tokens, max_batches=0)
+    sae.cfg.metadata.hook_name = None
+    with pytest.raises(ValueError, match="hook_name must be .* got None"):
+        loss_recovered(tiny_model, sae, tokens)
+
+
+def test_a_hook_without_effect_is_refused(tiny_model: HookedSAETransformer):
+    # Whatever comes before it, the logits are all alike.
+    model = copy.deepcopy(tiny_model)
+    model.unembed.W_U.data.zero_()
+    with pytest.raises(ValueError, match="must change the model's loss"):
+        loss_recovered(model, make_sae("scale"), [make_tokens()])

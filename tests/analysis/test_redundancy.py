@@ -1,0 +1,213 @@
+"""Largest cosines between latents, against a loop over all pairs."""
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from helpers import scale_sae
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sae_lens_scale.analysis.redundancy import (
+    FeatureRedundancy,
+    feature_redundancy,
+    max_cosine_similarity,
+    unit_rows,
+)
+
+
+def random_decoder(d_sae: int = 23, d_in: int = 5, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = torch.randn(d_sae, d_in, generator=generator)
+    return W_dec * torch.rand(d_sae, 1, generator=generator).add(0.1)
+
+
+def cosine(u: list[float], v: list[float]) -> float:
+    norms = math.hypot(*u) * math.hypot(*v)
+    return math.fsum(a * b for a, b in zip(u, v, strict=True)) / norms if norms else 0.0
+
+
+def slow_max_cosines(W_dec: torch.Tensor) -> torch.Tensor:
+    rows = W_dec.double().tolist()
+    return torch.tensor(
+        [
+            max(cosine(u, v) for j, v in enumerate(rows) if j != i)
+            for i, u in enumerate(rows)
+        ]
+    )
+
+
+class LargestResult(TorchDispatchMode):
+    """Watches how many elements the largest result of an operation has."""
+
+    largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.largest = max(self.largest, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 22, 23, 24, 2048])
+def test_max_cosine_is_that_of_a_loop_over_pairs_whatever_the_blocks(block_size: int):
+    W_dec = random_decoder()
+    got = max_cosine_similarity(W_dec, block_size)
+    torch.testing.assert_close(got, slow_max_cosines(W_dec), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
+def test_max_cosine_rounds_no_more_than_the_weights_do(dtype: torch.dtype):
+    # Sums of squares of 400 entries of this size overflow float16.
+    W_dec = (random_decoder(d_in=400) * 500).to(dtype)
+    got = max_cosine_similarity(W_dec, 8)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    want = slow_max_cosines(W_dec)
+    torch.testing.assert_close(got.float(), want, atol=1e-6, rtol=0)
+
+
+def test_max_cosine_is_computed_in_float32_under_autocast_and_without_gradients():
+    W_dec = torch.nn.Parameter(random_decoder())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = max_cosine_similarity(W_dec)
+    assert not got.requires_grad
+    assert torch.equal(got, max_cosine_similarity(W_dec))
+
+
+def test_a_zero_row_has_cosine_0_with_every_row():
+    W_dec = torch.tensor([[1.0, 0], [0, 0], [-1, 0], [-1, 0.001], [0, 0]])
+    got = max_cosine_similarity(W_dec, 2)
+    torch.testing.assert_close(got, slow_max_cosines(W_dec), atol=1e-6, rtol=0)
+    assert got.tolist()[:2] == [0, 0]
+    assert got[4] == 0
+
+
+@pytest.mark.parametrize("factor", [1e-42, 1e-30, 1e30, 1e38])
+def test_rows_of_extreme_norms_keep_their_directions(factor: float):
+    W_dec = random_decoder()
+    W_dec[::2] /= W_dec[::2].abs().amax(dim=1, keepdim=True)
+    W_dec[::2] *= factor
+    got = max_cosine_similarity(W_dec, 4)
+    torch.testing.assert_close(got, slow_max_cosines(W_dec), atol=1e-6, rtol=0)
+
+
+def test_duplicates_have_cosine_1_and_opposites_minus_1_never_beyond():
+    rows = random_decoder(200, 7)
+    largest = max_cosine_similarity(torch.cat([rows, rows * 3]), 64)
+    assert largest.max() <= 1
+    torch.testing.assert_close(largest, torch.ones(400), atol=1e-6, rtol=0)
+    opposite = max_cosine_similarity(torch.stack([rows[0], -rows[0]]))
+    assert opposite.min() >= -1
+    torch.testing.assert_close(opposite, -torch.ones(2), atol=1e-6, rtol=0)
+
+
+def test_no_intermediate_result_is_larger_than_a_block():
+    W_dec = random_decoder(700, 40)
+    alive = torch.arange(700) % 3 > 0
+    with LargestResult() as watch:
+        feature_redundancy(W_dec, alive=alive, block_size=50)
+    assert watch.largest <= 50 * 50
+
+
+def test_each_pair_of_blocks_is_multiplied_once():
+    products = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal products
+            products += func is torch.ops.aten.mm.default
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        feature_redundancy(
+            random_decoder(20), alive=torch.arange(20) < 10, block_size=5
+        )
+    assert products == 4 * 5 // 2
+
+
+def test_feature_redundancy_counts_the_latents_strictly_above_the_threshold():
+    # Two duplicates, a third at cosine 0.6 from them, and one on its own.
+    W_dec = torch.tensor([[1.0, 0, 0], [2, 0, 0], [0.6, 0.8, 0], [0, 0, 1]])
+    found = feature_redundancy(W_dec)
+    mean = found.mean_max_cosine
+    assert found == FeatureRedundancy(4, 0.9, 0.5, mean, alive=None)
+    assert mean == pytest.approx((1 + 1 + 0.6 + 0) / 4)
+    assert feature_redundancy(W_dec, threshold=0.5).share_above == 0.75
+    assert feature_redundancy(W_dec, threshold=1).share_above == 0
+    assert feature_redundancy(W_dec, threshold=0).share_above == 0.75
+    assert feature_redundancy(W_dec, threshold=-0.1).share_above == 1
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 9, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_alive_latents_are_compared_with_each_other_only(block_size: int, seed: int):
+    W_dec = random_decoder(31, 4, seed)
+    alive = torch.rand(31, generator=torch.Generator().manual_seed(seed)) < 0.4
+    found = feature_redundancy(W_dec, 0.8, alive, block_size)
+    everything = feature_redundancy(W_dec, 0.8)
+    assert found.alive is not None
+    assert everything.alive is None
+    for got, want in (
+        (found, slow_max_cosines(W_dec)),
+        (everything, slow_max_cosines(W_dec)),
+        (found.alive, slow_max_cosines(W_dec[alive])),
+    ):
+        assert got.num_latents == len(want)
+        assert got.share_above == (want > 0.8).double().mean().item()
+        assert got.mean_max_cosine == pytest.approx(want.mean().item(), abs=1e-6)
+    assert found.alive.mean_max_cosine < found.mean_max_cosine
+
+
+def test_all_latents_alive_is_the_same_measure_twice():
+    found = feature_redundancy(random_decoder(), 0.5, torch.ones(23, dtype=torch.bool))
+    assert found.alive == feature_redundancy(random_decoder(), 0.5)
+
+
+def test_decoders_of_saes_dense_and_mixture_serialise():
+    for sae in (TopKSAE(TopKSAEConfig(d_in=8, d_sae=30, k=3)), scale_sae()):
+        alive = torch.arange(sae.cfg.d_sae) > 3
+        found = feature_redundancy(sae.W_dec, alive=alive)
+        read = json.loads(json.dumps(asdict(found)))
+        assert read["alive"].pop("num_latents") == sae.cfg.d_sae - 4
+        assert read["mean_max_cosine"] == pytest.approx(
+            slow_max_cosines(sae.W_dec.detach()).mean().item(), abs=1e-6
+        )
+
+
+def test_what_cannot_be_measured_is_refused():
+    W_dec = random_decoder()
+    for shape in ((1, 5), (0, 5), (5,), (2, 3, 4)):
+        with pytest.raises(ValueError, match=r"W_dec must have shape .* got \("):
+            max_cosine_similarity(torch.ones(shape))
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        max_cosine_similarity(W_dec, 0)
+    for bad in (math.nan, math.inf, -math.inf):
+        W_bad = W_dec.clone()
+        W_bad[20, 3] = bad
+        with pytest.raises(ValueError, match="W_dec must be finite"):
+            max_cosine_similarity(W_bad, 4)
+    for threshold in (1.1, -1.1, math.nan):
+        with pytest.raises(ValueError, match="threshold must be between -1 and 1"):
+            feature_redundancy(W_dec, threshold)
+    for alive in (torch.ones(23), torch.ones(22, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"alive must be .*d_sae=23.* got torch\."):
+            feature_redundancy(W_dec, alive=alive)
+    for marked in (0, 1):
+        with pytest.raises(ValueError, match=f"at least two latents, got {marked}"):
+            feature_redundancy(W_dec, alive=torch.arange(23) < marked)
+
+
+def test_unit_rows_of_any_shape():
+    rows = random_decoder(24, 5).view(2, 3, 4, 5)
+    torch.testing.assert_close(unit_rows(rows).norm(dim=-1), torch.ones(2, 3, 4))

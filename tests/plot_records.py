@@ -1,0 +1,201 @@
+"""Made-up records to draw, and what a drawn panel shows."""
+
+from collections.abc import Callable
+from functools import partial
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sae_lens_scale.analysis import plots
+
+Row = dict[str, Any]
+# Of a line: x, and there the mean over seeds and its standard deviation.
+Points = dict[Any, tuple[float, float]]
+
+LABELS = {
+    "Scale 64/2": (64, 2),
+    "Scale 128/4": (128, 4),
+    "Switch 32": (32, 1),
+    "TopK 576": (None, None),
+}
+KS = (8, 32)
+QUANTILES = ["not", *map(str, range(1, 11))]
+_METRICS = (
+    "mse",
+    "mse_other_domain",
+    "fvu",
+    "loss_recovered",
+    "redundancy",
+    "activation_similarity",
+    "intra_expert_similarity",
+    "inter_expert_similarity",
+)
+
+
+def _make_runs() -> list[Row]:
+    """A main comparison, and the ablations of Scale SAE with 64 experts."""
+    rng = np.random.default_rng(0)
+    runs: list[Row] = []
+
+    def add(label: str, k: int, num_experts: int | None, **settings: Any) -> None:
+        for seed in range(3):
+            metrics = {name: float(rng.uniform(0.1, 0.9)) for name in _METRICS}
+            run = {"label": label, "k": k, "seed": seed, "num_experts": num_experts}
+            run |= settings | metrics
+            run["overlap_histogram"] = rng.integers(1, 1000, k + 1).tolist()
+            if num_experts:
+                run["expert_counts"] = rng.integers(0, 99, num_experts).tolist()
+            if settings.get("feature_scaling"):
+                run["scaling_factors"] = rng.uniform(0, 1, num_experts).tolist()
+            runs.append(run)
+
+    for k in KS:
+        for label, (num_experts, e) in LABELS.items():
+            if label != "Scale 64/2":
+                add(label, k, num_experts, experts_per_token=e)
+        for e in (1, 2, 16):
+            for scaling in (True, False):
+                add(
+                    f"Scale 64/{e}" if scaling else f"Scale 64/{e} unscaled",
+                    k,
+                    64,
+                    experts_per_token=e,
+                    feature_scaling=scaling,
+                    decomposition="mean",
+                )
+        for decomposition in ("identity", "learned"):
+            add(
+                f"Scale 64/2 {decomposition}",
+                k,
+                64,
+                experts_per_token=2,
+                feature_scaling=True,
+                decomposition=decomposition,
+            )
+    return runs
+
+
+def _make_scores() -> list[Row]:
+    rng = np.random.default_rng(1)
+    return [
+        {
+            "label": label,
+            "seed": seed,
+            "quantile": quantile,
+            "autointerp_accuracy": float(rng.uniform(0.3, 0.9)),
+        }
+        for label in LABELS
+        for seed in (0, 1)
+        for quantile in QUANTILES
+    ]
+
+
+def _make_curves() -> list[Row]:
+    return [
+        {
+            "label": label,
+            "k": 32,
+            "seed": seed,
+            "tokens": tokens,
+            "seconds": tokens / speed + seed,
+            "fvu": 0.5 + 0.1 * seed - tokens / 10_000,
+        }
+        for label, speed in (("Scale 64/2", 100), ("TopK 576", 200))
+        for seed in (0, 1)
+        for tokens in (0, 1000, 2000, 3000)
+    ]
+
+
+RUNS, SCORES, CURVES = _make_runs(), _make_scores(), _make_curves()
+# Every figure: what draws it, what from, and columns that it needs.
+FIGURES: dict[str, tuple[Callable[..., Figure], list[Row], list[str]]] = {
+    "2": (plots.plot_scaling_factors, RUNS, ["scaling_factors", "decomposition"]),
+    "3a": (plots.plot_mse, RUNS, ["mse", "label", "k", "seed"]),
+    "3b": (plots.plot_mse_other_domain, RUNS, ["mse_other_domain"]),
+    "3c": (plots.plot_loss_recovered, RUNS, ["loss_recovered"]),
+    "3d": (plots.plot_autointerp, SCORES, ["autointerp_accuracy", "quantile"]),
+    "4a": (plots.plot_mse_by_experts, RUNS, ["mse", "num_experts", "feature_scaling"]),
+    "4c": (plots.plot_loss_recovered_by_experts, RUNS, ["loss_recovered"]),
+    "5a": (plots.plot_mse_with_scaling_by_experts, RUNS, ["mse", "experts_per_token"]),
+    "5b": (plots.plot_scaling_effect, RUNS, ["mse", "decomposition"]),
+    "6a": (plots.plot_expert_similarity, RUNS, ["intra_expert_similarity"]),
+    "6b": (plots.plot_expert_usage, RUNS, ["expert_counts"]),
+    "7a": (plots.plot_similarity_reduction, RUNS, ["activation_similarity"]),
+    "7b": (plots.plot_activation_similarity, RUNS, ["activation_similarity"]),
+    "redundancy": (plots.plot_redundancy, RUNS, ["redundancy"]),
+    "8a": (plots.plot_redundancy_by_experts, RUNS, ["redundancy"]),
+    "8b": (partial(plots.plot_redundancy_with_scaling, k=32), RUNS, ["redundancy"]),
+    "10": (plots.plot_decompositions, RUNS, ["mse", "decomposition"]),
+    "11": (plots.plot_overlap_histogram, RUNS, ["overlap_histogram"]),
+    "curves": (plots.plot_learning_curves, CURVES, ["fvu", "seconds", "tokens"]),
+}
+WITH_LABELS = ("3a", "3b", "3c", "3d", "redundancy", "curves")
+
+
+def draw(figure: str, rows: list[Row] | None = None, **settings: Any) -> Figure:
+    """A figure, of its usual rows and a few labels unless others are given."""
+    plot, usual, _ = FIGURES[figure]
+    if figure in WITH_LABELS:
+        settings = {"labels": ["Scale 64/2", "TopK 576"], **settings}
+    return plot(pd.DataFrame(usual if rows is None else rows), **settings)
+
+
+def where(**conditions: Any) -> list[Row]:
+    """The runs that meet conditions."""
+    return [r for r in RUNS if all(r.get(n) == v for n, v in conditions.items())]
+
+
+def named_lines(axes: Axes) -> dict[str, Line2D]:
+    """A panel's lines by their names, with error bars or without."""
+    found = {str(line.get_label()): line for line in axes.get_lines()}
+    for bars in axes.containers:
+        assert isinstance(bars, ErrorbarContainer)
+        found[str(bars.get_label())] = bars.lines[0]
+    return {name: line for name, line in found.items() if name[:1] != "_"}
+
+
+def points(axes: Axes) -> dict[str, Points]:
+    """The points of each line with error bars; 0 is no bar."""
+    found: dict[str, Points] = {}
+    for bars in axes.containers:
+        assert isinstance(bars, ErrorbarContainer)
+        x, y = (np.asarray(values) for values in bars.lines[0].get_data(orig=True))
+        half = np.zeros(len(x))
+        if bars.has_yerr:
+            (segments,) = bars.lines[2]
+            half = [np.ptp(ends[:, 1]) / 2 for ends in segments.get_segments()]
+        of_line = zip(y.tolist(), map(float, half), strict=True)
+        found[str(bars.get_label())] = dict(zip(x.tolist(), of_line, strict=True))
+    return found
+
+
+def expected(
+    rows: list[Row], line: str, x: str, metric: str, name: str = "{}"
+) -> dict[str, Points]:
+    """The same from the rows, point by point."""
+    found: dict[str, Points] = {}
+    for row in rows:
+        values = [r[metric] for r in rows if (r[line], r[x]) == (row[line], row[x])]
+        of_line = found.setdefault(name.format(row[line]), {})
+        of_line[row[x]] = (mean(values), stdev(values))
+    return found
+
+
+def assert_same_points(got: dict[str, Points], want: dict[str, Points]) -> None:
+    assert set(got) == set(want)
+    for name, of_line in want.items():
+        assert set(got[name]) == set(of_line)
+        for x, point in of_line.items():
+            assert got[name][x] == pytest.approx(point), (name, x)
+
+
+def legend(figure: Figure) -> list[str]:
+    (found,) = figure.legends
+    return [text.get_text() for text in found.get_texts()]
