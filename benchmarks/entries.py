@@ -2,20 +2,9 @@
 The SAEs that are compared, and what a training step of each has to compute and to move.
 
 FLOPs are those of products with tokens (a multiply-add is two), as each implementation
-computes them. For each token and each of d_in, multiply-adds, where S = d_sae,
-A = experts_per_token * S / num_experts, N = num_experts, e = experts_per_token:
-
-===============  =========  ==============================================================
-                 forward    backward
-===============  =========  ==============================================================
-TopK, dense      2 S        4 S: both products' gradients in both of their factors
-TopK, sparse     S + k      3 S + k: the sparse activations' gradient is computed densely
-sparsify         S + k      4 k
-ours             N + A + k  N + 3 k, and e for the expert means that omega needs
-===============  =========  ==============================================================
-
-Dead latents add S and 2 S to TopK, and 2 e m and 4 e m to ours, where m is the number of
-dead latents of the expert that has most.
+computes them: :mod:`sae_lens_scale.experiments.flops` has the formulas. sparsify's forward pass
+is that of a sparse TopK SAE, d_sae + k for each token and each of d_in; its backward pass is
+sparse in the encoder, too, 4 k.
 
 Bytes are a lower bound: both weight matrices read in each pass and their gradients
 written; every tensor that is S, A or N wide written and read once; a row of d_in read for
@@ -32,9 +21,9 @@ from typing import Any, Literal
 
 import torch
 from machine import Run, Stopwatch
-from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig, TrainStepInput
 
-import sae_lens_scale  # noqa: F401  (registers the architectures)
+from sae_lens_scale.experiments.flops import flops_per_token
 
 Kind = Literal["scale", "switch", "topk", "topk sparse", "sparsify"]
 
@@ -105,27 +94,19 @@ class Entry:
 
     def flops(self, tokens: int) -> dict[str, int]:
         """FLOPs of products with tokens in each pass of a training step."""
-        e, k, wide, experts = (
-            self.experts_per_token,
-            self.k,
-            self.d_sae,
-            self.num_experts,
-        )
-        means = e if self.kind == "scale" else 0
-        forward, backward = {
-            "topk": (2 * wide, 4 * wide),
-            "topk sparse": (wide + k, 3 * wide + k),
-            "sparsify": (wide + k, 4 * k),
-            "scale": (experts + self.active + k, experts + 3 * k + means),
-            "switch": (experts + self.active + k, experts + 3 * k),
-        }[self.kind]
-        if self.dead:
-            dead = wide
-            if self.is_ours:
-                dead = 2 * e * int(self.dead_mask.view(experts, -1).sum(-1).max())
-            forward, backward = forward + dead, backward + 2 * dead
-        per_column = 2 * tokens * self.d_in
-        return {"forward": per_column * forward, "backward": per_column * backward}
+        if self.kind == "sparsify":
+            per_token = 2 * self.d_in * (self.d_sae + self.k), 8 * self.d_in * self.k
+        else:
+            dead = int(self.dead_mask.view(self.num_experts, -1).sum(-1).max())
+            counted = flops_per_token(self._training_config(), dead)
+            per_token = counted.forward, counted.backward
+        return dict(zip(FORWARD_BACKWARD, (tokens * n for n in per_token), strict=True))
+
+    def _training_config(self) -> TrainingSAEConfig:
+        config = self.config(Placement("cpu", "float32", autocast=False))
+        if self.kind == "topk sparse":
+            config["use_sparse_activations"] = True
+        return TrainingSAEConfig.from_dict(config)
 
     def least_bytes(self, tokens: int, element_size: int) -> int:
         """What a training step has to read from memory and to write to it."""
