@@ -1,5 +1,5 @@
 """
-The command line: ``sae-lens-scale train | evaluate | convert | info``.
+The command line: ``sae-lens-scale train | evaluate | convert | info | experiment``.
 
 ``train`` is SAELens's own training command with the architectures of this package
 known to it; the others do what SAELens offers only from Python.
@@ -8,8 +8,6 @@ known to it; the others do what SAELens offers only from Python.
 import argparse
 import contextlib
 import io
-import json
-import math
 import os
 import pickle
 import sys
@@ -28,10 +26,11 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors import SafetensorError
 
+from sae_lens_scale.experiments.command import add_experiment
 from sae_lens_scale.experiments.corpus import docstring_corpus
+from sae_lens_scale.experiments.records import dump_json, write_whole
 from sae_lens_scale.loading.authors import convert_authors_checkpoint
 from sae_lens_scale.loading.smollm2 import load_smollm2
-from sae_lens_scale.saes.files import replacing_files
 from sae_lens_scale.saes.mixture import MixtureSAE
 from sae_lens_scale.training import InterruptibleTrainingRunner
 
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "train":
             _train(rest, options.fused_optimizer)
         else:
-            options.run(options)
+            _print(options.run(options))
     except (KeyboardInterrupt, InterruptedException) as interruption:
         _complain(
             f"interrupted; {interruption}" if str(interruption) else "interrupted"
@@ -179,6 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_sae(info)
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info, device="cpu", dtype=None)
+
+    add_experiment(commands)
     return parser
 
 
@@ -224,7 +225,7 @@ def _train(arguments: list[str], fused_optimizer: bool) -> None:
     InterruptibleTrainingRunner(cfg, fused_optimizer=fused_optimizer).run()
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> str:
     if options.output is not None:
         if not options.output.parent.is_dir():
             raise FileNotFoundError(f"--output: {options.output.parent} is no folder")
@@ -268,11 +269,11 @@ def _evaluate(options: argparse.Namespace) -> None:
             "metrics": by_group,
             "feature_metrics": by_latent,
         }
-        _write_whole(options.output, _dump(result))
-    _print(_dump(by_group) if options.json else _table(by_group))
+        write_whole(options.output, dump_json(result))
+    return dump_json(by_group) if options.json else _table(by_group)
 
 
-def _convert(options: argparse.Namespace) -> None:
+def _convert(options: argparse.Namespace) -> str:
     folder = convert_authors_checkpoint(
         options.source,
         options.target,
@@ -282,10 +283,10 @@ def _convert(options: argparse.Namespace) -> None:
         model_name=options.model_name,
         hook_name=options.hook_name,
     )
-    _print(f"{folder}")
+    return str(folder)
 
 
-def _info(options: argparse.Namespace) -> None:
+def _info(options: argparse.Namespace) -> str:
     sae = _load_sae(options)
     cfg, metadata = sae.cfg, sae.cfg.metadata
     facts: dict[str, Any] = {
@@ -317,7 +318,7 @@ def _info(options: argparse.Namespace) -> None:
         }
     facts["training"] = metadata.training_architecture_details
     facts = {name: fact for name, fact in facts.items() if fact is not None}
-    _print(_dump(facts) if options.json else _table(facts))
+    return dump_json(facts) if options.json else _table(facts)
 
 
 def _load_sae(options: argparse.Namespace) -> SAE[Any]:
@@ -407,28 +408,6 @@ def _table(values: dict[str, Any]) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _strict_json(value: Any) -> Any:
-    """NaN and infinity are no JSON: null."""
-    if isinstance(value, dict):
-        return {key: _strict_json(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_strict_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(_strict_json(value), indent=1, allow_nan=False)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    if path.exists() and not path.is_file():
-        # A device or a pipe, such as /dev/stderr: not to be replaced by a file.
-        path.write_text(text)
-        return
-    with replacing_files(path.parent) as folder:
-        (folder / path.name).write_text(text)
 
 
 def _one_line(error: BaseException) -> str:

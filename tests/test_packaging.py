@@ -19,6 +19,7 @@ def test_built_wheel_imports_registers_and_is_typed(tmp_path: Path):
     (wheel,) = tmp_path.glob("sae_lens_scale-0.1.0-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "sae_lens_scale/py.typed" in names
+    assert "sae_lens_scale/analysis/paper.json" in names
     assert not [n for n in names if n.startswith(("tests", "examples", "benchmarks"))]
     site = tmp_path / "site"
     subprocess.run(

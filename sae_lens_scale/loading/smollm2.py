@@ -50,7 +50,7 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
         RuntimeError: The file could not be downloaded, or is not the expected one. The message
             says how to put it there by hand.
     """
-    folder = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     path = folder / _GGUF_NAME
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,8 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     return path
 
 
-def _default_cache_dir() -> Path:
+def default_cache_dir() -> Path:
+    """Where downloads are kept: what ``SAE_LENS_SCALE_CACHE`` names, or the user's cache."""
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -1,0 +1,166 @@
+"""What is measured on every SAE of a grid."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAE
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from sae_lens_scale.analysis.activation_similarity import (
+    activation_similarity,
+    overlap_histogram,
+)
+from sae_lens_scale.analysis.experts import (
+    expert_coactivation,
+    expert_similarity,
+    expert_usage,
+    scaling_factors,
+)
+from sae_lens_scale.analysis.redundancy import feature_redundancy
+from sae_lens_scale.saes.mixture import MixtureSAE
+
+from .activations import Activations
+
+_BATCH = 1024
+# Tokens among which all pairs are compared.
+_SIMILARITY_TOKENS = 8192
+
+
+@dataclass
+class Reconstruction:
+    """
+    How well an SAE reconstructs activations.
+
+    Attributes:
+        mse: Squared error, summed over d_in, mean over tokens, in the activations' own units.
+        fvu: That, divided by the variance (summed and averaged likewise).
+        explained_variance: 1 - fvu.
+        l0: Latents that a token activates, mean over tokens.
+        alive: Share of latents that fired on any token.
+        tokens: Number of tokens.
+    """
+
+    mse: float
+    fvu: float
+    explained_variance: float
+    l0: float
+    alive: float
+    tokens: int
+
+
+@torch.no_grad()
+def reconstruction_error(
+    sae: SAE[Any],
+    activations: Iterable[torch.Tensor],
+    scaler: ActivationScaler | None = None,
+) -> dict[str, float]:
+    """
+    Error of an SAE's reconstruction.
+
+    Args:
+        sae: An SAE, in training or not.
+        activations: Batches of raw activations, ``[tokens, d_in]`` in float32.
+        scaler: What an SAE in training has its activations scaled by.
+
+    Returns:
+        ``mse`` and ``fvu``; see :class:`Reconstruction`.
+
+    Raises:
+        ValueError: If there are no tokens, or all are the same.
+    """
+    scaler = scaler or ActivationScaler()
+    tokens, error = 0, torch.zeros((), dtype=torch.float64)
+    total: torch.Tensor | float = 0.0
+    squares: torch.Tensor | float = 0.0
+    for batch in activations:
+        batch = batch.to(sae.device)
+        output = scaler.unscale(sae(scaler.scale(batch)))
+        error += (output - batch).square().sum(dim=-1).sum(dtype=torch.float64).cpu()
+        exact = batch.double()
+        total = total + exact.sum(dim=0)
+        squares = squares + exact.square().sum()
+        tokens += len(batch)
+    if not isinstance(total, torch.Tensor):
+        raise ValueError("activations must hold at least one token, got none")
+    variance = float(squares - total.square().sum() / tokens) / tokens
+    if not variance > 0:
+        raise ValueError("activations must differ from token to token, to be explained")
+    mse = error.item() / tokens
+    return {"mse": mse, "fvu": mse / variance}
+
+
+@torch.no_grad()
+def firing_counts(sae: SAE[Any], activations: Activations) -> torch.Tensor:
+    """
+    On how many tokens each latent fires.
+
+    Args:
+        sae: An SAE for raw activations.
+        activations: Held-out activations.
+
+    Returns:
+        ``[d_sae]``, int64.
+    """
+    counts = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.device)
+    for batch in activations.batches(_BATCH):
+        latents = sae.encode(batch.to(sae.device)).nonzero()[:, 1]
+        counts += latents.bincount(minlength=sae.cfg.d_sae)
+    return counts
+
+
+def reconstruction(
+    sae: SAE[Any], activations: Activations, counts: torch.Tensor
+) -> Reconstruction:
+    """
+    How well an SAE reconstructs activations, and with how many latents.
+
+    Args:
+        sae: An SAE for raw activations.
+        activations: Held-out activations.
+        counts: Their :func:`firing_counts`.
+
+    Returns:
+        Results over all tokens.
+    """
+    error = reconstruction_error(sae, activations.batches(_BATCH))
+    return Reconstruction(
+        **error,
+        explained_variance=1 - error["fvu"],
+        l0=counts.sum().item() / len(activations),
+        alive=(counts > 0).double().mean().item(),
+        tokens=len(activations),
+    )
+
+
+def further_measures(
+    sae: SAE[Any], activations: Activations, counts: torch.Tensor
+) -> dict[str, Any]:
+    """
+    What else the figures show of an SAE, by name.
+
+    Args:
+        sae: An SAE for raw activations.
+        activations: Held-out activations.
+        counts: Their :func:`firing_counts`.
+
+    Returns:
+        Results that JSON can hold.
+    """
+    sample = activations.sample(_SIMILARITY_TOKENS).split(_BATCH)
+    redundancy = feature_redundancy(sae.W_dec, alive=counts > 0)
+    measures: dict[str, Any] = {
+        "redundancy": asdict(redundancy),
+        "activation_similarity": asdict(activation_similarity(sae, sample)),
+        "overlap_histogram": asdict(overlap_histogram(sae, sample)),
+    }
+    if isinstance(sae, MixtureSAE) and sae.cfg.num_experts > 1:
+        usage = expert_usage(sae, activations.batches(_BATCH))
+        measures["expert_usage"] = asdict(usage)
+        _, pairs = expert_coactivation(sae, activations.batches(_BATCH))
+        measures["expert_coactivation"] = asdict(pairs)
+        measures["expert_similarity"] = asdict(expert_similarity(sae))
+    if sae.cfg.metadata.omega:
+        measures["scaling_factors"] = scaling_factors(sae)
+    return measures

@@ -1,0 +1,210 @@
+"""The grids of the experiments."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .activations import CacheSettings
+from .settings import RunSettings
+
+# What each architecture is trained with. The paper's settings are those of its authors'
+# code; these are ours, to be tuned for each architecture by itself.
+RECIPES: dict[str, dict[str, Any]] = {
+    "scale": {"lr": 1.6e-3},
+    "switch": {"lr": 1.6e-3},
+    "topk": {"lr": 1.6e-3, "sae": {"aux_loss_coefficient": 1 / 32}},
+    "gated": {"lr": 1.6e-3},
+    "full": {"lr": 1.6e-3, "sae": {"aux_loss_coefficient": 1 / 32}},
+}
+# Switch SAE as Mudide et al. train it: the winner's probability for a gate, no k-means, and
+# their rule for the learning rate. Their weight 3 of load balancing is for raw activations;
+# on normalised ones, of unit variance, it is of this order.
+_AUTHORS_SWITCH = {"gate": "softmax", "load_balance_coefficient": 0.1}
+# (num_experts, experts_per_token) of as many active latents.
+_SIZES = ((64, 2), (128, 4), (256, 8))
+_L1_COEFFICIENTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    A grid of runs.
+
+    Attributes:
+        base: Name of the experiment's folder; presets of one base share activations, and
+            runs that they have in common.
+        cache: The activations.
+        runs: What to train, each with every seed.
+        seeds: The seeds.
+    """
+
+    base: str
+    cache: CacheSettings
+    runs: tuple[RunSettings, ...]
+    seeds: tuple[int, ...] = (0, 1)
+
+    def with_seeds(self, seeds: Iterable[int] | None = None) -> list[RunSettings]:
+        """All runs, seed by seed, so that a grid that is cut short has whole ones."""
+        chosen = self.seeds if seeds is None else tuple(seeds)
+        return [replace(run, seed=seed) for seed in chosen for run in self.runs]
+
+
+def run_settings(architecture: str, sae: dict[str, Any], **changes: Any) -> RunSettings:
+    """
+    Settings by the architecture's recipe.
+
+    Args:
+        architecture: One of :data:`RECIPES`.
+        sae: Fields of the SAE's config.
+        **changes: Other settings than the recipe's.
+
+    Returns:
+        The settings.
+    """
+    recipe = RECIPES[architecture]
+    merged = {**recipe.get("sae", {}), **sae}
+    return RunSettings(architecture, **{**recipe, **changes, "sae": merged})
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    base: str
+    cache: CacheSettings
+    d_in: int
+    ks: tuple[int, ...]
+    training: dict[str, Any]
+    authors_lr: float
+
+    def run(
+        self, architecture: str, sae: dict[str, Any], **changes: Any
+    ) -> RunSettings:
+        d_sae = 32 * self.d_in
+        return run_settings(
+            architecture, {"d_sae": d_sae, **sae}, **{**self.training, **changes}
+        )
+
+    def preset(self, runs: list[RunSettings]) -> Preset:
+        return Preset(self.base, self.cache, tuple(runs))
+
+    def main(self) -> Preset:
+        """The architectures, at every k."""
+        runs = []
+        for k in self.ks:
+            runs += [
+                self.run("scale", {"k": k, "num_experts": n, "experts_per_token": e})
+                for n, e in _SIZES
+            ]
+            runs += [
+                self.run("switch", {"k": k, "num_experts": 32}),
+                self.run(
+                    "switch",
+                    {"k": k, "num_experts": 32, **_AUTHORS_SWITCH},
+                    lr=self.authors_lr,
+                    initialization="default",
+                    variant="authors",
+                ),
+                self.run("topk", {"k": k, "d_sae": self.d_in}),
+                self.run("full", {"k": k}),
+            ]
+        runs += [
+            self.run("gated", {"d_sae": self.d_in, "l1_coefficient": l1})
+            for l1 in _L1_COEFFICIENTS
+        ]
+        return self.preset(runs)
+
+    def experts(self) -> Preset:
+        """How many of 64 experts a token selects, with and without feature scaling."""
+        return self.preset(
+            [
+                self.run(
+                    "scale",
+                    {
+                        "k": k,
+                        "num_experts": 64,
+                        "experts_per_token": e,
+                        "feature_scaling": scaling,
+                    },
+                )
+                for k in self.ks
+                for e in (1, 2, 4, 8, 16)
+                for scaling in (True, False)
+            ]
+        )
+
+    def decompositions(self) -> Preset:
+        """What feature scaling amplifies."""
+        return self.preset(
+            [
+                self.run(
+                    "scale",
+                    {
+                        "k": k,
+                        "num_experts": 64,
+                        "experts_per_token": 2,
+                        "decomposition": decomposition,
+                    },
+                )
+                for k in self.ks
+                for decomposition in ("mean", "identity", "learned")
+            ]
+        )
+
+    def gates(self) -> Preset:
+        """What an expert's activations are multiplied by."""
+        gates = ("rescaled", "renormalized", "double_softmax", "softmax", "uniform")
+        runs = [
+            self.run(
+                "scale",
+                {"k": 32, "num_experts": n, "experts_per_token": e, "gate": gate},
+            )
+            for n, e in _SIZES
+            for gate in gates
+        ]
+        runs += [
+            self.run("switch", {"k": 32, "num_experts": 32, "gate": gate})
+            for gate in ("uniform", "softmax")
+        ]
+        return self.preset(runs)
+
+
+_EXPERIMENTS = (
+    _Experiment(
+        base="smollm2",
+        cache=CacheSettings(other_text="anarchism"),
+        d_in=576,
+        ks=(8, 16, 32, 64),
+        training={"training_tokens": 2_000_000},
+        authors_lr=1.9e-4,
+    ),
+    _Experiment(
+        base="paper",
+        cache=CacheSettings(
+            model="gpt2",
+            text="Skylion007/openwebtext",
+            other_text="hle-biomedical",
+            train_tokens=40_960_000,
+            # All that there is makes little more.
+            other_tokens=20_000,
+            context_size=128,
+        ),
+        d_in=768,
+        ks=(2, 4, 8, 16, 32, 64, 128),
+        training={
+            "training_tokens": 40_960_000,
+            "batch_size": 4_096,
+            "dead_after_tokens": 4_000_000,
+        },
+        authors_lr=1.6e-4,
+    ),
+)
+
+PRESETS: dict[str, Preset] = {
+    f"{experiment.base}{suffix}": preset()
+    for experiment in _EXPERIMENTS
+    for suffix, preset in (
+        ("", experiment.main),
+        ("-experts", experiment.experts),
+        ("-decompositions", experiment.decompositions),
+        ("-gates", experiment.gates),
+    )
+}

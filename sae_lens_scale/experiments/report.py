@@ -1,0 +1,286 @@
+"""What the records of an experiment say: tables in Markdown, and the paper's figures."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .presets import PRESETS
+from .records import read, read_curves
+
+# What labels of SAEs start with: ours, and those between which the comparison puts it.
+_OURS, _SAME_COST, _SAME_WIDTH = "Scale", "TopK", "full"
+_FVU = "{:.4f}".format
+_SHARE = "{:.2%}".format
+# Tables of the main grid: name, column of the records, how to write its numbers.
+_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("fvu", "fvu", _FVU),
+    ("fvu-other-domain", "fvu_other_domain", _FVU),
+    ("loss-recovered", "loss_recovered", _FVU),
+    ("loss-recovered-other-domain", "loss_recovered_other_domain", _FVU),
+    ("alive", "alive", _SHARE),
+    ("redundancy", "redundancy", _SHARE),
+    ("activation-similarity", "activation_similarity", _FVU),
+    ("seconds", "seconds.training", "{:.0f}".format),
+)
+# Names of the rows of each ablation's table.
+_ABLATIONS: dict[str, Callable[[Any], str]] = {
+    "experts": lambda run: (
+        f"{run['label']}, {'with' if run['feature_scaling'] else 'without'} scaling"
+    ),
+    "decompositions": lambda run: f"{run['label']}, {run['decomposition']}",
+    "gates": lambda run: f"{run['label']}, {run['gate']}",
+}
+
+
+def cells(
+    runs: pd.DataFrame, metric: str, rows: str = "label", columns: str = "k"
+) -> pd.DataFrame:
+    """
+    A metric averaged over seeds.
+
+    Args:
+        runs: What :func:`.records.read` returned, or some of its rows.
+        metric: The column to average.
+        rows: Column whose values name the rows.
+        columns: Column whose values name the columns.
+
+    Returns:
+        A frame of tuples ``(mean, standard deviation or NaN, runs)``, or None where there
+        is no run.
+    """
+    measured = runs.dropna(subset=[metric])
+    groups = measured.groupby([rows, columns], sort=False)[metric]
+    summary = groups.agg(["mean", "std", "size"])
+    values = pd.Series(
+        list(summary.itertuples(index=False, name=None)), index=summary.index
+    )
+    return values.unstack().astype(object)
+
+
+def markdown(frame: pd.DataFrame, form: Callable[[float], str], corner: str) -> str:
+    """
+    A table of means and spreads in Markdown.
+
+    Args:
+        frame: What :func:`cells` returned.
+        form: How to write a number.
+        corner: What the first column is called.
+
+    Returns:
+        Lines of a table; a single run is marked with an asterisk.
+    """
+
+    def write(cell: tuple[float, float, int] | float) -> str:
+        if not isinstance(cell, tuple):
+            return "-"
+        mean, std, size = cell
+        return f"{form(mean)}*" if size == 1 else f"{form(mean)} ± {form(std)}"
+
+    rows = [[str(row), *map(write, frame.loc[row])] for row in frame.index]
+    return _lines([corner, *(f"k = {k:g}" for k in frame.columns)], rows)
+
+
+def comparison(runs: pd.DataFrame, metric: str = "fvu") -> str:
+    """
+    How much lower the error of the best Scale SAE is than that of others, at each k.
+
+    Args:
+        runs: What :func:`.records.read` returned, or some of its rows.
+        metric: The error.
+
+    Returns:
+        A table in Markdown: for each k the best N/e, and by how much its mean error is
+        lower than the mean errors of the other labels.
+
+    Raises:
+        ValueError: If no run is of a Scale SAE.
+    """
+    means = cells(runs, metric).map(
+        lambda cell: cell[0] if isinstance(cell, tuple) else float("nan")
+    )
+    ours = [label for label in means.index if label.startswith(_OURS)]
+    if not ours:
+        raise ValueError(f"runs must have a {_OURS} SAE, got {[*means.index]}")
+    best = means.loc[ours].min()
+    rows = [["best Scale SAE", *means.loc[ours].idxmin()]]
+    for label in means.index.difference(ours, sort=False):
+        lower = 1 - best / means.loc[label]
+        rows.append(
+            [f"lower than {label}", *("-" if x != x else f"{x:.1%}" for x in lower)]
+        )
+    return _lines(["", *(f"k = {k:g}" for k in means.columns)], rows)
+
+
+def gap_closed(
+    runs: pd.DataFrame, floor: str, ceiling: str, metric: str = "fvu"
+) -> str:
+    """
+    How much of the gap between two SAEs others close, at each k.
+
+    Args:
+        runs: What :func:`.records.read` returned, or some of its rows.
+        floor: Label of the SAE of the same cost.
+        ceiling: Label of the SAE of the same width.
+        metric: The error.
+
+    Returns:
+        A table in Markdown; 100 % is as good as the ceiling.
+
+    Raises:
+        ValueError: If a label is missing.
+    """
+    means = cells(runs, metric).map(
+        lambda cell: cell[0] if isinstance(cell, tuple) else float("nan")
+    )
+    for label in (floor, ceiling):
+        if label not in means.index:
+            raise ValueError(f"runs must have {label!r}, got {[*means.index]}")
+    means = means.dropna(axis="columns", subset=[floor, ceiling])
+    gap = means.loc[floor] - means.loc[ceiling]
+    rows = [
+        [label, *(f"{x:.0%}" for x in (means.loc[floor] - means.loc[label]) / gap)]
+        for label in means.index.difference([floor, ceiling], sort=False)
+    ]
+    return _lines(["", *(f"k = {k:g}" for k in means.columns)], rows)
+
+
+def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in table)
+
+
+def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
+    """
+    The records of a preset's runs.
+
+    Args:
+        folder: Folder of the records.
+        preset: Name of a preset.
+
+    Returns:
+        A row for each run that has a record, of any seed, in the preset's order of labels.
+    """
+    runs = read(folder)
+    if runs.empty:
+        return runs
+    seeds = sorted(set(runs["seed"]))
+    names = [run.name for run in PRESETS[preset].with_seeds(seeds)]
+    found = runs.set_index("name", drop=False)
+    return found.loc[[name for name in names if name in found.index]]
+
+
+def tables(folder: str | Path, base: str) -> dict[str, str]:
+    """
+    All tables that the records of an experiment allow.
+
+    Args:
+        folder: Folder of the records.
+        base: The presets' base, such as "smollm2".
+
+    Returns:
+        Tables in Markdown, by name; those that no record has a number for are left out.
+    """
+    found: dict[str, str] = {}
+    runs = preset_runs(folder, base)
+    # A Gated SAE has no k: its runs have a place in pictures, but in no column.
+    if len(runs):
+        runs = runs.loc[runs["sae_cfg.k"].notna()].sort_values("k", kind="stable")
+        found["comparison"] = comparison(runs)
+        ends = [_first(runs, start) for start in (_SAME_COST, _SAME_WIDTH)]
+        if all(ends):
+            found["gap"] = gap_closed(runs, *ends)
+    for name, metric, form in _METRICS:
+        if metric in runs and runs[metric].notna().any():
+            found[name] = markdown(cells(runs, metric), form, "")
+    for ablation, row_name in _ABLATIONS.items():
+        runs = preset_runs(folder, f"{base}-{ablation}")
+        if len(runs):
+            runs = runs.assign(row=runs.apply(row_name, axis="columns"))
+            found[ablation] = markdown(cells(runs, "fvu", "row"), _FVU, "")
+    return found
+
+
+def _first(runs: pd.DataFrame, start: str) -> str:
+    return next((x for x in runs["label"] if x.startswith(start)), "")
+
+
+def draw(folder: str | Path, base: str, images: str | Path) -> list[Path]:
+    """
+    Draw the paper's figures, and learning curves, from the records of an experiment.
+
+    Args:
+        folder: Folder of the records.
+        base: The presets' base, such as "smollm2".
+        images: Folder of the pictures, made if it is missing.
+
+    Returns:
+        Paths of the pictures. Figures that the records do not suffice for are left out.
+    """
+    # Here and not above: matplotlib comes with an extra that only pictures need.
+    from sae_lens_scale.analysis import plots
+
+    main = preset_runs(folder, base)
+    experts = preset_runs(folder, f"{base}-experts")
+    decompositions = preset_runs(folder, f"{base}-decompositions")
+    curves = read_curves(folder)
+    curves = curves.loc[curves["name"].isin(main["name"])] if len(main) else curves
+    paper: dict[str, Any] = {"paper": True}
+    figures: dict[str, tuple[Callable[..., Any], pd.DataFrame, dict[str, Any]]] = {
+        "figure-2": (plots.plot_scaling_factors, experts, paper),
+        "figure-3a": (plots.plot_mse, main, paper),
+        "figure-3b": (plots.plot_mse_other_domain, main, paper),
+        "figure-3c": (plots.plot_loss_recovered, main, paper),
+        "figure-4a": (plots.plot_mse_by_experts, experts, paper),
+        "figure-4c": (plots.plot_loss_recovered_by_experts, experts, paper),
+        "figure-5a": (plots.plot_mse_with_scaling_by_experts, experts, paper),
+        "figure-5b": (plots.plot_scaling_effect, experts, paper),
+        "figure-6a": (plots.plot_expert_similarity, experts, {}),
+        "figure-6b": (plots.plot_expert_usage, experts, {}),
+        "figure-7a": (plots.plot_similarity_reduction, experts, paper),
+        "figure-7b": (plots.plot_activation_similarity, experts, paper),
+        "figure-8": (plots.plot_redundancy, main, paper),
+        "figure-8a": (plots.plot_redundancy_by_experts, experts, paper),
+        "figure-8b": (plots.plot_redundancy_with_scaling, experts, {}),
+        "figure-10": (plots.plot_decompositions, decompositions, paper),
+        "figure-11": (plots.plot_overlap_histogram, experts, {}),
+        "learning-curves": (plots.plot_learning_curves, curves, {"k": 32}),
+    }
+    Path(images).mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, (plot, runs, options) in figures.items():
+        if len(runs):
+            path = Path(images, f"{name}.png")
+            plot(runs, **options).savefig(path, dpi=130)
+            drawn.append(path)
+    return drawn
+
+
+def fill(document: str, tables: dict[str, str]) -> str:
+    """
+    Put tables where a document marks their places.
+
+    Args:
+        document: Text in Markdown, with pairs of lines ``<!-- table NAME -->`` and
+            ``<!-- end -->``.
+        tables: Tables by name.
+
+    Returns:
+        The text with new tables between these lines.
+
+    Raises:
+        ValueError: If the document names a table that there is not.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in tables:
+            raise ValueError(
+                f"tables are {', '.join(tables)}, the document names {name!r}"
+            )
+        return f"<!-- table {name} -->\n\n{tables[name]}\n\n<!-- end -->"
+
+    marked = r"<!-- table (?P<name>[\w-]+) -->.*?<!-- end -->"
+    return re.sub(marked, replace, document, flags=re.DOTALL)

@@ -1,0 +1,108 @@
+"""Loss Recovered of finished runs."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import small_corpus
+from sae_lens import HookedSAETransformer
+from sae_lens.saes.sae import SAE
+
+from sae_lens_scale.analysis.evaluation import loss_recovered
+from sae_lens_scale.experiments.activations import CacheSettings, cache_activations
+from sae_lens_scale.experiments.evaluation import LossMeter, evaluate_records
+from sae_lens_scale.experiments.records import read, read_records
+from sae_lens_scale.experiments.settings import RunSettings
+from sae_lens_scale.experiments.training import train_run
+
+SETTINGS = CacheSettings(
+    model="tiny",
+    hook_name="blocks.0.hook_resid_post",
+    text="some text",
+    other_text="another text",
+    train_tokens=1_000,
+    test_tokens=300,
+    other_tokens=200,
+    context_size=32,
+)
+TEXTS: dict[Any, Dataset] = {
+    "train": small_corpus().select(range(20, 60)),
+    "in_domain": small_corpus().select(range(20)),
+    "other_domain": small_corpus().select(range(60, 80)),
+}
+RUNS = [
+    RunSettings(architecture, sae, batch_size=64, training_tokens=640)
+    for architecture, sae in (
+        ("scale", {"d_sae": 64, "num_experts": 8, "k": 4}),
+        ("topk", {"d_sae": 32, "k": 4}),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tiny_model: HookedSAETransformer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Records of two SAEs of a tiny model, with weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    cache = cache_activations(
+        SETTINGS, folder / "activations", model=tiny_model, texts=TEXTS
+    )
+    for run in RUNS:
+        train_run(run, cache, folder / "runs", keep_weights=True, measures=False)
+    return folder / "runs"
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.architecture)
+def test_the_meter_shows_what_loss_recovered_does(
+    run: RunSettings, runs: Path, tiny_model: HookedSAETransformer
+):
+    sae = SAE.load_from_disk(runs / run.name)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 40_000, (5, 24), generator=generator)
+    tokens[:, 0] = tokens[2, 7] = 1
+    batches = list(tokens.split(2))
+    found = LossMeter(tiny_model, SETTINGS.hook_name, batches).measure(sae)
+    wanted = loss_recovered(tiny_model, sae, batches)
+    assert found.predictions == wanted.predictions == 5 * 23 - 5 - 1
+    for name in ("without_sae", "with_ablation", "with_sae"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), abs=1e-5)
+    # A random model's losses hardly differ.
+    assert found.score == pytest.approx(wanted.score, abs=1e-2)
+    assert not any(point.fwd_hooks for point in tiny_model.hook_dict.values())
+
+
+def test_records_are_completed_once(
+    runs: Path, tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    before = read_records(runs)
+    options: dict[str, Any] = {"model": tiny_model, "texts": TEXTS, "contexts": 6}
+    assert len(evaluate_records(runs, SETTINGS, **options)) == 2
+    for old, new in zip(before, read_records(runs), strict=True):
+        result = new.measures["loss_recovered"]
+        assert set(result) == {"contexts", "in_domain", "other_domain"}
+        assert result["in_domain"] != result["other_domain"]
+        assert result["in_domain"]["predictions"] <= 6 * 31
+        kept = {n: v for n, v in new.measures.items() if n != "loss_recovered"}
+        assert replace(new, measures=kept) == old
+    frame = read(runs)
+    for name in ("loss_recovered", "loss_recovered_other_domain"):
+        assert all(map(math.isfinite, frame[name].tolist()))
+    # Neither those that have it nor those without weights.
+    assert evaluate_records(runs, SETTINGS, **options) == []
+    before[0].write(tmp_path)
+    assert evaluate_records(tmp_path, SETTINGS, **options) == []
+    assert len(evaluate_records(runs, SETTINGS, **{**options, "contexts": 5})) == 2
+
+
+def test_more_contexts_than_there_are_is_an_error(
+    runs: Path, tiny_model: HookedSAETransformer
+):
+    with pytest.raises(ValueError, match=r"contexts must be at most the \d+ of some"):
+        evaluate_records(runs, SETTINGS, model=tiny_model, texts=TEXTS, contexts=10**6)
+    with pytest.raises(ValueError, match="contexts must be positive, got 0"):
+        evaluate_records(runs, SETTINGS, contexts=0)
