@@ -7,11 +7,12 @@ CONSTRAINTS := constraints.txt
 # Threads that spin while they wait starve each other on few cores.
 RUN := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+EXPERIMENT := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/sae-lens-scale experiment
 
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-matrix lint bench bench-training bench-gates clean
+.PHONY: install demo test test-matrix lint bench bench-training bench-gates reproduce clean
 
 install: $(INSTALLED)
 
@@ -47,6 +48,18 @@ bench-training: $(INSTALLED)
 
 bench-gates: $(INSTALLED)
 	$(RUN) benchmarks/gates.py $(ARGS)
+
+# Hours; goes on where it stopped. An ablation: PRESETS=smollm2-experts, see docs/reproduction.md.
+PRESETS ?= smollm2
+WORKERS ?= 2
+
+reproduce: $(INSTALLED)
+	for preset in $(PRESETS); do \
+		$(EXPERIMENT) cache --preset $$preset && \
+		$(EXPERIMENT) run --preset $$preset --workers $(WORKERS) --keep_weights && \
+		$(EXPERIMENT) evaluate --preset $$preset --contexts 16 || exit; \
+	done
+	$(EXPERIMENT) report --preset $(firstword $(PRESETS)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-matrix outputs

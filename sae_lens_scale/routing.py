@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 
 from sae_lens_scale.ops import GateName
@@ -13,10 +14,11 @@ class Routing(NamedTuple):
     Which experts each token selected, and how much each counts.
 
     Attributes:
-        weights: Gates of the selected experts, strongest expert first,
-            ``[..., experts_per_token]``.
+        weights: Gates of the selected experts: shared ones, then the others, strongest
+            first, ``[..., experts_per_token]``.
         indices: The selected experts, ``[..., experts_per_token]``, int64.
-        probabilities: Softmax over all experts, ``[..., num_experts]``.
+        probabilities: Softmax over all experts that are not shared,
+            ``[..., num_experts]``; 0 for those that are.
     """
 
     weights: Float[torch.Tensor, "*batch experts_per_token"]
@@ -30,6 +32,7 @@ def route(
     b_router: Float[torch.Tensor, " d_in"],
     experts_per_token: int,
     gate: GateName,
+    num_shared_experts: int = 0,
 ) -> Routing:
     """
     Select each token's experts from ``p = softmax((x - b_router) W_router)``.
@@ -48,6 +51,9 @@ def route(
             ``"rescaled"`` is that times e, so that gates average 1;
             ``"double_softmax"`` is a softmax over the selected p (the Scale SAE
             authors' code); ``"uniform"`` is 1 (Switch SAE's "heaviside").
+        num_shared_experts: How many experts, the first ones, all tokens select, with
+            gate 1 (Dai et al. 2024, DeepSeekMoE). The others are routed as if there were
+            no more, ``experts_per_token - num_shared_experts`` of them to each token.
 
     Returns:
         The routing, in at least float32.
@@ -59,6 +65,9 @@ def route(
         # The last term is zero. It gives b_router its gradient from one vector, where
         # x - b_router would need the gradient of every token.
         logits = (x - center) @ W_router + (center - b_router) @ W_router
+    # Nobody asks for the logits of shared experts.
+    logits = logits[..., num_shared_experts:]
+    experts_per_token -= num_shared_experts
     probabilities = logits.softmax(dim=-1)
     # Ranked by logits, which stay distinct where probabilities underflow to 0.
     selected = logits.topk(experts_per_token, dim=-1)
@@ -72,7 +81,15 @@ def route(
         "double_softmax": lambda: selected_p.softmax(dim=-1),
         "uniform": lambda: torch.ones_like(selected_p),
     }[gate]()
-    return Routing(weights, selected.indices, probabilities)
+    if not num_shared_experts:
+        return Routing(weights, selected.indices, probabilities)
+    shared = torch.arange(num_shared_experts, device=x.device)
+    shared = shared.expand(*selected.indices.shape[:-1], -1)
+    return Routing(
+        torch.cat([weights.new_ones(shared.shape), weights], dim=-1),
+        torch.cat([shared, selected.indices + num_shared_experts], dim=-1),
+        F.pad(probabilities, (num_shared_experts, 0)),
+    )
 
 
 def expert_load(
@@ -85,20 +102,36 @@ def expert_load(
     return counts.to(dtype) / indices.numel()
 
 
-def load_balance_loss(routing: Routing, num_experts: int) -> Float[torch.Tensor, ""]:
+def routed_load(
+    indices: Int[torch.Tensor, "*batch experts_per_token"],
+    num_experts: int,
+    num_shared_experts: int,
+    dtype: torch.dtype = torch.float32,
+) -> Float[torch.Tensor, " num_routed_experts"]:
+    """Share of the router's selections that went to each expert that is not shared."""
+    routed = indices[..., num_shared_experts:] - num_shared_experts
+    return expert_load(routed, num_experts - num_shared_experts, dtype)
+
+
+def load_balance_loss(
+    routing: Routing, num_experts: int, num_shared_experts: int = 0
+) -> Float[torch.Tensor, ""]:
     """
     Switch Transformer's balancing term ``N * sum_i f_i P_i`` (equation 2.2).
 
     ``f_i`` is the share of selections that expert i got, counted over all selected
-    experts, and ``P_i`` its mean probability. It is 1 for a uniform router.
+    experts, and ``P_i`` its mean probability. It is 1 for a uniform router. Shared experts
+    have no part in it.
 
     Args:
         routing: Routing of a batch.
         num_experts: Number of experts (N).
+        num_shared_experts: How many of them, the first ones, are shared.
 
     Returns:
         A scalar, differentiable through the probabilities.
     """
     mean_p = routing.probabilities.reshape(-1, num_experts).mean(dim=0)
-    load = expert_load(routing.indices, num_experts, mean_p.dtype)
-    return num_experts * (load * mean_p).sum()
+    mean_p = mean_p[num_shared_experts:]
+    load = routed_load(routing.indices, num_experts, num_shared_experts, mean_p.dtype)
+    return len(mean_p) * (load * mean_p).sum()

@@ -75,6 +75,7 @@ def reference_of(sae: Any) -> ReferenceSAE:
         omega=getattr(sae, "omega", None),
         decomposition=getattr(cfg, "decomposition", "mean"),
         W_low_pass=getattr(sae, "W_low_pass", None),
+        num_shared_experts=cfg.num_shared_experts,
     )
 
 

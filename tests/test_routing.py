@@ -16,9 +16,13 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     "gate", ["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
 )
-@pytest.mark.parametrize("experts_per_token", [1, 3, 5])
-def test_route_agrees_with_the_oracle(gate: str, experts_per_token: int):
-    sae = scale_sae(gate=gate, experts_per_token=experts_per_token)
+@pytest.mark.parametrize(
+    ("experts_per_token", "shared"), [(1, 0), (3, 0), (5, 0), (3, 1), (5, 3)]
+)
+def test_route_agrees_with_the_oracle(gate: str, experts_per_token: int, shared: int):
+    sae = scale_sae(
+        gate=gate, experts_per_token=experts_per_token, num_shared_experts=shared
+    )
     oracle = reference_of(sae)
     x = draw(8, 10)
     routing = sae.route(x)
@@ -28,6 +32,23 @@ def test_route_agrees_with_the_oracle(gate: str, experts_per_token: int):
         assert routing.indices[token].tolist() == indices
         torch.testing.assert_close(routing.weights[token], torch.stack(weights))
         torch.testing.assert_close(routing.probabilities[token], p)
+
+
+def test_shared_experts_are_selected_by_all_tokens_with_gate_one():
+    sae = scale_sae(experts_per_token=4, num_shared_experts=2, gate="softmax")
+    routing = sae.route(draw(50, 10))
+    assert (routing.indices[:, :2] == torch.tensor([0, 1])).all()
+    assert (routing.weights[:, :2] == 1).all()
+    assert (routing.indices[:, 2:] >= 2).all()
+    assert (routing.probabilities[:, :2] == 0).all()
+    # They have no part in the balance, nor has the router's opinion of them.
+    loss = load_balance_loss(routing, 5, 2)
+    load = expert_load(routing.indices[:, 2:], 5)[2:].double()
+    want = 3 * (load * routing.probabilities.mean(0)[2:]).sum()
+    torch.testing.assert_close(loss, want)
+    (gradient,) = torch.autograd.grad(loss, sae.W_router)
+    assert (gradient[:, :2] == 0).all()
+    assert (gradient[:, 2:] != 0).all()
 
 
 def test_rescaled_gates_average_one():

@@ -16,7 +16,8 @@ from .activations import ActivationCache, CacheSettings, cache_activations
 from .evaluation import evaluate_records
 from .grid import run_grid
 from .presets import PRESETS
-from .records import format_table, read, table
+from .records import format_table, read, table, write_whole
+from .report import draw, fill, tables
 from .settings import RunSettings
 
 _DEFAULT_FOLDER = Path("outputs/experiments")
@@ -69,6 +70,24 @@ def add_experiment(commands: Any) -> None:
     )
     evaluate.add_argument(
         "--contexts", type=int, default=64, help="of each text (default: %(default)s)"
+    )
+
+    report = _add_step(
+        steps, "report", "print what the records say, and draw the figures", _report
+    )
+    report.add_argument(
+        "--records", type=Path, help="folder of the records, if it is another"
+    )
+    report.add_argument(
+        "--documents",
+        type=Path,
+        nargs="+",
+        default=[],
+        help='put the tables into these, between "<!-- table NAME -->" and "<!-- end -->"',
+    )
+    report.add_argument("--images", type=Path, help="folder for the figures")
+    report.add_argument(
+        "--figures", nargs="+", help="names of those to draw, such as figure-3a"
     )
 
 
@@ -141,6 +160,18 @@ def _evaluate(options: argparse.Namespace) -> str:
         device=options.device,
     )
     return f"{len(records)} records in {folder / 'runs'} were evaluated"
+
+
+def _report(options: argparse.Namespace) -> str:
+    base = PRESETS[options.preset].base
+    records = options.records or _folder(options) / "runs"
+    found = tables(records, base)
+    filled = {path: fill(path.read_text(), found) for path in options.documents}
+    for path, text in filled.items():
+        write_whole(path, text)
+    if options.images is not None:
+        draw(records, base, options.images, options.figures)
+    return "\n\n".join(f"{name}\n\n{text}" for name, text in found.items())
 
 
 def select_runs(

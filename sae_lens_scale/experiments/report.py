@@ -11,7 +11,7 @@ from .presets import PRESETS
 from .records import read, read_curves
 
 # What labels of SAEs start with: ours, and those between which the comparison puts it.
-_OURS, _SAME_COST, _SAME_WIDTH = "Scale", "TopK", "full"
+_OURS, _SAME_COST, _SAME_WIDTH = "Scale", "TopK", "Full"
 _FVU = "{:.4f}".format
 _SHARE = "{:.2%}".format
 # Tables of the main grid: name, column of the records, how to write its numbers.
@@ -48,8 +48,8 @@ def cells(
         columns: Column whose values name the columns.
 
     Returns:
-        A frame of tuples ``(mean, standard deviation or NaN, runs)``, or None where there
-        is no run.
+        A frame of tuples ``(mean, standard deviation or NaN, runs)``, and of NaN where there
+        is no run; rows in the order of ``runs``.
     """
     measured = runs.dropna(subset=[metric])
     groups = measured.groupby([rows, columns], sort=False)[metric]
@@ -57,7 +57,14 @@ def cells(
     values = pd.Series(
         list(summary.itertuples(index=False, name=None)), index=summary.index
     )
-    return values.unstack().astype(object)
+    # unstack sorts, which is right for k only.
+    return values.unstack().reindex(index=list(dict.fromkeys(measured[rows])))
+
+
+def _means(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return cells(runs, metric).map(
+        lambda cell: cell[0] if isinstance(cell, tuple) else float("nan")
+    )
 
 
 def markdown(frame: pd.DataFrame, form: Callable[[float], str], corner: str) -> str:
@@ -98,12 +105,11 @@ def comparison(runs: pd.DataFrame, metric: str = "fvu") -> str:
     Raises:
         ValueError: If no run is of a Scale SAE.
     """
-    means = cells(runs, metric).map(
-        lambda cell: cell[0] if isinstance(cell, tuple) else float("nan")
-    )
+    means = _means(runs, metric)
     ours = [label for label in means.index if label.startswith(_OURS)]
     if not ours:
         raise ValueError(f"runs must have a {_OURS} SAE, got {[*means.index]}")
+    means = means.dropna(axis="columns", how="all", subset=ours)
     best = means.loc[ours].min()
     rows = [["best Scale SAE", *means.loc[ours].idxmin()]]
     for label in means.index.difference(ours, sort=False):
@@ -132,9 +138,7 @@ def gap_closed(
     Raises:
         ValueError: If a label is missing.
     """
-    means = cells(runs, metric).map(
-        lambda cell: cell[0] if isinstance(cell, tuple) else float("nan")
-    )
+    means = _means(runs, metric)
     for label in (floor, ceiling):
         if label not in means.index:
             raise ValueError(f"runs must have {label!r}, got {[*means.index]}")
@@ -161,11 +165,14 @@ def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
         preset: Name of a preset.
 
     Returns:
-        A row for each run that has a record, of any seed, in the preset's order of labels.
+        A row for each run that has a record, of any seed, in the preset's order.
+
+    Raises:
+        ValueError: If there is no record at all.
     """
     runs = read(folder)
     if runs.empty:
-        return runs
+        raise ValueError(f"{folder} has no records")
     seeds = sorted(set(runs["seed"]))
     names = [run.name for run in PRESETS[preset].with_seeds(seeds)]
     found = runs.set_index("name", drop=False)
@@ -185,6 +192,7 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     runs = preset_runs(folder, base)
+    main = set(runs["name"])
     # A Gated SAE has no k: its runs have a place in pictures, but in no column.
     if len(runs):
         runs = runs.loc[runs["sae_cfg.k"].notna()].sort_values("k", kind="stable")
@@ -193,11 +201,13 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         if all(ends):
             found["gap"] = gap_closed(runs, *ends)
     for name, metric, form in _METRICS:
-        if metric in runs and runs[metric].notna().any():
-            found[name] = markdown(cells(runs, metric), form, "")
+        measured = runs.dropna(subset=[metric]) if metric in runs else runs.head(0)
+        if len(measured):
+            found[name] = markdown(cells(measured, metric), form, "")
     for ablation, row_name in _ABLATIONS.items():
         runs = preset_runs(folder, f"{base}-{ablation}")
-        if len(runs):
+        # What it has in common with the main grid is no ablation yet.
+        if not set(runs["name"]) <= main:
             runs = runs.assign(row=runs.apply(row_name, axis="columns"))
             found[ablation] = markdown(cells(runs, "fvu", "row"), _FVU, "")
     return found
@@ -207,7 +217,12 @@ def _first(runs: pd.DataFrame, start: str) -> str:
     return next((x for x in runs["label"] if x.startswith(start)), "")
 
 
-def draw(folder: str | Path, base: str, images: str | Path) -> list[Path]:
+def draw(
+    folder: str | Path,
+    base: str,
+    images: str | Path,
+    names: Sequence[str] | None = None,
+) -> list[Path]:
     """
     Draw the paper's figures, and learning curves, from the records of an experiment.
 
@@ -215,9 +230,13 @@ def draw(folder: str | Path, base: str, images: str | Path) -> list[Path]:
         folder: Folder of the records.
         base: The presets' base, such as "smollm2".
         images: Folder of the pictures, made if it is missing.
+        names: Which figures to draw, such as "figure-3a"; all by default.
 
     Returns:
-        Paths of the pictures. Figures that the records do not suffice for are left out.
+        Paths of the pictures.
+
+    Raises:
+        ValueError: If a name is unknown, or the records do not suffice for a figure.
     """
     # Here and not above: matplotlib comes with an extra that only pictures need.
     from sae_lens_scale.analysis import plots
@@ -226,7 +245,7 @@ def draw(folder: str | Path, base: str, images: str | Path) -> list[Path]:
     experts = preset_runs(folder, f"{base}-experts")
     decompositions = preset_runs(folder, f"{base}-decompositions")
     curves = read_curves(folder)
-    curves = curves.loc[curves["name"].isin(main["name"])] if len(main) else curves
+    curves = curves.loc[curves["name"].isin(main["name"])]
     paper: dict[str, Any] = {"paper": True}
     figures: dict[str, tuple[Callable[..., Any], pd.DataFrame, dict[str, Any]]] = {
         "figure-2": (plots.plot_scaling_factors, experts, paper),
@@ -248,13 +267,20 @@ def draw(folder: str | Path, base: str, images: str | Path) -> list[Path]:
         "figure-11": (plots.plot_overlap_histogram, experts, {}),
         "learning-curves": (plots.plot_learning_curves, curves, {"k": 32}),
     }
+    names = list(figures) if names is None else names
+    unknown = sorted(set(names) - set(figures))
+    if unknown:
+        raise ValueError(f"figures are {', '.join(figures)}, got {unknown}")
     Path(images).mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, (plot, runs, options) in figures.items():
-        if len(runs):
-            path = Path(images, f"{name}.png")
-            plot(runs, **options).savefig(path, dpi=130)
-            drawn.append(path)
+    for name in names:
+        plot, runs, options = figures[name]
+        try:
+            figure = plot(runs, **options)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be drawn: {error}") from error
+        drawn.append(Path(images, f"{name}.png"))
+        figure.savefig(drawn[-1], dpi=130)
     return drawn
 
 

@@ -38,6 +38,7 @@ class ReferenceSAE:
     omega: Float[torch.Tensor, " num_experts"] | None = None
     decomposition: DecompositionName = "mean"
     W_low_pass: Float[torch.Tensor, "d_in d_in"] | None = None
+    num_shared_experts: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -89,28 +90,32 @@ def effective_encoder(sae: ReferenceSAE) -> Float[torch.Tensor, "d_in d_sae"]:
 def router_probabilities(
     sae: ReferenceSAE, x: Float[torch.Tensor, " d_in"]
 ) -> Float[torch.Tensor, " num_experts"]:
-    """``softmax(W_router (x - b_router))``, section 2.2.1."""
+    """``softmax(W_router (x - b_router))``, section 2.2.1; 0 for shared experts."""
     logits = (x - sae.b_router) @ sae.W_router
     exponentials = torch.exp(logits - logits.max())
+    is_routed = torch.arange(sae.num_experts) >= sae.num_shared_experts
+    exponentials = exponentials * is_routed
     return exponentials / exponentials.sum()
 
 
 def select_experts(
     sae: ReferenceSAE, p: Float[torch.Tensor, " num_experts"]
 ) -> tuple[list[int], list[torch.Tensor]]:
-    """The e most probable experts, strongest first, and their gates."""
-    ranked = sorted(range(sae.num_experts), key=lambda i: -p[i].item())
-    selected = ranked[: sae.experts_per_token]
+    """Shared experts, with gate 1; the most probable others, strongest first; gates."""
+    shared = list(range(sae.num_shared_experts))
+    num_routed = sae.experts_per_token - len(shared)
+    routed = range(len(shared), sae.num_experts)
+    selected = sorted(routed, key=lambda i: -p[i].item())[:num_routed]
     total = sum(p[i] for i in selected)
     exp_total = sum(torch.exp(p[i]) for i in selected)
     gates = {
         "softmax": [p[i] for i in selected],
         "renormalized": [p[i] / total for i in selected],
-        "rescaled": [sae.experts_per_token * p[i] / total for i in selected],
+        "rescaled": [num_routed * p[i] / total for i in selected],
         "double_softmax": [torch.exp(p[i]) / exp_total for i in selected],
         "uniform": [torch.ones_like(p[i]) for i in selected],
     }
-    return selected, gates[sae.gate]
+    return shared + selected, [p.new_ones(()) for _ in shared] + gates[sae.gate]
 
 
 def candidates(
@@ -177,15 +182,16 @@ def mse_loss(sae: ReferenceSAE, x: Float[torch.Tensor, "tokens d_in"]) -> torch.
 def load_balance_loss(
     sae: ReferenceSAE, x: Float[torch.Tensor, "tokens d_in"]
 ) -> torch.Tensor:
-    """``N * sum_i f_i P_i`` of equation 2.2, f counted over all selected experts."""
+    """``N * sum_i f_i P_i`` of equation 2.2, f counted over all routed experts."""
     p = [router_probabilities(sae, token) for token in x]
     chosen = [select_experts(sae, token_p)[0] for token_p in p]
     total = x.new_zeros(())
-    for i in range(sae.num_experts):
-        f = sum(i in experts for experts in chosen) / (len(x) * sae.experts_per_token)
+    num_routed = sae.experts_per_token - sae.num_shared_experts
+    for i in range(sae.num_shared_experts, sae.num_experts):
+        f = sum(i in experts for experts in chosen) / (len(x) * num_routed)
         P = sum(token_p[i] for token_p in p) / len(x)
         total = total + f * P
-    return sae.num_experts * total
+    return (sae.num_experts - sae.num_shared_experts) * total
 
 
 def dead_latent_loss(

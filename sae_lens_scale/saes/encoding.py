@@ -335,6 +335,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             self.b_router,
             self.cfg.experts_per_token,
             self.cfg.gate,
+            self.cfg.num_shared_experts,
         )
         # Indices first: whoever edits weights needs to know whose they are.
         indices = self.hook_expert_indices(routing.indices)

@@ -39,6 +39,11 @@ class MixtureSAEConfig(SAEConfig, ABC):
         return 1
 
     @property
+    def num_shared_experts(self) -> int:
+        """How many of them, the first experts, all tokens select."""
+        return 0
+
+    @property
     def expert_size(self) -> int:
         """Latents per expert."""
         return self.d_sae // self.num_experts
@@ -62,6 +67,16 @@ class MixtureSAEConfig(SAEConfig, ABC):
             raise ValueError(
                 f"experts_per_token must be at most num_experts={self.num_experts}, "
                 f"got {self.experts_per_token}"
+            )
+        shared = self.num_shared_experts
+        if (
+            not isinstance(shared, int)
+            or isinstance(shared, bool)
+            or not 0 <= shared < self.experts_per_token
+        ):
+            raise ValueError(
+                "num_shared_experts must be an integer from 0 to less than "
+                f"experts_per_token={self.experts_per_token}, got {shared!r}"
             )
         candidates = self.experts_per_token * self.expert_size
         if self.k > candidates:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import (
@@ -25,7 +26,7 @@ from typing_extensions import override
 from sae_lens_scale.dead_latents import dead_latent_loss, dead_offsets
 from sae_lens_scale.initialization import geometric_median, spherical_kmeans
 from sae_lens_scale.ops import decoder_norm, grouped_encode, select_latents, take
-from sae_lens_scale.routing import expert_load, load_balance_loss
+from sae_lens_scale.routing import load_balance_loss, routed_load
 
 from .encoding import Encoding, is_hooked
 from .files import replacing_files, require_tensors
@@ -109,7 +110,7 @@ class MixtureTrainingSAE(
 ):
     """Training of a mixture-of-experts SAE."""
 
-    # Each expert's share of the selections in the last step that was logged.
+    # Each routed expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
 
     @override
@@ -225,7 +226,9 @@ class MixtureTrainingSAE(
         cfg = self.cfg
         losses: dict[str, torch.Tensor] = {}
         if cfg.load_balance_coefficient:
-            balance = load_balance_loss(encoding.routing, cfg.num_experts)
+            balance = load_balance_loss(
+                encoding.routing, cfg.num_experts, cfg.num_shared_experts
+            )
             losses["load_balance_loss"] = (
                 cfg.load_balance_coefficient * cfg.d_in * balance
             )
@@ -286,10 +289,12 @@ class MixtureTrainingSAE(
     def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
         """Diagnostics for the logger; docs/architectures.md says what they are."""
         num_experts = self.cfg.num_experts
-        load = expert_load(encoding.routing.indices, num_experts)
+        load = routed_load(
+            encoding.routing.indices, num_experts, self.cfg.num_shared_experts
+        )
         self._logged_load = load
         metrics: Metrics = {
-            "router/max_load": load.max() * num_experts,
+            "router/max_load": load.max() * len(load),
             "router/idle_experts": (load == 0).sum(),
             "router/load_entropy": torch.special.entr(load).sum(),
         }
@@ -366,7 +371,8 @@ class MixtureTrainingSAE(
 
         b_dec and b_router become the geometric median of the batch. The router's
         columns become the centres of a spherical k-means of the centred batch,
-        scaled so that logits have unit spread. Decoder rows keep their random
+        scaled so that logits have unit spread (those of shared experts, which nobody
+        uses, become zeros). Decoder rows keep their random
         directions and the encoder becomes the decoder transposed.
 
         SAELens rescales activations before training if ``normalize_activations`` says
@@ -410,11 +416,12 @@ class MixtureTrainingSAE(
         median = geometric_median(x)
         self.b_dec.data.copy_(median)
         self.b_router.data.copy_(median)
-        centers = spherical_kmeans(x - median, self.cfg.num_experts)
+        shared = self.cfg.num_shared_experts
+        centers = spherical_kmeans(x - median, self.cfg.num_experts - shared)
         logits = (x - median) @ centers.T
         # Bessel's correction would make the spread of a single logit NaN.
         spread = logits.std(correction=min(1, logits.numel() - 1)).clamp(min=1e-8)
-        self.W_router.data.copy_(centers.T / spread)
+        self.W_router.data.copy_(F.pad(centers.T / spread, (shared, 0)))
         self.b_enc.data.zero_()
         self.W_enc.data.copy_(self.W_dec.data.T)
 

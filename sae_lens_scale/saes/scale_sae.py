@@ -35,6 +35,8 @@ class ScaleSAEConfig(MixtureSAEConfig):
     Args:
         num_experts (int): Number of experts (N); divides d_sae.
         experts_per_token (int): Number of experts that each token selects (e).
+        num_shared_experts (int): How many of these are the same for all tokens: the first
+            experts, with gate 1. The router chooses the others. Not in the paper.
         k (int): Number of latents kept per token, over all its experts together; at
             most experts_per_token * d_sae / num_experts.
         gate (GateName): What multiplies a selected expert's activations: "softmax" (its
@@ -67,6 +69,7 @@ class ScaleSAEConfig(MixtureSAEConfig):
 
     num_experts: int = 64
     experts_per_token: int = 2
+    num_shared_experts: int = 0
     gate: GateName = "rescaled"
 
     @override
@@ -143,6 +146,8 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
     Args:
         num_experts (int): Number of experts (N); divides d_sae.
         experts_per_token (int): Number of experts that each token selects (e).
+        num_shared_experts (int): How many of these are the same for all tokens: the first
+            experts, with gate 1. The router chooses the others. Not in the paper.
         k (int): Number of latents kept per token, over all its experts together; at
             most experts_per_token * d_sae / num_experts.
         gate (GateName): What multiplies a selected expert's activations: "softmax" (its
@@ -189,6 +194,7 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
 
     num_experts: int = 64
     experts_per_token: int = 2
+    num_shared_experts: int = 0
     gate: GateName = "rescaled"
     feature_scaling: bool = True
     decomposition: DecompositionName = "mean"

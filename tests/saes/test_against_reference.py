@@ -127,12 +127,15 @@ def test_ScaleTrainingSAE_agrees_with_the_oracle_for_inputs_of_any_shape(
         {"k": 1},
         {"d_in": 30},
         {"num_experts": 2, "experts_per_token": 1},
+        {"experts_per_token": 3, "num_shared_experts": 1},
+        {"experts_per_token": 3, "num_shared_experts": 2, "gate": "softmax"},
+        {"experts_per_token": 5, "num_shared_experts": 3, "gate": "double_softmax"},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("decomposition", ["mean", "identity", "learned"])
 def test_ScaleTrainingSAE_agrees_with_the_oracle_at_the_edges(
-    overrides: dict[str, int], decomposition: str
+    overrides: dict[str, Any], decomposition: str
 ):
     sae = scale_sae(decomposition=decomposition, **overrides)
     x = draw(11, sae.cfg.d_in)

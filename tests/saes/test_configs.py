@@ -116,6 +116,13 @@ def test_bad_fields_are_refused_by_name_and_value(
 
 
 @pytest.mark.parametrize("config_class", SCALE)
+@pytest.mark.parametrize("shared", [-1, 2, 1.0, True])
+def test_shared_experts_must_leave_the_router_a_choice(config_class: Any, shared: Any):
+    with pytest.raises(ValueError, match=f"num_shared_experts must be .* {shared}"):
+        config_class(d_in=8, d_sae=64, num_experts=4, num_shared_experts=shared, k=3)
+
+
+@pytest.mark.parametrize("config_class", SCALE)
 def test_more_experts_per_token_than_experts_are_refused(config_class: Any):
     with pytest.raises(ValueError, match="experts_per_token must be at most .* got 5"):
         config_class(d_in=8, d_sae=64, num_experts=4, experts_per_token=5, k=3)

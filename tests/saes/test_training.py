@@ -203,6 +203,20 @@ def test_initialize_from_activations_centres_biases_and_spreads_the_router(
     assert (first == first[0]).float().mean() > 0.95
 
 
+def test_initialize_from_activations_leaves_shared_experts_out_of_the_clusters():
+    sae = scale_sae(experts_per_token=3, num_shared_experts=2)
+    sae.initialize_from_activations(draw(500, 10))
+    assert (sae.W_router[:, :2] == 0).all()
+    assert (sae.W_router[:, 2:].norm(dim=0) > 0).all()
+
+
+def test_logged_router_metrics_are_of_the_routed_experts():
+    sae = scale_sae(experts_per_token=3, num_shared_experts=2)
+    output = sae.training_forward_pass(step_input(draw(50, 10), is_logging_step=True))
+    load = torch.bincount(sae.route(draw(50, 10)).indices[:, 2] - 2, minlength=3) / 50
+    assert output.metrics["router/max_load"] == pytest.approx(3 * load.max().item())
+
+
 def test_initialize_from_activations_rescales_as_the_trainer_will():
     x = draw(500, 16) * 30 + 100
     sae = fresh("scale", normalize_activations="expected_average_only_in")
