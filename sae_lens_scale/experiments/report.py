@@ -23,7 +23,8 @@ _METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("alive", "alive", _SHARE),
     ("redundancy", "redundancy", _SHARE),
     ("activation-similarity", "activation_similarity", _FVU),
-    ("seconds", "seconds.training", "{:.0f}".format),
+    # Runs may have shared the machine with others, which wall time would show.
+    ("cpu-seconds", "seconds.training_cpu", "{:.0f}".format),
 )
 # Names of the rows of each ablation's table.
 _ABLATIONS: dict[str, Callable[[Any], str]] = {
@@ -165,7 +166,8 @@ def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
         preset: Name of a preset.
 
     Returns:
-        A row for each run that has a record, of any seed, in the preset's order.
+        A row for each run that has a record, of any seed, label by label in the preset's
+        order.
 
     Raises:
         ValueError: If there is no record at all.
@@ -174,7 +176,9 @@ def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
     if runs.empty:
         raise ValueError(f"{folder} has no records")
     seeds = sorted(set(runs["seed"]))
-    names = [run.name for run in PRESETS[preset].with_seeds(seeds)]
+    planned = PRESETS[preset].with_seeds(seeds)
+    labels = list(dict.fromkeys(run.label for run in planned))
+    names = [r.name for r in sorted(planned, key=lambda r: labels.index(r.label))]
     found = runs.set_index("name", drop=False)
     return found.loc[[name for name in names if name in found.index]]
 
@@ -195,7 +199,7 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
     main = set(runs["name"])
     # A Gated SAE has no k: its runs have a place in pictures, but in no column.
     if len(runs):
-        runs = runs.loc[runs["sae_cfg.k"].notna()].sort_values("k", kind="stable")
+        runs = runs.loc[runs["sae_cfg.k"].notna()]
         found["comparison"] = comparison(runs)
         ends = [_first(runs, start) for start in (_SAME_COST, _SAME_WIDTH)]
         if all(ends):
@@ -242,16 +246,19 @@ def draw(
     from sae_lens_scale.analysis import plots
 
     main = preset_runs(folder, base)
+    # One point makes no line.
+    lines = main.loc[~main["label"].str.startswith(_SAME_WIDTH)]
     experts = preset_runs(folder, f"{base}-experts")
     decompositions = preset_runs(folder, f"{base}-decompositions")
     curves = read_curves(folder)
     curves = curves.loc[curves["name"].isin(main["name"])]
+    curves = curves.assign(seconds=curves["cpu_seconds"])
     paper: dict[str, Any] = {"paper": True}
     figures: dict[str, tuple[Callable[..., Any], pd.DataFrame, dict[str, Any]]] = {
         "figure-2": (plots.plot_scaling_factors, experts, paper),
-        "figure-3a": (plots.plot_mse, main, paper),
-        "figure-3b": (plots.plot_mse_other_domain, main, paper),
-        "figure-3c": (plots.plot_loss_recovered, main, paper),
+        "figure-3a": (plots.plot_mse, lines, paper),
+        "figure-3b": (plots.plot_mse_other_domain, lines, paper),
+        "figure-3c": (plots.plot_loss_recovered, lines, paper),
         "figure-4a": (plots.plot_mse_by_experts, experts, paper),
         "figure-4c": (plots.plot_loss_recovered_by_experts, experts, paper),
         "figure-5a": (plots.plot_mse_with_scaling_by_experts, experts, paper),
@@ -260,12 +267,16 @@ def draw(
         "figure-6b": (plots.plot_expert_usage, experts, {}),
         "figure-7a": (plots.plot_similarity_reduction, experts, paper),
         "figure-7b": (plots.plot_activation_similarity, experts, paper),
-        "figure-8": (plots.plot_redundancy, main, paper),
+        "figure-8": (plots.plot_redundancy, lines, paper),
         "figure-8a": (plots.plot_redundancy_by_experts, experts, paper),
         "figure-8b": (plots.plot_redundancy_with_scaling, experts, {}),
         "figure-10": (plots.plot_decompositions, decompositions, paper),
         "figure-11": (plots.plot_overlap_histogram, experts, {}),
-        "learning-curves": (plots.plot_learning_curves, curves, {"k": 32}),
+        "learning-curves": (
+            plots.plot_learning_curves,
+            curves,
+            {"k": 32, "title": "k = 32; seconds are CPU time"},
+        ),
     }
     names = list(figures) if names is None else names
     unknown = sorted(set(names) - set(figures))

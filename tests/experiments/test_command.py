@@ -162,6 +162,7 @@ def test_the_main_presets_match_active_latents(name: str, d_in: int):
         "Scale 64/2",
         "Scale 128/4",
         "Scale 256/8",
+        "Scale 256/8 1 shared",
         "Switch 32",
         "Switch 32 authors",
         f"TopK {d_in}",

@@ -54,8 +54,16 @@ def write_records(folder: Path, preset: str, seeds: tuple[int, ...] = (0, 1)) ->
             sae_cfg=cfg,
             cache=None,
             environment={},
-            seconds={"training": 60.0},
-            curve=[{"tokens": 64, "seconds": 1.0, "fvu": fvu, "mse": 5 * fvu}],
+            seconds={"training": 60.0, "training_cpu": 50.0},
+            curve=[
+                {
+                    "tokens": 64,
+                    "seconds": 2.0,
+                    "cpu_seconds": 1.0,
+                    "fvu": fvu,
+                    "mse": 5 * fvu,
+                }
+            ],
             in_domain={"fvu": fvu, "mse": 5 * fvu, "l0": float(k), "alive": 0.5},
             other_domain={"fvu": 2 * fvu, "mse": 10 * fvu},
             dead=0.1,
@@ -99,7 +107,7 @@ def test_rows_stand_in_the_order_of_the_preset(folder: Path):
         "Scale 64/2",
         "Scale 128/4",
         "Scale 256/8",
-        "Switch 32",
+        "Scale 256/8 1 shared",
     ]
 
 
@@ -204,3 +212,12 @@ def test_report_changes_no_document_if_one_cannot_be_filled(
     assert main([*command, "--documents", str(good), str(bad)]) != 0
     assert "'gaps'" in capsys.readouterr().err
     assert good.read_text() == "<!-- table gap --><!-- end -->"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reproduction.md"])
+def test_published_tables_are_made_from_the_published_records(page: str):
+    root = Path(__file__).parents[2]
+    published = tables(root / "benchmarks" / "results" / "smollm2", "smollm2")
+    text = (root / page).read_text()
+    assert "<!-- table" in text
+    assert fill(text, published) == text
