@@ -10,6 +10,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_scale.analysis.activation_similarity import (
     activation_similarity,
+    active_latents,
     overlap_histogram,
 )
 from sae_lens_scale.analysis.experts import (
@@ -104,8 +105,7 @@ def firing_counts(sae: SAE[Any], activations: Activations) -> torch.Tensor:
         ``[d_sae]``, int64.
     """
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.device)
-    for batch in activations.batches(_BATCH):
-        latents = sae.encode(batch.to(sae.device)).nonzero()[:, 1]
+    for _, latents in active_latents(sae, activations.batches(_BATCH)):
         counts += latents.bincount(minlength=sae.cfg.d_sae)
     return counts
 

@@ -35,12 +35,14 @@ class Doubling(ScaleTrainingSAE):
         return 2 * super().encode(x)
 
 
-def test_forward_uses_an_encode_that_a_subclass_or_somebody_else_overrides():
+def test_forward_uses_an_encode_that_a_subclass_or_somebody_else_overrides(
+    monkeypatch: pytest.MonkeyPatch,
+):
     plain = scale_sae()
     sae = Doubling(plain.cfg)
     sae.load_state_dict(plain.state_dict())
     assert_close(sae(X) - sae.b_dec, 2 * (plain(X) - plain.b_dec))
-    plain.decode = lambda acts: acts  # type: ignore[method-assign]
+    monkeypatch.setattr(plain, "decode", lambda acts: acts)
     assert_close(plain(X), plain.encode(X))
 
 
@@ -151,12 +153,15 @@ def test_gradients_accumulate_and_outlive_the_step():
     sae = scale_sae()
     step = step_input(X)
     sae.training_forward_pass(step).loss.backward()
-    first = {n: p.grad for n, p in sae.named_parameters()}
-    copies = {n: g.clone() for n, g in first.items() if g is not None}
+    first = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
+    copies = {n: gradient.clone() for n, gradient in first.items()}
+    assert copies
     sae.zero_grad()
     sae.training_forward_pass(step).loss.backward()
     sae.training_forward_pass(step).loss.backward()
-    for name, parameter in sae.named_parameters():
-        if parameter.grad is not None:
-            assert torch.equal(first[name], copies[name])  # type: ignore[arg-type]
-            assert_close(parameter.grad, 2 * copies[name])
+    parameters = dict(sae.named_parameters())
+    for name, gradient in first.items():
+        assert torch.equal(gradient, copies[name])
+        summed = parameters[name].grad
+        assert summed is not None
+        assert_close(summed, 2 * copies[name])
