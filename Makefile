@@ -25,8 +25,11 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 demo: $(INSTALLED)
 	$(RUN) examples/train_scale_smollm2.py $(ARGS)
 
+# Whole files to one process, with the models and the SAEs that their tests share.
+TEST_PROCESSES ?= 2
+
 test: $(INSTALLED)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 # Each row has its own environment, made once, and the constraints of its name.
 test-matrix:

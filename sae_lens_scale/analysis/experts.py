@@ -26,8 +26,9 @@ class ExpertUsage:
     Attributes:
         counts: How often each expert was selected, ``num_experts`` entries.
         idle_experts: Number of experts that no token selected.
-        entropy: Entropy of the selections divided by its maximum: 1 if all experts are
-            selected equally often, 0 if it is always the same one.
+        entropy: Entropy of the router's selections divided by its maximum: 1 if all experts
+            are selected equally often, 0 if it is always the same one. Shared experts,
+            which all tokens select, do not count.
     """
 
     counts: list[int]
@@ -147,12 +148,12 @@ def expert_usage(
     for indices in _selected_experts(sae, activations):
         counts += indices.flatten().bincount(minlength=num_experts)
     _require_tokens(int(counts.sum()))
-    share = counts.cpu().double() / counts.sum().item()
-    entropy = torch.special.entr(share).sum().item()
+    routed = counts[sae.cfg.num_shared_experts :].cpu().double()
+    entropy = torch.special.entr(routed / routed.sum()).sum().item()
     return ExpertUsage(
         counts=counts.tolist(),
         idle_experts=int((counts == 0).sum()),
-        entropy=entropy / math.log(num_experts) if num_experts > 1 else 1.0,
+        entropy=entropy / math.log(len(routed)) if len(routed) > 1 else 1.0,
     )
 
 

@@ -14,14 +14,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 1.6e-3,
         "lr_factors": {"W_router": 0.1, "b_router": 0.1},
         "adam_beta2": 0.99,
-        "sae": {"topk_over": "gated_activations"},
+        "dead_after_tokens": 20_000,
+        "sae": {"topk_over": "gated_activations", "aux_loss_coefficient": 1 / 8},
     },
-    "switch": {"lr": 1.6e-3, "adam_beta2": 0.99, "sae": {"gate": "softmax"}},
+    "switch": {
+        "lr": 1.6e-3,
+        "adam_beta2": 0.99,
+        "dead_after_tokens": 50_000,
+        "sae": {"gate": "softmax"},
+    },
     "topk": {"lr": 3.2e-3, "sae": {"aux_loss_coefficient": 1 / 32}},
     "gated": {"lr": 1.6e-3},
     "full": {
         "lr": 1.6e-3,
         "adam_beta2": 0.99,
+        "dead_after_tokens": 20_000,
         "sae": {"aux_loss_coefficient": 1 / 32},
     },
 }
@@ -84,7 +91,11 @@ class _Experiment:
     d_in: int
     ks: tuple[int, ...]
     training: dict[str, Any]
-    authors_lr: float
+    # Of the Switch SAE as its authors train it.
+    authors: dict[str, Any]
+    # Of the ablations.
+    ablation_ks: tuple[int, ...]
+    ablation_training: dict[str, Any]
 
     def run(
         self, architecture: str, sae: dict[str, Any], **changes: Any
@@ -93,6 +104,11 @@ class _Experiment:
         return run_settings(
             architecture, {"d_sae": d_sae, **sae}, **{**self.training, **changes}
         )
+
+    def ablate(
+        self, architecture: str, sae: dict[str, Any], **changes: Any
+    ) -> RunSettings:
+        return self.run(architecture, sae, **{**self.ablation_training, **changes})
 
     def preset(self, runs: list[RunSettings]) -> Preset:
         return Preset(self.base, self.cache, tuple(runs))
@@ -120,10 +136,10 @@ class _Experiment:
                 self.run(
                     "switch",
                     {"k": k, "num_experts": 32, **_AUTHORS_SWITCH},
-                    lr=self.authors_lr,
                     adam_beta2=0.999,
                     initialization="default",
                     variant="authors",
+                    **self.authors,
                 ),
                 self.run("topk", {"k": k, "d_sae": self.d_in}),
             ]
@@ -139,7 +155,7 @@ class _Experiment:
         """How many of 64 experts a token selects, with and without feature scaling."""
         return self.preset(
             [
-                self.run(
+                self.ablate(
                     "scale",
                     {
                         "k": k,
@@ -148,7 +164,7 @@ class _Experiment:
                         **without_scaling,
                     },
                 )
-                for k in self.ks
+                for k in self.ablation_ks
                 for e in (1, 2, 4, 8, 16)
                 for without_scaling in ({}, {"feature_scaling": False})
             ]
@@ -158,7 +174,7 @@ class _Experiment:
         """What feature scaling amplifies."""
         return self.preset(
             [
-                self.run(
+                self.ablate(
                     "scale",
                     {
                         "k": k,
@@ -167,7 +183,7 @@ class _Experiment:
                         **decomposition,
                     },
                 )
-                for k in self.ks
+                for k in self.ablation_ks
                 for decomposition in (
                     {},
                     {"decomposition": "identity"},
@@ -176,19 +192,66 @@ class _Experiment:
             ]
         )
 
+    def recipe(self) -> Preset:
+        """The best Scale SAE, without one part of its recipe at a time."""
+        best = {
+            "k": 32,
+            "num_experts": 256,
+            "experts_per_token": 8,
+            "num_shared_experts": 1,
+        }
+        batch_size = 2 * self.training["batch_size"]
+        others: dict[str, dict[str, Any]] = {
+            "no shared expert": {"sae": {"num_shared_experts": 0}},
+            "TopK before the gate": {"sae": {"topk_over": "activations"}},
+            "no feature scaling": {"sae": {"feature_scaling": False}},
+            "dead-latent loss 1/32": {"sae": {"aux_loss_coefficient": 1 / 32}},
+            "dead after 200,000 tokens": {"dead_after_tokens": 200_000},
+            "router as fast as the rest": {"lr_factors": {}},
+            "beta 0.999": {"adam_beta2": 0.999},
+            "steps twice as large": {"batch_size": batch_size},
+            "no k-means": {"initialization": "default"},
+        }
+        runs = [self.ablate("scale", best, variant="1 shared")]
+        for variant, changes in others.items():
+            sae = {**best, **changes.pop("sae", {})}
+            runs.append(self.ablate("scale", sae, variant=variant, **changes))
+        return self.preset(runs)
+
+    def redundancy(self) -> Preset:
+        """Few latents, few of them active, all tokens: where experts would repeat others."""
+        sizes = {
+            "switch": {"num_experts": 32},
+            "scale": {"num_experts": 64, "experts_per_token": 2},
+        }
+        starts = {"": {}, "no k-means": {"initialization": "default"}}
+        return self.preset(
+            [
+                self.run(
+                    architecture,
+                    {"k": k, "d_sae": 8 * self.d_in, **size},
+                    training_tokens=self.cache.train_tokens,
+                    variant=" ".join(filter(None, ("narrow", start))),
+                    **changes,
+                )
+                for k in (2, 8)
+                for architecture, size in sizes.items()
+                for start, changes in starts.items()
+            ]
+        )
+
     def gates(self) -> Preset:
         """What an expert's activations are multiplied by."""
         others = ("renormalized", "double_softmax", "softmax", "uniform")
         runs = [
-            self.run(
+            self.ablate(
                 "scale",
-                {"k": 32, "num_experts": n, "experts_per_token": e, **gate},
+                {"k": 32, "num_experts": 64, "experts_per_token": 2, **gate},
             )
-            for n, e in _SIZES
             for gate in ({}, *({"gate": name} for name in others))
         ]
         runs += [
-            self.run("switch", {"k": 32, "num_experts": 32, "gate": gate})
+            self.ablate("switch", {"k": 32, "num_experts": 32, "gate": gate})
             for gate in ("uniform", "softmax")
         ]
         return self.preset(runs)
@@ -201,7 +264,9 @@ _EXPERIMENTS = (
         d_in=576,
         ks=(8, 16, 32, 64),
         training={"training_tokens": 1_000_000, "batch_size": 1_024},
-        authors_lr=1.9e-4,
+        authors={"lr": 1.9e-4, "dead_after_tokens": 200_000},
+        ablation_ks=(8, 32),
+        ablation_training={"training_tokens": 500_000},
     ),
     _Experiment(
         base="paper",
@@ -221,7 +286,9 @@ _EXPERIMENTS = (
             "batch_size": 4_096,
             "dead_after_tokens": 4_000_000,
         },
-        authors_lr=1.6e-4,
+        authors={"lr": 1.6e-4},
+        ablation_ks=(2, 4, 8, 16, 32, 64, 128),
+        ablation_training={},
     ),
 )
 
@@ -233,5 +300,7 @@ PRESETS: dict[str, Preset] = {
         ("-experts", experiment.experts),
         ("-decompositions", experiment.decompositions),
         ("-gates", experiment.gates),
+        ("-recipe", experiment.recipe),
+        ("-redundancy", experiment.redundancy),
     )
 }

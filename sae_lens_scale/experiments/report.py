@@ -26,14 +26,28 @@ _METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     # Runs may have shared the machine with others, which wall time would show.
     ("cpu-seconds", "seconds.training_cpu", "{:.0f}".format),
 )
-# Names of the rows of each ablation's table.
-_ABLATIONS: dict[str, Callable[[Any], str]] = {
-    "experts": lambda run: (
-        f"{run['label']}, {'with' if run['feature_scaling'] else 'without'} scaling"
+# Tables of the other grids: name, column, how to write its numbers, names of the rows.
+_ABLATIONS: tuple[
+    tuple[str, str, Callable[[float], str], Callable[[Any], str]], ...
+] = (
+    (
+        "experts",
+        "fvu",
+        _FVU,
+        lambda run: (
+            f"{run['label']}, {'with' if run['feature_scaling'] else 'without'} scaling"
+        ),
     ),
-    "decompositions": lambda run: f"{run['label']}, {run['decomposition']}",
-    "gates": lambda run: f"{run['label']}, {run['gate']}",
-}
+    (
+        "decompositions",
+        "fvu",
+        _FVU,
+        lambda run: f"{run['label']}, {run['decomposition']}",
+    ),
+    ("gates", "fvu", _FVU, lambda run: f"{run['label']}, {run['gate']}"),
+    ("recipe", "fvu", _FVU, lambda run: run["label"]),
+    ("redundancy", "redundancy", _SHARE, lambda run: run["label"]),
+)
 
 
 def cells(
@@ -208,12 +222,13 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         measured = runs.dropna(subset=[metric]) if metric in runs else runs.head(0)
         if len(measured):
             found[name] = markdown(cells(measured, metric), form, "")
-    for ablation, row_name in _ABLATIONS.items():
+    for ablation, metric, form, row_name in _ABLATIONS:
         runs = preset_runs(folder, f"{base}-{ablation}")
-        # What it has in common with the main grid is no ablation yet.
-        if not set(runs["name"]) <= main:
-            runs = runs.assign(row=runs.apply(row_name, axis="columns"))
-            found[ablation] = markdown(cells(runs, "fvu", "row"), _FVU, "")
+        runs = runs.assign(row=runs.apply(row_name, axis="columns"))
+        # What it has in common with other grids is no ablation yet.
+        if len(set(runs["row"])) > 1 and not set(runs["name"]) <= main:
+            table = markdown(cells(runs, metric, "row"), form, "")
+            found[f"ablation-{ablation}"] = table
     return found
 
 
@@ -269,7 +284,12 @@ def draw(
         "figure-7b": (plots.plot_activation_similarity, experts, paper),
         "figure-8": (plots.plot_redundancy, lines, paper),
         "figure-8a": (plots.plot_redundancy_by_experts, experts, paper),
-        "figure-8b": (plots.plot_redundancy_with_scaling, experts, {}),
+        "figure-8b": (
+            plots.plot_redundancy_with_scaling,
+            experts,
+            # Few active latents make most repetitions.
+            {"k": experts["k"].min()},
+        ),
         "figure-10": (plots.plot_decompositions, decompositions, paper),
         "figure-11": (plots.plot_overlap_histogram, experts, {}),
         "learning-curves": (

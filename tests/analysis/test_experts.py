@@ -89,6 +89,15 @@ def test_expert_usage_of_batches_of_any_shape_is_that_of_their_tokens():
     ]
 
 
+def test_the_entropy_of_expert_usage_leaves_shared_experts_out():
+    sae = scale_sae(experts_per_token=3, num_shared_experts=2)
+    usage = expert_usage(sae, [X])
+    assert usage.counts[:2] == [len(X)] * 2
+    share = torch.tensor(usage.counts[2:]) / len(X)
+    want = torch.special.entr(share).sum() / torch.tensor(3.0).log()
+    assert usage.entropy == pytest.approx(want.item())
+
+
 def test_cumulative_shares_sort_by_use_and_end_at_1():
     assert ExpertUsage([1, 0, 5, 2, 2], 1, 0.5).cumulative_shares == [
         5 / 10,

@@ -140,7 +140,7 @@ def test_presets_can_be_built(name: str):
     d_in = 576 if preset.base == "smollm2" else 768
     for run in runs:
         cfg = run.sae_config(d_in)
-        assert cfg.d_sae in (d_in, 32 * d_in)
+        assert cfg.d_sae in (d_in, 8 * d_in, 32 * d_in)
         assert run.training_tokens <= preset.cache.train_tokens
 
 
@@ -172,9 +172,9 @@ def test_the_main_presets_match_active_latents(name: str, d_in: int):
 
 
 def test_presets_of_one_base_share_their_common_runs():
-    main_grid, experts = PRESETS["smollm2"], PRESETS["smollm2-experts"]
+    main_grid, experts = PRESETS["paper"], PRESETS["paper-experts"]
     assert main_grid.cache == experts.cache
-    decompositions = {run.name for run in PRESETS["smollm2-decompositions"].runs}
+    decompositions = {run.name for run in PRESETS["paper-decompositions"].runs}
     shared = {run.name for run in main_grid.runs} & decompositions
     # The mean is the default.
-    assert len(shared) == 4
+    assert len(shared) == 7

@@ -146,16 +146,18 @@ def test_gap_closed_is_a_share_of_what_lies_between(folder: Path):
 def test_tables_hold_the_main_grid_and_every_ablation(folder: Path):
     found = tables(folder, "smollm2")
     assert {"fvu", "comparison", "gap", "loss-recovered", "redundancy"} <= set(found)
-    assert "Scale 64/16, without scaling" in found["experts"]
-    assert "Scale 64/2, learned" in found["decompositions"]
-    assert "Switch 32, softmax" in found["gates"]
+    assert "Scale 64/16, without scaling" in found["ablation-experts"]
+    assert "Scale 64/2, learned" in found["ablation-decompositions"]
+    assert "Switch 32, softmax" in found["ablation-gates"]
+    assert "Scale 256/8 no k-means" in found["ablation-recipe"]
+    assert "Switch 32 narrow" in found["ablation-redundancy"]
 
 
 def test_tables_of_ablations_without_records_are_left_out(tmp_path: Path):
     write_records(tmp_path, "smollm2-decompositions", seeds=(0,))
     found = tables(tmp_path, "smollm2")
-    assert "decompositions" in found
-    assert "gates" not in found
+    assert "ablation-decompositions" in found
+    assert "ablation-gates" not in found
 
 
 def test_draw_draws_every_figure(folder: Path, tmp_path: Path):
