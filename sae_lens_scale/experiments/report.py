@@ -26,6 +26,11 @@ _METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     # Runs may have shared the machine with others, which wall time would show.
     ("cpu-seconds", "seconds.training_cpu", "{:.0f}".format),
 )
+_L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("L0", "l0", "{:.1f}".format),
+    ("FVU", "fvu", _FVU),
+    ("loss recovered", "loss_recovered", _FVU),
+)
 # Tables of the other grids: name, column, how to write its numbers, names of the rows.
 _ABLATIONS: tuple[
     tuple[str, str, Callable[[float], str], Callable[[Any], str]], ...
@@ -95,14 +100,41 @@ def markdown(frame: pd.DataFrame, form: Callable[[float], str], corner: str) -> 
         Lines of a table; a single run is marked with an asterisk.
     """
 
+    rows = [[str(row), *_written(frame.loc[row], form)] for row in frame.index]
+    return _lines([corner, *(f"k = {k:g}" for k in frame.columns)], rows)
+
+
+def _written(row: pd.Series, form: Callable[[float], str]) -> list[str]:
     def write(cell: tuple[float, float, int] | float) -> str:
         if not isinstance(cell, tuple):
             return "-"
         mean, std, size = cell
         return f"{form(mean)}*" if size == 1 else f"{form(mean)} ± {form(std)}"
 
-    rows = [[str(row), *map(write, frame.loc[row])] for row in frame.index]
-    return _lines([corner, *(f"k = {k:g}" for k in frame.columns)], rows)
+    return [write(cell) for cell in row]
+
+
+def l1_table(runs: pd.DataFrame) -> str:
+    """
+    What SAEs that have no k make of each L1 coefficient.
+
+    Args:
+        runs: What :func:`.records.read` returned, or those of its rows that are of Gated
+            SAEs of one size.
+
+    Returns:
+        A table in Markdown: L0, FVU and, where it was measured, loss recovered; a single
+        run is marked with an asterisk.
+    """
+    coefficients = sorted(set(runs["sae_cfg.l1_coefficient"]))
+    rows = []
+    for name, metric, form in _L1_METRICS:
+        if metric in runs and runs[metric].notna().any():
+            found = cells(runs, metric, "label", "sae_cfg.l1_coefficient")
+            row = found.reindex(columns=coefficients).iloc[0]
+            rows.append([name, *_written(row, form)])
+    header = [runs["label"].iloc[0], *(f"L1 = {x:g}" for x in coefficients)]
+    return _lines(header, rows)
 
 
 def comparison(runs: pd.DataFrame, metric: str = "fvu") -> str:
@@ -211,8 +243,11 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
     found: dict[str, str] = {}
     runs = preset_runs(folder, base)
     main = set(runs["name"])
-    # A Gated SAE has no k: its runs have a place in pictures, but in no column.
     if len(runs):
+        # A Gated SAE has no k: its runs have no place in the other tables' columns.
+        without_k = runs.loc[runs["sae_cfg.k"].isna()]
+        if len(without_k):
+            found["gated"] = l1_table(without_k)
         runs = runs.loc[runs["sae_cfg.k"].notna()]
         found["comparison"] = comparison(runs)
         ends = [_first(runs, start) for start in (_SAME_COST, _SAME_WIDTH)]

@@ -16,6 +16,7 @@ from sae_lens_scale.experiments.report import (
     draw,
     fill,
     gap_closed,
+    l1_table,
     markdown,
     preset_runs,
     tables,
@@ -143,9 +144,30 @@ def test_gap_closed_is_a_share_of_what_lies_between(folder: Path):
         gap_closed(runs, "TopK 9", "Scale 256/8")
 
 
+def test_l1_table_says_what_each_coefficient_makes(folder: Path):
+    runs = preset_runs(folder, "smollm2")
+    runs = runs.loc[runs["label"] == "Gated 576"]
+    table = l1_table(runs)
+    assert table.startswith("| Gated 576 | L1 = 1 | L1 = 2 | L1 = 4 |")
+    assert line(table, "L0")[:2] == ["100.0 ± 0.0", "50.0 ± 0.0"]
+    assert line(table, "FVU")[0] == "0.1250 ± 0.0071"
+    assert line(table, "loss recovered")[0] == "0.8750 ± 0.0071"
+
+
+def test_l1_table_leaves_out_what_was_not_measured(tmp_path: Path):
+    write_records(tmp_path, "smollm2", seeds=(0,))
+    runs = preset_runs(tmp_path, "smollm2")
+    runs = runs.loc[runs["label"] == "Gated 576"]
+    first = runs["sae_cfg.l1_coefficient"] == 1
+    table = l1_table(runs.assign(loss_recovered=runs["loss_recovered"].where(first)))
+    assert line(table, "loss recovered") == ["0.8800*", *["-"] * 5]
+    assert "loss recovered" not in l1_table(runs.drop(columns="loss_recovered"))
+
+
 def test_tables_hold_the_main_grid_and_every_ablation(folder: Path):
     found = tables(folder, "smollm2")
-    assert {"fvu", "comparison", "gap", "loss-recovered", "redundancy"} <= set(found)
+    main = {"fvu", "comparison", "gap", "gated", "loss-recovered", "redundancy"}
+    assert main <= set(found)
     assert "Scale 64/16, without scaling" in found["ablation-experts"]
     assert "Scale 64/2, learned" in found["ablation-decompositions"]
     assert "Switch 32, softmax" in found["ablation-gates"]
