@@ -1,6 +1,7 @@
 """How alike the latents of a dictionary are."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +23,8 @@ class FeatureRedundancy:
         mean_max_cosine: Mean over latents of the largest cosine with another.
         alive: The same for the latents that are alive, compared with each other only;
             None if it was not asked for.
+        between_experts: Share of latents whose largest cosine with a latent of another
+            expert exceeds the threshold; None for a single expert.
     """
 
     num_latents: int
@@ -29,6 +32,7 @@ class FeatureRedundancy:
     share_above: float
     mean_max_cosine: float
     alive: "FeatureRedundancy | None" = None
+    between_experts: float | None = None
 
 
 def unit_rows(
@@ -69,7 +73,7 @@ def max_cosine_similarity(
     Args:
         W_dec: Decoder weights, ``[d_sae, d_in]``, of any floating point type, on any
             device. Norms of the rows do not matter.
-        block_size: Latents per block (b). Needs ``4 b (b + 6 d_in)`` bytes at most beside
+        block_size: Latents per block (b). Needs ``b (5 b + 24 d_in)`` bytes at most beside
             W_dec and the result.
 
     Returns:
@@ -80,7 +84,7 @@ def max_cosine_similarity(
             or infinite values, or if block_size is not positive.
     """
     latents = torch.arange(len(W_dec), device=W_dec.device)
-    return _max_cosines(W_dec, latents, latents[:0], block_size)[1]
+    return _max_cosines(W_dec, latents, latents[:0], block_size).overall
 
 
 @torch.no_grad()
@@ -89,10 +93,14 @@ def feature_redundancy(
     threshold: float = 0.9,
     alive: Bool[torch.Tensor, " d_sae"] | None = None,
     block_size: int = 2048,
+    num_experts: int = 1,
 ) -> FeatureRedundancy:
     """
     Share of latents that nearly duplicate another (section 3.3.1 and figure 8 of the Scale
     SAE paper).
+
+    Experts that learn the same features, which the paper is about, are a part of it only:
+    an expert may also repeat itself. With ``num_experts`` the two are told apart.
 
     Args:
         W_dec: Decoder weights, ``[d_sae, d_in]``; see :func:`max_cosine_similarity`.
@@ -100,21 +108,30 @@ def feature_redundancy(
         alive: Which latents are alive, ``[d_sae]``. If given, these are also measured
             apart from the rest, at no extra cost.
         block_size: Latents per block; see :func:`max_cosine_similarity`.
+        num_experts: Number of experts, each of equally many neighbouring latents; divides
+            d_sae.
 
     Returns:
         The share, and the mean of the largest cosines.
 
     Raises:
         ValueError: If threshold is out of range, alive is not a boolean tensor
-            ``[d_sae]`` or marks fewer than two latents, or as for
-            :func:`max_cosine_similarity`.
+            ``[d_sae]`` or marks fewer than two latents, num_experts does not divide d_sae,
+            or as for :func:`max_cosine_similarity`.
     """
     if not -1 <= threshold <= 1:
         raise ValueError(f"threshold must be between -1 and 1, got {threshold}")
+    if num_experts < 1 or len(W_dec) % num_experts:
+        raise ValueError(
+            f"num_experts must divide d_sae={len(W_dec)}, got {num_experts}"
+        )
     latents = torch.arange(len(W_dec), device=W_dec.device)
+    experts = None
+    if num_experts > 1:
+        experts = latents // (len(W_dec) // num_experts)
     if alive is None:
-        largest = _max_cosines(W_dec, latents, latents[:0], block_size)[1]
-        return _summary(largest, threshold)
+        found = _max_cosines(W_dec, latents, latents[:0], block_size, experts)
+        return _summary(found.overall, threshold, between_experts=found.between_experts)
     if alive.dtype != torch.bool or alive.shape != latents.shape:
         raise ValueError(
             f"alive must be a boolean tensor of shape [d_sae={len(W_dec)}], got "
@@ -125,10 +142,18 @@ def feature_redundancy(
         raise ValueError(
             f"alive must mark at least two latents, got {int(alive.sum())}"
         )
-    among_alive, largest = _max_cosines(
-        W_dec, latents[alive], latents[~alive], block_size
-    )
-    return _summary(largest, threshold, _summary(among_alive[alive], threshold))
+    found = _max_cosines(W_dec, latents[alive], latents[~alive], block_size, experts)
+    among_alive = _summary(found.among_first[alive], threshold)
+    return _summary(found.overall, threshold, among_alive, found.between_experts)
+
+
+class _MaxCosines(NamedTuple):
+    """Largest cosines of each latent, all ``[d_sae]``: among those that came first, with any
+    other, and with any of another expert."""
+
+    among_first: Float[torch.Tensor, " d_sae"]
+    overall: Float[torch.Tensor, " d_sae"]
+    between_experts: Float[torch.Tensor, " d_sae"] | None
 
 
 def _max_cosines(
@@ -136,8 +161,8 @@ def _max_cosines(
     first: Int[torch.Tensor, " n"],
     rest: Int[torch.Tensor, " m"],
     block_size: int,
-) -> tuple[Float[torch.Tensor, " d_sae"], Float[torch.Tensor, " d_sae"]]:
-    """Largest cosines among the first latents, and then among these and the rest."""
+    experts: Int[torch.Tensor, " d_sae"] | None = None,
+) -> _MaxCosines:
     if W_dec.ndim != 2 or len(W_dec) < 2:
         raise ValueError(
             "W_dec must have shape [d_sae, d_in] with at least two rows, got "
@@ -150,10 +175,19 @@ def _max_cosines(
     blocks += rest.split(block_size) if len(rest) else []
     dtype = torch.promote_types(W_dec.dtype, torch.float32)
     largest = torch.full((len(W_dec),), -torch.inf, dtype=dtype, device=W_dec.device)
-    among_first = largest
+    among_first, between = largest, largest.clone()
 
-    def update(latents: torch.Tensor, cosines: torch.Tensor) -> None:
-        largest[latents] = torch.maximum(largest[latents], cosines)
+    def update(
+        largest: torch.Tensor,
+        latents: torch.Tensor,
+        others: torch.Tensor,
+        cosines: torch.Tensor,
+    ) -> None:
+        for block, found in (
+            (latents, cosines.amax(dim=1)),
+            (others, cosines.amax(dim=0)),
+        ):
+            largest[block] = torch.maximum(largest[block], found)
 
     progress = tqdm(
         total=len(blocks) * (len(blocks) + 1) // 2,
@@ -164,28 +198,42 @@ def _max_cosines(
     with progress, torch.autocast(W_dec.device.type, enabled=False):
         for i, latents in enumerate(blocks):
             rows = unit_rows(W_dec[latents])
-            for others in blocks[:i]:
-                cosines = rows @ unit_rows(W_dec[others]).T
-                update(latents, cosines.amax(dim=1))
-                update(others, cosines.amax(dim=0))
+            for others in blocks[: i + 1]:
+                if others is latents:
+                    cosines = (rows @ rows.T).fill_diagonal_(-torch.inf)
+                else:
+                    cosines = rows @ unit_rows(W_dec[others]).T
+                update(largest, latents, others, cosines)
+                if experts is not None:
+                    same = experts[latents].unsqueeze(-1) == experts[others]
+                    cosines.masked_fill_(same, -torch.inf)
+                    update(between, latents, others, cosines)
                 progress.update()
-            cosines = rows @ rows.T
-            update(latents, cosines.fill_diagonal_(-torch.inf).amax(dim=1))
-            progress.update()
             if i + 1 == num_first:
                 among_first = largest.clamp(-1, 1)
-    return among_first, largest.clamp(-1, 1)
+    return _MaxCosines(
+        among_first,
+        largest.clamp(-1, 1),
+        None if experts is None else between.clamp(-1, 1),
+    )
 
 
 def _summary(
     largest: Float[torch.Tensor, " n"],
     threshold: float,
     alive: FeatureRedundancy | None = None,
+    between_experts: Float[torch.Tensor, " n"] | None = None,
 ) -> FeatureRedundancy:
+    def share_above(cosines: torch.Tensor) -> float:
+        return int((cosines > threshold).sum()) / len(cosines)
+
     return FeatureRedundancy(
         num_latents=len(largest),
         threshold=float(threshold),
-        share_above=int((largest > threshold).sum()) / len(largest),
+        share_above=share_above(largest),
         mean_max_cosine=largest.cpu().double().mean().item(),
         alive=alive,
+        between_experts=None
+        if between_experts is None
+        else share_above(between_experts),
     )

@@ -149,13 +149,16 @@ def further_measures(
         Results that JSON can hold.
     """
     sample = activations.sample(_SIMILARITY_TOKENS).split(_BATCH)
-    redundancy = feature_redundancy(sae.W_dec, alive=counts > 0)
+    num_experts = sae.cfg.num_experts if isinstance(sae, MixtureSAE) else 1
+    redundancy = feature_redundancy(
+        sae.W_dec, alive=counts > 0, num_experts=num_experts
+    )
     measures: dict[str, Any] = {
         "redundancy": asdict(redundancy),
         "activation_similarity": asdict(activation_similarity(sae, sample)),
         "overlap_histogram": asdict(overlap_histogram(sae, sample)),
     }
-    if isinstance(sae, MixtureSAE) and sae.cfg.num_experts > 1:
+    if isinstance(sae, MixtureSAE) and num_experts > 1:
         usage = expert_usage(sae, activations.batches(_BATCH))
         measures["expert_usage"] = asdict(usage)
         _, pairs = expert_coactivation(sae, activations.batches(_BATCH))

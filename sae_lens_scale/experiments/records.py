@@ -37,6 +37,7 @@ _SHORT = {
     "loss_recovered": "measures.loss_recovered.in_domain.score",
     "loss_recovered_other_domain": "measures.loss_recovered.other_domain.score",
     "redundancy": "measures.redundancy.share_above",
+    "redundancy_between_experts": "measures.redundancy.between_experts",
     "activation_similarity": "measures.activation_similarity.similarity",
     "expert_counts": "measures.expert_usage.counts",
     "overlap_histogram": "measures.overlap_histogram.pairs",

@@ -22,6 +22,7 @@ _METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss-recovered-other-domain", "loss_recovered_other_domain", _FVU),
     ("alive", "alive", _SHARE),
     ("redundancy", "redundancy", _SHARE),
+    ("redundancy-between-experts", "redundancy_between_experts", _SHARE),
     ("activation-similarity", "activation_similarity", _FVU),
     # Runs may have shared the machine with others, which wall time would show.
     ("cpu-seconds", "seconds.training_cpu", "{:.0f}".format),

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -114,7 +114,7 @@ def test_no_intermediate_result_is_larger_than_a_block():
     W_dec = random_decoder(700, 40)
     alive = torch.arange(700) % 3 > 0
     with LargestResult() as watch:
-        feature_redundancy(W_dec, alive=alive, block_size=50)
+        feature_redundancy(W_dec, alive=alive, block_size=50, num_experts=7)
     assert watch.largest <= 50 * 50
 
 
@@ -174,6 +174,35 @@ def test_all_latents_alive_is_the_same_measure_twice():
     assert found.alive == feature_redundancy(random_decoder(), 0.5)
 
 
+@pytest.mark.parametrize("block_size", [1, 5, 8, 100])
+@pytest.mark.parametrize("num_experts", [2, 4, 24])
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_redundancy_between_experts_is_that_of_latents_of_different_experts(
+    block_size: int, num_experts: int, with_dead: bool
+):
+    W_dec = random_decoder(24, 3)
+    alive = torch.rand(24, generator=torch.Generator().manual_seed(1)) < 0.5
+    given = alive if with_dead else None
+    found = feature_redundancy(W_dec, 0.8, given, block_size, num_experts)
+    rows, size = W_dec.double().tolist(), 24 // num_experts
+    apart = [
+        max(cosine(u, v) for j, v in enumerate(rows) if j // size != i // size)
+        for i, u in enumerate(rows)
+    ]
+    share = sum(c > 0.8 for c in apart) / 24
+    assert found.between_experts == share
+    assert 0 < share <= found.share_above
+    everything = feature_redundancy(W_dec, 0.8, given, block_size)
+    assert everything.between_experts is None
+    assert replace(found, between_experts=None) == everything
+
+
+def test_an_expert_that_repeats_itself_is_not_redundancy_between_experts():
+    repeated = torch.eye(4).repeat_interleave(2, dim=0)
+    assert feature_redundancy(repeated, num_experts=4).between_experts == 0
+    assert feature_redundancy(repeated, num_experts=8).between_experts == 1
+
+
 def test_decoders_of_saes_dense_and_mixture_serialise():
     for sae in (TopKSAE(TopKSAEConfig(d_in=8, d_sae=30, k=3)), scale_sae()):
         alive = torch.arange(sae.cfg.d_sae) > 3
@@ -203,6 +232,9 @@ def test_what_cannot_be_measured_is_refused():
     for alive in (torch.ones(23), torch.ones(22, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"alive must be .*d_sae=23.* got torch\."):
             feature_redundancy(W_dec, alive=alive)
+    for num_experts in (0, -1, 2):
+        with pytest.raises(ValueError, match=f"d_sae=23, got {num_experts}"):
+            feature_redundancy(W_dec, num_experts=num_experts)
     for marked in (0, 1):
         with pytest.raises(ValueError, match=f"at least two latents, got {marked}"):
             feature_redundancy(W_dec, alive=torch.arange(23) < marked)

@@ -83,6 +83,8 @@ def test_a_record_holds_what_the_kept_weights_do_on_held_out_tokens(
     assert record.measures["redundancy"]["num_latents"] == sae.cfg.d_sae
     mixture = architecture in ("scale", "switch")
     assert ("expert_usage" in record.measures) == mixture
+    apart = record.measures["redundancy"]["between_experts"]
+    assert (apart is not None) == mixture
     assert ("scaling_factors" in record.measures) == (architecture == "scale")
     json.dumps(record.measures, allow_nan=False)
     again = replace(settings(architecture), seed=1)
