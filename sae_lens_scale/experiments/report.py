@@ -82,6 +82,11 @@ def cells(
     return values.unstack().reindex(index=list(dict.fromkeys(measured[rows])))
 
 
+def _measured(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The runs that have a metric."""
+    return runs.dropna(subset=[metric]) if metric in runs else runs.head(0)
+
+
 def _means(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     return cells(runs, metric).map(
         lambda cell: cell[0] if isinstance(cell, tuple) else float("nan")
@@ -130,7 +135,7 @@ def l1_table(runs: pd.DataFrame) -> str:
     coefficients = sorted(set(runs["sae_cfg.l1_coefficient"]))
     rows = []
     for name, metric, form in _L1_METRICS:
-        if metric in runs and runs[metric].notna().any():
+        if len(_measured(runs, metric)):
             found = cells(runs, metric, "label", "sae_cfg.l1_coefficient")
             row = found.reindex(columns=coefficients).iloc[0]
             rows.append([name, *_written(row, form)])
@@ -255,7 +260,7 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         if all(ends):
             found["gap"] = gap_closed(runs, *ends)
     for name, metric, form in _METRICS:
-        measured = runs.dropna(subset=[metric]) if metric in runs else runs.head(0)
+        measured = _measured(runs, metric)
         if len(measured):
             found[name] = markdown(cells(measured, metric), form, "")
     for ablation, metric, form, row_name in _ABLATIONS:
