@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "train":
-            _train(rest, options.fused_optimizer)
+            _train(rest, options.fused_optimizer, dict(options.lr_factors))
         else:
             _print(options.run(options))
     except (KeyboardInterrupt, InterruptedException) as interruption:
@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     train.add_argument("--fused_optimizer", action="store_true")
+    train.add_argument(
+        "--lr_factors", type=_lr_factor, nargs="+", default=[], metavar="NAME=FACTOR"
+    )
 
     evaluate = commands.add_parser(
         "evaluate", help="run SAELens's evaluation on an SAE"
@@ -198,7 +201,19 @@ def _add_sae(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _train(arguments: list[str], fused_optimizer: bool) -> None:
+def _lr_factor(text: str) -> tuple[str, float]:
+    name, _, factor = text.partition("=")
+    try:
+        return name, float(factor)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be NAME=FACTOR, such as W_router=0.1, got {text!r}"
+        ) from error
+
+
+def _train(
+    arguments: list[str], fused_optimizer: bool, lr_factors: dict[str, float]
+) -> None:
     # SAELens's parser prints its usage, over a hundred options, before each error.
     printed = io.StringIO()
     try:
@@ -222,7 +237,9 @@ def _train(arguments: list[str], fused_optimizer: bool) -> None:
         existing = next(p for p in (path, *path.parents) if p.exists())
         if not existing.is_dir():
             raise NotADirectoryError(f"--{name}: {existing} is no folder")
-    InterruptibleTrainingRunner(cfg, fused_optimizer=fused_optimizer).run()
+    InterruptibleTrainingRunner(
+        cfg, fused_optimizer=fused_optimizer, lr_factors=lr_factors
+    ).run()
 
 
 def _evaluate(options: argparse.Namespace) -> str:

@@ -1,13 +1,83 @@
-"""SAELens's training runner, with a checkpoint when it is interrupted, and faster."""
+"""
+SAELens's training runner, with a checkpoint when it is interrupted, learning rates for
+single parameters, and faster.
+"""
 
+import math
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
+
+
+def require_lr_factors(sae: TrainingSAE[Any], lr_factors: Mapping[str, float]) -> None:
+    """
+    Refuse what cannot multiply the learning rates of an SAE's parameters.
+
+    Args:
+        sae: The SAE.
+        lr_factors: Factors, by name of the parameter.
+
+    Raises:
+        ValueError: If the SAE has no parameter of a name, or a factor is no finite number
+            of at least 0.
+    """
+    names = [name for name, _ in sae.named_parameters()]
+    unknown = sorted(set(lr_factors) - set(names))
+    if unknown:
+        raise ValueError(
+            f"lr_factors must name parameters of the SAE ({', '.join(names)}), got "
+            f"{unknown}"
+        )
+    for name, factor in lr_factors.items():
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ValueError(
+                f"lr_factors[{name!r}] must be a finite number of at least 0, got "
+                f"{factor!r}"
+            )
+
+
+def apply_lr_factors(
+    optimizer: torch.optim.Optimizer,
+    sae: TrainingSAE[Any],
+    lr_factors: Mapping[str, float],
+) -> None:
+    """
+    Multiply the learning rates of single parameters, from now on.
+
+    Each of the optimizer's steps then changes these parameters by a multiple of what it
+    would have: for Adam, whose steps are proportional to the learning rate, the same
+    thing. Neither its state nor SAELens's schedule and checkpoints know of it.
+
+    Args:
+        optimizer: The optimizer of the SAE's parameters.
+        sae: The SAE.
+        lr_factors: Factors, by name of the parameter; 0 keeps it as it is.
+
+    Raises:
+        ValueError: As :func:`require_lr_factors`.
+    """
+    require_lr_factors(sae, lr_factors)
+    parameters = dict(sae.named_parameters())
+    before: dict[str, torch.Tensor] = {}
+
+    def remember(*_: Any) -> None:
+        before.update({name: parameters[name].detach().clone() for name in lr_factors})
+
+    @torch.no_grad()
+    def rescale(*_: Any) -> None:
+        for name, factor in lr_factors.items():
+            parameters[name].copy_(before[name].lerp(parameters[name], factor))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(rescale)
 
 
 class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
@@ -27,14 +97,28 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         fused_optimizer: Whether Adam updates all of a parameter's state in one pass over
             memory, as torch's does with ``fused=True``: several times faster, equal up to
             rounding. A run that goes on from a checkpoint may choose anew.
+        lr_factors: What the learning rates of some parameters are multiplied by, such as
+            ``{"W_router": 0.1, "b_router": 0.1}``. A run that goes on from a checkpoint
+            has to say it again.
         **kwargs: As SAELens's runner takes them.
+
+    Raises:
+        ValueError: As :func:`require_lr_factors`.
     """
 
     _interrupted = False
 
-    def __init__(self, *args: Any, fused_optimizer: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        fused_optimizer: bool = False,
+        lr_factors: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.fused_optimizer = fused_optimizer
+        self.lr_factors = dict(lr_factors or {})
+        require_lr_factors(self.sae, self.lr_factors)
 
     @override
     def run_trainer_with_interruption_handling(
@@ -50,6 +134,7 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         for group in trainer.optimizer.param_groups:
             # None is torch's default; False would also refuse its second best.
             group["fused"] = self.fused_optimizer or None
+        apply_lr_factors(trainer.optimizer, self.sae, self.lr_factors)
         # Nothing of an interrupted run before this one.
         self._interrupted = False
         before = {

@@ -34,7 +34,7 @@ def train_command(
         "--n_batches_in_buffer 32 --n_batches_for_norm_estimate 2 --lr 2e-3 "
         f"--training_tokens {tokens} --n_checkpoints 1 --exclude_special_tokens true "
         f"--checkpoint_path {output / 'checkpoints'} --output_path {output / 'sae'} "
-        "--log_to_wandb false"
+        "--log_to_wandb false --lr_factors b_router=0 W_router=0.5"
     )
     return command.split()
 
@@ -62,6 +62,25 @@ def test_train_is_SAELenss_runner_with_our_architectures(trained: Path):
     assert (sae.cfg.num_experts, sae.cfg.k) == (4, 8)  # type: ignore[attr-defined]
     assert sae.cfg.normalize_activations == "none"
     assert checkpoint_of(trained).joinpath("trainer_state.pt").exists()
+
+
+def test_train_gives_parameters_learning_rates_of_their_own(trained: Path):
+    # Both start at 0.
+    sae = SAE.load_from_disk(trained / "sae")
+    assert not sae.get_parameter("b_router").any()
+    assert sae.get_parameter("b_dec").any()
+
+
+@pytest.mark.parametrize("factor", ["W_router", "W_router=", "W_router=fast"])
+def test_train_refuses_lr_factors_that_are_none(
+    factor: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--lr_factors", factor])
+    assert stop.value.code == 2
+    assert f"must be NAME=FACTOR, such as W_router=0.1, got '{factor}'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_train_help_explains_our_fields(capsys: pytest.CaptureFixture[str]):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import small_corpus
+from helpers import scale_sae, small_corpus
 from sae_lens import (
     HookedSAETransformer,
     LanguageModelSAERunnerConfig,
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from typing_extensions import override
 
 from sae_lens_scale import ScaleTrainingSAEConfig, SwitchTrainingSAEConfig
-from sae_lens_scale.training import InterruptibleTrainingRunner
+from sae_lens_scale.training import InterruptibleTrainingRunner, apply_lr_factors
 
 BATCH = 128
 STEPS = 12
@@ -39,6 +39,7 @@ def make_runner(
     architecture: str = "scale",
     kind: type[LanguageModelSAETrainingRunner] = InterruptibleTrainingRunner,
     fused_optimizer: bool = False,
+    lr_factors: dict[str, float] | None = None,
     **settings: Any,
 ) -> LanguageModelSAETrainingRunner:
     torch.manual_seed(0)
@@ -64,8 +65,10 @@ def make_runner(
         "output_path": str(output / "sae"),
         **settings,
     }
-    # SAELens's own runner does not know it.
+    # SAELens's own runner does not know them.
     options: dict[str, Any] = {"fused_optimizer": True} if fused_optimizer else {}
+    if lr_factors is not None:
+        options["lr_factors"] = lr_factors
     return kind(
         LanguageModelSAERunnerConfig(**fields),
         override_model=model,
@@ -295,6 +298,76 @@ def test_a_resumed_run_chooses_its_optimizer_anew(
     last = max(checkpoints(tmp_path), key=lambda p: p.stat().st_mtime)
     state = torch.load(last / "trainer_state.pt")
     assert state["optimizer"]["param_groups"][0]["fused"] is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_lr_factors_are_learning_rates_of_single_parameters(fused: bool):
+    factors = {"W_router": 0.1, "omega": 5.0, "b_dec": 0.0, "W_enc": 1.0}
+    first, second = (scale_sae() for _ in range(2))
+    assert torch.equal(first.W_enc, second.W_enc)
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "fused": fused}
+    ours = torch.optim.Adam(first.parameters(), **options)
+    apply_lr_factors(ours, first, factors)
+    groups = [
+        {"params": [p], "lr": 1e-2 * factors.get(name, 1.0)}
+        for name, p in second.named_parameters()
+    ]
+    theirs = torch.optim.Adam(groups, **options)
+    generator = torch.Generator().manual_seed(0)
+    pairs = list(zip(first.parameters(), second.parameters(), strict=True))
+    for _ in range(20):
+        for a, b in pairs:
+            a.grad = torch.randn(a.shape, generator=generator, dtype=a.dtype)
+            b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_runner_applies_lr_factors_before_and_after_an_interruption(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    # In its own units to the end: nothing to fold into the weights.
+    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=64, k=4, num_experts=4)
+    frozen = {"b_router": 0.0}
+    runner = make_runner(tiny_model, tmp_path, lr_factors=frozen, sae=cfg)
+    start = {n: p.detach().clone() for n, p in runner.sae.named_parameters()}
+    at_step(runner, 5, kill)
+    with pytest.raises(InterruptedException):
+        runner.run()
+    (checkpoint,) = checkpoints(tmp_path)
+    resumed = make_runner(
+        tiny_model,
+        tmp_path,
+        lr_factors=frozen,
+        sae=cfg,
+        resume_from_checkpoint=str(checkpoint),
+    ).run()
+    for name in ("b_router", "W_router"):
+        moved = not torch.equal(resumed.get_parameter(name), start[name])
+        assert moved == (name == "W_router")
+
+
+@pytest.mark.parametrize(
+    ("lr_factors", "message"),
+    [
+        (
+            {"nonsense": 1.0},
+            r"must name parameters of the SAE \(.*\), got \['nonsense'\]",
+        ),
+        ({"W_router": -0.1}, r"lr_factors\['W_router'\] must be .* got -0\.1"),
+        ({"omega": float("nan")}, r"lr_factors\['omega'\] must be .* got nan"),
+    ],
+)
+def test_runner_refuses_lr_factors_before_it_trains(
+    lr_factors: dict[str, float],
+    message: str,
+    tiny_model: HookedSAETransformer,
+    tmp_path: Path,
+):
+    with pytest.raises(ValueError, match=message):
+        make_runner(tiny_model, tmp_path, lr_factors=lr_factors)
 
 
 def test_SAELenss_own_runner_loses_an_interrupted_run(

@@ -170,6 +170,26 @@ class _Experiment:
             ]
         )
 
+    def scaling(self) -> Preset:
+        """Feature scaling with the gates of the paper and of its authors' code."""
+        return self.preset(
+            [
+                self.ablate(
+                    "scale",
+                    {
+                        "k": 32,
+                        "num_experts": 64,
+                        "experts_per_token": e,
+                        "gate": gate,
+                        **without_scaling,
+                    },
+                )
+                for gate in ("softmax", "double_softmax")
+                for e in (2, 16)
+                for without_scaling in ({}, {"feature_scaling": False})
+            ]
+        )
+
     def decompositions(self) -> Preset:
         """What feature scaling amplifies."""
         return self.preset(
@@ -298,6 +318,7 @@ PRESETS: dict[str, Preset] = {
     for suffix, preset in (
         ("", experiment.main),
         ("-experts", experiment.experts),
+        ("-scaling", experiment.scaling),
         ("-decompositions", experiment.decompositions),
         ("-gates", experiment.gates),
         ("-recipe", experiment.recipe),

@@ -32,6 +32,12 @@ _L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("FVU", "fvu", _FVU),
     ("loss recovered", "loss_recovered", _FVU),
 )
+
+
+def _with_scaling(run: Any) -> str:
+    return f"{'with' if run['feature_scaling'] else 'without'} scaling"
+
+
 # Tables of the other grids: name, column, how to write its numbers, names of the rows.
 _ABLATIONS: tuple[
     tuple[str, str, Callable[[float], str], Callable[[Any], str]], ...
@@ -40,9 +46,13 @@ _ABLATIONS: tuple[
         "experts",
         "fvu",
         _FVU,
-        lambda run: (
-            f"{run['label']}, {'with' if run['feature_scaling'] else 'without'} scaling"
-        ),
+        lambda run: f"{run['label']}, {_with_scaling(run)}",
+    ),
+    (
+        "scaling",
+        "fvu",
+        _FVU,
+        lambda run: f"{run['label']}, {run['gate']}, {_with_scaling(run)}",
     ),
     (
         "decompositions",

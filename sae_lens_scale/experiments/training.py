@@ -12,7 +12,6 @@ import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import SAE, SAEMetadata, TrainingSAE, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
-from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
 from typing_extensions import override
@@ -20,6 +19,7 @@ from typing_extensions import override
 from sae_lens_scale.initialization import geometric_median
 from sae_lens_scale.saes.files import replacing_files
 from sae_lens_scale.saes.mixture_training import MixtureTrainingSAE
+from sae_lens_scale.training import apply_lr_factors
 
 from .activations import ActivationCache, Activations
 from .flops import flops_per_token
@@ -43,7 +43,7 @@ _CURVE = sorted(
 
 class GridTrainer(SAETrainer[Any, Any]):
     """
-    SAELens's trainer, with an optimizer for each parameter's learning rate and a stopwatch.
+    SAELens's trainer, with learning rates for single parameters and a stopwatch.
 
     Attributes:
         after_step: Called with the trainer after each step, in order. The stopwatch runs
@@ -61,34 +61,7 @@ class GridTrainer(SAETrainer[Any, Any]):
         super().__init__(cfg, sae, data_provider)
         self.after_step: list[Callable[[GridTrainer], None]] = []
         self.stopwatch = Stopwatch(cfg.device)
-        parameters = dict(sae.named_parameters())
-        unknown = sorted(set(lr_factors) - set(parameters))
-        if unknown:
-            raise ValueError(
-                f"lr_factors must name parameters of the SAE ({', '.join(parameters)}), "
-                f"got {unknown}"
-            )
-        if lr_factors:
-            self.optimizer = torch.optim.Adam(
-                [
-                    {"params": [parameter], "lr": cfg.lr * lr_factors.get(name, 1.0)}
-                    for name, parameter in parameters.items()
-                ],
-                lr=cfg.lr,
-                betas=(cfg.adam_beta1, cfg.adam_beta2),
-            )
-            assert cfg.lr_end is not None
-            # Its multiples of lr are each group's own.
-            self.lr_scheduler = get_lr_scheduler(
-                cfg.lr_scheduler_name,
-                lr=cfg.lr,
-                optimizer=self.optimizer,
-                warm_up_steps=cfg.lr_warm_up_steps,
-                decay_steps=cfg.lr_decay_steps,
-                training_steps=cfg.total_training_steps,
-                lr_end=cfg.lr_end,
-                num_cycles=cfg.n_restart_cycles,
-            )
+        apply_lr_factors(self.optimizer, sae, lr_factors)
         for group in self.optimizer.param_groups:
             group["fused"] = True
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from sae_lens_scale.ops import GateName
-
 from .mixture import MixtureSAE
 from .mixture_config import MixtureSAEConfig
 from .mixture_training import MixtureTrainingSAE, MixtureTrainingSAEConfig
@@ -48,8 +46,6 @@ class SwitchSAEConfig(MixtureSAEConfig):
         metadata (SAEMetadata): Metadata about the SAE (model name, hook name, etc.).
             Inherited from SAEConfig.
     """
-
-    gate: GateName = "uniform"
 
     @override
     @classmethod
@@ -109,8 +105,6 @@ class SwitchTrainingSAEConfig(MixtureTrainingSAEConfig):
         metadata (SAEMetadata): Metadata about the SAE (model name, hook name, etc.).
             Inherited from SAEConfig.
     """
-
-    gate: GateName = "uniform"
 
     @override
     @classmethod

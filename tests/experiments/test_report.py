@@ -169,6 +169,8 @@ def test_tables_hold_the_main_grid_and_every_ablation(folder: Path):
     main = {"fvu", "comparison", "gap", "gated", "loss-recovered", "redundancy"}
     assert main <= set(found)
     assert "Scale 64/16, without scaling" in found["ablation-experts"]
+    scaling = found["ablation-scaling"]
+    assert "Scale 64/16, double_softmax, without scaling" in scaling
     assert "Scale 64/2, learned" in found["ablation-decompositions"]
     assert "Switch 32, softmax" in found["ablation-gates"]
     assert "Scale 256/8 no k-means" in found["ablation-recipe"]
