@@ -35,7 +35,7 @@ from sae_lens_scale.saes.mixture_config import MixtureSAEConfig
 from sae_lens_scale.saes.mixture_training import MixtureTrainingSAE
 
 D_IN, D_SAE, K = 576, 18_432, 32
-SCALE: dict[str, Any] = {"architecture": "scale"}
+SCALE: dict[str, Any] = {"architecture": "scale", "topk_over": "activations"}
 SWITCH: dict[str, Any] = {"architecture": "switch"}
 RUNS: dict[str, dict[str, Any]] = {
     **{

@@ -39,6 +39,7 @@ from sae_lens_scale.saes.mixture_training import MixtureTrainingSAE
 from sae_lens_scale.training import InterruptibleTrainingRunner
 
 from .corpus import docstring_corpus
+from .presets import RECIPES
 
 # Documents of a hub dataset that are held out for evaluation.
 _HELD_OUT_DOCUMENTS = 2_000
@@ -60,6 +61,8 @@ class DemoConfig:
         training_tokens (int): Tokens that each SAE is trained on.
         batch_size (int): Tokens per training step.
         lr (float): Learning rate of all SAEs; it decays to 0 over the last fifth.
+        dead_after_tokens (int): For how many tokens a latent has to be silent to count as
+            dead.
         expansion (int): d_sae divided by d_in.
         num_experts (int): Experts of the Scale SAE.
         experts_per_token (int): Experts that each token selects in the Scale SAE. The
@@ -80,8 +83,9 @@ class DemoConfig:
     hook_name: str = "blocks.8.hook_resid_post"
     output: Path = Path("outputs/demo")
     training_tokens: int = 200_000
-    batch_size: int = 2_048
+    batch_size: int = 1_024
     lr: float = 1.6e-3
+    dead_after_tokens: int = 20_000
     expansion: int = 32
     num_experts: int = 64
     experts_per_token: int = 2
@@ -129,7 +133,10 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     # What decides the weights, to tell whether an earlier run's are these.
     training = {k: v for k, v in _json(cfg).items() if k not in _NOT_FOR_TRAINING}
     settings = {
-        name: json.dumps(sae_cfg.to_dict() | training, sort_keys=True)
+        name: json.dumps(
+            sae_cfg.to_dict() | training | {"lr_factors": _lr_factors(name)},
+            sort_keys=True,
+        )
         for name, sae_cfg in sae_cfgs.items()
     }
     missing = [n for n in runners if not _is_finished(cfg.output / n, settings[n])]
@@ -198,17 +205,26 @@ def sae_configs(cfg: DemoConfig, d_in: int) -> dict[str, TrainingSAEConfig]:
         "normalize_activations": "expected_average_only_in",
     }
     d_sae = cfg.expansion * d_in
+    recipes = {name: RECIPES[name]["sae"] for name in ("scale", "switch", "topk")}
     scale = ScaleTrainingSAEConfig(
         **shared,
+        **recipes["scale"],
         d_sae=d_sae,
         num_experts=cfg.num_experts,
         experts_per_token=cfg.experts_per_token,
     )
     switch = SwitchTrainingSAEConfig(
-        **shared, d_sae=d_sae, num_experts=cfg.num_experts // cfg.experts_per_token
+        **shared,
+        **recipes["switch"],
+        d_sae=d_sae,
+        num_experts=cfg.num_experts // cfg.experts_per_token,
     )
-    topk = TopKTrainingSAEConfig(**shared, d_sae=switch.expert_size)
+    topk = TopKTrainingSAEConfig(**shared, **recipes["topk"], d_sae=switch.expert_size)
     return {"scale": scale, "switch": switch, "topk": topk}
+
+
+def _lr_factors(architecture: str) -> dict[str, float]:
+    return RECIPES[architecture].get("lr_factors", {})
 
 
 def runner_config(
@@ -237,8 +253,8 @@ def runner_config(
         lr=cfg.lr,
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=steps // 5,
-        # Long enough to be sure of a latent's death, short enough for a short run.
-        dead_feature_window=max(1, steps // 4),
+        adam_beta2=0.99,
+        dead_feature_window=max(1, cfg.dead_after_tokens // cfg.batch_size),
         feature_sampling_window=steps + 1,
         device=cfg.device,
         seed=cfg.seed,
@@ -294,6 +310,7 @@ def _train(
         override_model=model,
         override_sae=sae,
         fused_optimizer=True,
+        lr_factors=_lr_factors(sae.cfg.architecture()),
     ).run()
     record = {"settings": settings, "seconds": time.perf_counter() - begin}
     (partial_folder / "demo.json").write_text(json.dumps(record))

@@ -19,7 +19,7 @@ from sae_lens_scale.feature_scaling import (
     scale_pre_acts,
     scaled_encoder,
 )
-from sae_lens_scale.ops import DecompositionName, GateName, take
+from sae_lens_scale.ops import DecompositionName, GateName, TopKOver, take
 
 from .encoding import Encoding, Inputs
 from .mixture import MixtureSAE
@@ -71,6 +71,7 @@ class ScaleSAEConfig(MixtureSAEConfig):
     experts_per_token: int = 2
     num_shared_experts: int = 0
     gate: GateName = "rescaled"
+    topk_over: TopKOver = "gated_activations"
 
     @override
     @classmethod
@@ -196,6 +197,7 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
     experts_per_token: int = 2
     num_shared_experts: int = 0
     gate: GateName = "rescaled"
+    topk_over: TopKOver = "gated_activations"
     feature_scaling: bool = True
     decomposition: DecompositionName = "mean"
 
