@@ -39,7 +39,7 @@ from sae_lens_scale.saes.mixture_training import MixtureTrainingSAE
 from sae_lens_scale.training import InterruptibleTrainingRunner
 
 from .corpus import docstring_corpus
-from .presets import RECIPES
+from .recipes import RECIPES
 
 # Documents of a hub dataset that are held out for evaluation.
 _HELD_OUT_DOCUMENTS = 2_000

@@ -5,33 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .activations import CacheSettings
+from .recipes import RECIPES
 from .settings import RunSettings
 
-# What each architecture is trained with: for each, the best that was found on held-out text
-# (docs/reproduction.md has what else was tried).
-RECIPES: dict[str, dict[str, Any]] = {
-    "scale": {
-        "lr": 1.6e-3,
-        "lr_factors": {"W_router": 0.1, "b_router": 0.1},
-        "adam_beta2": 0.99,
-        "dead_after_tokens": 20_000,
-        "sae": {"topk_over": "gated_activations", "aux_loss_coefficient": 1 / 8},
-    },
-    "switch": {
-        "lr": 1.6e-3,
-        "adam_beta2": 0.99,
-        "dead_after_tokens": 50_000,
-        "sae": {"gate": "softmax"},
-    },
-    "topk": {"lr": 3.2e-3, "sae": {"aux_loss_coefficient": 1 / 32}},
-    "gated": {"lr": 1.6e-3},
-    "full": {
-        "lr": 1.6e-3,
-        "adam_beta2": 0.99,
-        "dead_after_tokens": 20_000,
-        "sae": {"aux_loss_coefficient": 1 / 32},
-    },
-}
 # Switch SAE as Mudide et al. train it: the winner's probability for a gate, no k-means, and
 # their rule for the learning rate. Their weight 3 of load balancing is for raw activations;
 # on normalised ones, of unit variance, it is of this order.

@@ -405,7 +405,9 @@ def test_expert_weights_of_another_shape_are_refused(shape: tuple[int, ...]):
 
 
 def test_an_expert_that_an_edit_selects_twice_counts_twice():
-    sae, once = make("scale"), make("scale", experts_per_token=1, k=3, gate="uniform")
+    # Ranked before the gate: two latents that are one have gates of their own.
+    sae = make("scale", topk_over="activations")
+    once = make("scale", experts_per_token=1, k=3, gate="uniform")
     experts = sae.route(X).indices[:, :1]
     gates = torch.tensor([0.25, 0.5], dtype=torch.float64).expand(8, 2)
     edits = [
