@@ -256,8 +256,10 @@ def test_steering_a_latent_of_an_unselected_expert_moves_the_logits_by_its_decod
 
 @torch.no_grad()
 def test_ablating_an_expert_through_its_weight_takes_its_latents_out_of_the_model(
-    sae: SAE[Any], tiny_model: HookedSAETransformer
+    sae: SAE[Any], tiny_model: HookedSAETransformer, monkeypatch: pytest.MonkeyPatch
 ):
+    # Ranked after the gate, latents of other experts would take their places.
+    monkeypatch.setattr(sae.cfg, "topk_over", "activations")
     tokens = tiny_model.to_tokens(PROMPTS)
     routing = sae.route(clean_activations(tiny_model, tokens))  # type: ignore[operator]
     expert = int(routing.indices[0, -1, 0])
