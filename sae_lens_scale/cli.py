@@ -98,7 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--fused_optimizer", action="store_true")
     train.add_argument(
-        "--lr_factors", type=_lr_factor, nargs="+", default=[], metavar="NAME=FACTOR"
+        "--lr_factors",
+        type=_lr_factor,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=FACTOR",
     )
 
     evaluate = commands.add_parser(

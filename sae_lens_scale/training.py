@@ -74,7 +74,7 @@ def apply_lr_factors(
     @torch.no_grad()
     def rescale(*_: Any) -> None:
         for name, factor in lr_factors.items():
-            parameters[name].copy_(before[name].lerp(parameters[name], factor))
+            parameters[name].copy_(before.pop(name).lerp(parameters[name], factor))
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(rescale)

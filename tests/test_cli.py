@@ -14,7 +14,7 @@ import pytest
 import torch
 from sae_lens.saes.sae import SAE
 
-from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
+from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig, cli
 from sae_lens_scale.cli import main
 
 SAE_OPTIONS = (
@@ -69,6 +69,16 @@ def test_train_gives_parameters_learning_rates_of_their_own(trained: Path):
     sae = SAE.load_from_disk(trained / "sae")
     assert not sae.get_parameter("b_router").any()
     assert sae.get_parameter("b_dec").any()
+
+
+def test_lr_factors_of_several_options_add_up(monkeypatch: pytest.MonkeyPatch):
+    given: list[Any] = []
+    monkeypatch.setattr(cli, "_train", lambda *arguments: given.extend(arguments))
+    assert (
+        main(["train", "--lr_factors", "omega=2", "--lr_factors", "W_enc=1", "b_enc=0"])
+        == 0
+    )
+    assert given[-1] == {"omega": 2.0, "W_enc": 1.0, "b_enc": 0.0}
 
 
 @pytest.mark.parametrize("factor", ["W_router", "W_router=", "W_router=fast"])

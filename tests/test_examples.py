@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from sae_lens.saes.sae import SAE
 
 from sae_lens_scale.cli import main
-from sae_lens_scale.experiments.demo import DemoConfig
+from sae_lens_scale.experiments.demo import DemoConfig, runner_config, sae_configs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -112,6 +113,26 @@ def test_train_scale_gpt2_has_the_papers_settings():
 def test_DemoConfig_refuses_what_cannot_run(name: str, value: int):
     with pytest.raises(ValueError, match="must be"):
         DemoConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_demo_trains_each_architecture_by_its_recipe(demo: Path):
+    cfg = DemoConfig(training_tokens=2_000_000, batch_size=1_000)
+    runners = {n: runner_config(cfg, sae) for n, sae in sae_configs(cfg, 576).items()}
+    assert {n: r.lr for n, r in runners.items()} == {
+        "scale": 1.6e-3,
+        "switch": 1.6e-3,
+        "topk": 3.2e-3,
+    }
+    # Of a run twice as long as those that the recipes are from.
+    windows = {n: r.dead_feature_window for n, r in runners.items()}
+    assert windows == {"scale": 40, "switch": 40, "topk": 400}
+    assert runners["scale"].adam_beta2 == 0.99
+    assert runners["scale"].sae.aux_loss_coefficient == 1 / 8  # type: ignore[attr-defined]
+    chosen = replace(cfg, lr=1e-4, training_tokens=1_000)
+    scale = runner_config(chosen, runners["scale"].sae)
+    assert (scale.lr, scale.dead_feature_window) == (1e-4, 20)
+    settings = json.loads((demo / "scale" / "demo.json").read_text())["settings"]
+    assert json.loads(settings)["recipe"]["lr_factors"]["W_router"] == 0.1
 
 
 def test_demo_does_not_train_again_what_it_has(

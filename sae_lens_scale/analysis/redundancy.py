@@ -23,8 +23,9 @@ class FeatureRedundancy:
         mean_max_cosine: Mean over latents of the largest cosine with another.
         alive: The same for the latents that are alive, compared with each other only;
             None if it was not asked for.
-        between_experts: Share of latents whose largest cosine with a latent of another
-            expert exceeds the threshold; None for a single expert.
+        between_experts: Share of latents, dead ones included, whose largest cosine with a
+            latent of another expert exceeds the threshold; None for a single expert, and
+            in ``alive``.
     """
 
     num_latents: int

@@ -40,6 +40,7 @@ from sae_lens_scale.training import InterruptibleTrainingRunner
 
 from .corpus import docstring_corpus
 from .recipes import RECIPES
+from .settings import RunSettings
 
 # Documents of a hub dataset that are held out for evaluation.
 _HELD_OUT_DOCUMENTS = 2_000
@@ -60,9 +61,8 @@ class DemoConfig:
         output (Path): Folder of the results.
         training_tokens (int): Tokens that each SAE is trained on.
         batch_size (int): Tokens per training step.
-        lr (float): Learning rate of all SAEs; it decays to 0 over the last fifth.
-        dead_after_tokens (int): For how many tokens a latent has to be silent to count as
-            dead.
+        lr (float | None): Learning rate of all SAEs, by default that of each one's recipe;
+            it decays to 0 over the last fifth.
         expansion (int): d_sae divided by d_in.
         num_experts (int): Experts of the Scale SAE.
         experts_per_token (int): Experts that each token selects in the Scale SAE. The
@@ -84,8 +84,7 @@ class DemoConfig:
     output: Path = Path("outputs/demo")
     training_tokens: int = 200_000
     batch_size: int = 1_024
-    lr: float = 1.6e-3
-    dead_after_tokens: int = 20_000
+    lr: float | None = None
     expansion: int = 32
     num_experts: int = 64
     experts_per_token: int = 2
@@ -134,7 +133,7 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     training = {k: v for k, v in _json(cfg).items() if k not in _NOT_FOR_TRAINING}
     settings = {
         name: json.dumps(
-            sae_cfg.to_dict() | training | {"lr_factors": _lr_factors(name)},
+            sae_cfg.to_dict() | training | {"recipe": asdict(_recipe(name))},
             sort_keys=True,
         )
         for name, sae_cfg in sae_cfgs.items()
@@ -223,8 +222,8 @@ def sae_configs(cfg: DemoConfig, d_in: int) -> dict[str, TrainingSAEConfig]:
     return {"scale": scale, "switch": switch, "topk": topk}
 
 
-def _lr_factors(architecture: str) -> dict[str, float]:
-    return RECIPES[architecture].get("lr_factors", {})
+def _recipe(architecture: str) -> RunSettings:
+    return RunSettings(architecture, **RECIPES[architecture])
 
 
 def runner_config(
@@ -232,6 +231,11 @@ def runner_config(
 ) -> LanguageModelSAERunnerConfig[Any]:
     """SAELens's runner configuration of one of the SAEs."""
     steps = cfg.training_tokens // cfg.batch_size
+    recipe = _recipe(sae_cfg.architecture())
+    # Recipes are for a million tokens. What suits longer runs was not measured; rare
+    # latents, which learn late, need longer to show themselves.
+    longer = max(1.0, cfg.training_tokens / 1_000_000)
+    dead_after_tokens = round(recipe.dead_after_tokens * longer)
     return LanguageModelSAERunnerConfig(
         sae=sae_cfg,
         model_name=cfg.model,
@@ -250,11 +254,11 @@ def runner_config(
         # In contexts: what a training batch is mixed from.
         n_batches_in_buffer=16 * -(-cfg.batch_size // cfg.context_size),
         n_batches_for_norm_estimate=min(5, steps),
-        lr=cfg.lr,
+        lr=recipe.lr if cfg.lr is None else cfg.lr,
+        adam_beta2=recipe.adam_beta2,
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=steps // 5,
-        adam_beta2=0.99,
-        dead_feature_window=max(1, cfg.dead_after_tokens // cfg.batch_size),
+        dead_feature_window=max(1, dead_after_tokens // cfg.batch_size),
         feature_sampling_window=steps + 1,
         device=cfg.device,
         seed=cfg.seed,
@@ -310,7 +314,7 @@ def _train(
         override_model=model,
         override_sae=sae,
         fused_optimizer=True,
-        lr_factors=_lr_factors(sae.cfg.architecture()),
+        lr_factors=_recipe(sae.cfg.architecture()).lr_factors,
     ).run()
     record = {"settings": settings, "seconds": time.perf_counter() - begin}
     (partial_folder / "demo.json").write_text(json.dumps(record))

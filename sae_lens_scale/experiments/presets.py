@@ -8,10 +8,13 @@ from .activations import CacheSettings
 from .recipes import RECIPES
 from .settings import RunSettings
 
+# What suits a Switch SAE with the gate of its authors best; the recipe has another gate.
+_SOFTMAX_SWITCH = {"gate": "softmax", "aux_loss_coefficient": 1 / 32}
+_SOFTMAX_DEAD_AFTER = 50_000
 # Switch SAE as Mudide et al. train it: the winner's probability for a gate, no k-means, and
 # their rule for the learning rate. Their weight 3 of load balancing is for raw activations;
 # on normalised ones, of unit variance, it is of this order.
-_AUTHORS_SWITCH = {"gate": "softmax", "load_balance_coefficient": 0.1}
+_AUTHORS_SWITCH = {**_SOFTMAX_SWITCH, "load_balance_coefficient": 0.1}
 # (num_experts, experts_per_token) of as many active latents.
 _SIZES = ((64, 2), (128, 4), (256, 8))
 _L1_COEFFICIENTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -81,6 +84,14 @@ class _Experiment:
             architecture, {"d_sae": d_sae, **sae}, **{**self.training, **changes}
         )
 
+    def softmax_switch(self, sae: dict[str, Any], **changes: Any) -> RunSettings:
+        how = {"dead_after_tokens": _SOFTMAX_DEAD_AFTER, **self.training}
+        return self.run(
+            "switch",
+            {"num_experts": 32, **_SOFTMAX_SWITCH, **sae},
+            **{**how, "lr_factors": {}, **changes},
+        )
+
     def ablate(
         self, architecture: str, sae: dict[str, Any], **changes: Any
     ) -> RunSettings:
@@ -109,9 +120,9 @@ class _Experiment:
                     variant="1 shared",
                 ),
                 self.run("switch", {"k": k, "num_experts": 32}),
-                self.run(
-                    "switch",
-                    {"k": k, "num_experts": 32, **_AUTHORS_SWITCH},
+                self.softmax_switch({"k": k}, variant="softmax"),
+                self.softmax_switch(
+                    {"k": k, **_AUTHORS_SWITCH},
                     adam_beta2=0.999,
                     initialization="default",
                     variant="authors",
@@ -216,25 +227,29 @@ class _Experiment:
 
     def redundancy(self) -> Preset:
         """Few latents, few of them active, all tokens: where experts would repeat others."""
-        sizes = {
-            "switch": {"num_experts": 32},
-            "scale": {"num_experts": 64, "experts_per_token": 2},
-        }
-        starts = {"": {}, "no k-means": {"initialization": "default"}}
-        return self.preset(
-            [
-                self.run(
-                    architecture,
-                    {"k": k, "d_sae": 8 * self.d_in, **size},
-                    training_tokens=self.cache.train_tokens,
-                    variant=" ".join(filter(None, ("narrow", start))),
-                    **changes,
+        starts = {"narrow": {}, "narrow no k-means": {"initialization": "default"}}
+        runs = []
+        for k in (2, 8):
+            sae = {"k": k, "d_sae": 8 * self.d_in}
+            size = {"num_experts": 64, "experts_per_token": 2}
+            tokens = self.cache.train_tokens
+            runs += [
+                self.softmax_switch(
+                    sae, variant=variant, training_tokens=tokens, **start
                 )
-                for k in (2, 8)
-                for architecture, size in sizes.items()
-                for start, changes in starts.items()
+                for variant, start in starts.items()
             ]
-        )
+            runs += [
+                self.run(
+                    "scale",
+                    {**sae, **size},
+                    variant=variant,
+                    training_tokens=tokens,
+                    **start,
+                )
+                for variant, start in starts.items()
+            ]
+        return self.preset(runs)
 
     def gates(self) -> Preset:
         """What an expert's activations are multiplied by."""
@@ -246,9 +261,24 @@ class _Experiment:
             )
             for gate in ({}, *({"gate": name} for name in others))
         ]
+        # With one expert a gate decides by what the router learns, and so how fast it should.
+        switches = (
+            ("uniform", "", {}),
+            ("softmax", "", {}),
+            ("uniform", "router 1/10", {"W_router": 0.1, "b_router": 0.1}),
+            ("softmax", "router 1/10", {"W_router": 0.1, "b_router": 0.1}),
+            ("uniform", "router 1/50", {"W_router": 0.02, "b_router": 0.02}),
+        )
         runs += [
-            self.ablate("switch", {"k": 32, "num_experts": 32, "gate": gate})
-            for gate in ("uniform", "softmax")
+            self.softmax_switch(
+                {"k": 32, "gate": gate},
+                **{
+                    **self.ablation_training,
+                    "lr_factors": lr_factors,
+                    "variant": variant,
+                },
+            )
+            for gate, variant, lr_factors in switches
         ]
         return self.preset(runs)
 

@@ -16,9 +16,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "switch": {
         "lr": 1.6e-3,
+        "lr_factors": {"W_router": 0.02, "b_router": 0.02},
         "adam_beta2": 0.99,
-        "dead_after_tokens": 50_000,
-        "sae": {"gate": "softmax"},
+        "dead_after_tokens": 20_000,
+        "sae": {"gate": "uniform", "aux_loss_coefficient": 1 / 8},
     },
     "topk": {"lr": 3.2e-3, "sae": {"aux_loss_coefficient": 1 / 32}},
     "gated": {"lr": 1.6e-3},

@@ -255,11 +255,14 @@ def test_steering_a_latent_of_an_unselected_expert_moves_the_logits_by_its_decod
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("topk_over", ["activations", "gated_activations"])
 def test_ablating_an_expert_through_its_weight_takes_its_latents_out_of_the_model(
-    sae: SAE[Any], tiny_model: HookedSAETransformer, monkeypatch: pytest.MonkeyPatch
+    topk_over: str,
+    sae: SAE[Any],
+    tiny_model: HookedSAETransformer,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    # Ranked after the gate, latents of other experts would take their places.
-    monkeypatch.setattr(sae.cfg, "topk_over", "activations")
+    monkeypatch.setattr(sae.cfg, "topk_over", topk_over)
     tokens = tiny_model.to_tokens(PROMPTS)
     routing = sae.route(clean_activations(tiny_model, tokens))  # type: ignore[operator]
     expert = int(routing.indices[0, -1, 0])
@@ -277,8 +280,15 @@ def test_ablating_an_expert_through_its_weight_takes_its_latents_out_of_the_mode
         )
 
     ablated = run("hook_expert_weights", ablate)
-    assert torch.equal(ablated, run("hook_sae_acts_post", zero_its_latents))
+    without = run("hook_sae_acts_post", zero_its_latents)
+    # Ranked after the gate, latents of a token's other experts take their places.
+    others = topk_over == "gated_activations" and routing.indices.shape[-1] > 1
+    assert torch.equal(ablated, without) == (not others)
     assert_differ(ablated, run("hook_sae_acts_post", lambda acts, hook: acts))
+    with sae.hooks([("hook_expert_weights", ablate)]):
+        acts = sae.encode(clean_activations(tiny_model, tokens))
+    assert acts.any()
+    assert not acts[..., expert * SIZE : (expert + 1) * SIZE].any()
 
 
 @torch.no_grad()
