@@ -57,7 +57,12 @@ def test_explain_tokens_lists_what_encode_and_route_compute(
 @pytest.mark.parametrize(
     ("sae", "experts"),
     [
-        (SwitchSAE(SwitchSAEConfig(d_in=32, d_sae=64, num_experts=4, k=5)), 4),
+        (
+            SwitchSAE(
+                SwitchSAEConfig(d_in=32, d_sae=64, num_experts=4, k=5, gate="uniform")
+            ),
+            4,
+        ),
         (TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=5)), 1),
     ],
     ids=["switch", "dense"],

@@ -164,6 +164,7 @@ def test_the_main_presets_match_active_latents(name: str, d_in: int):
         "Scale 256/8",
         "Scale 256/8 1 shared",
         "Switch 32",
+        "Switch 32 softmax",
         "Switch 32 authors",
         f"TopK {d_in}",
         f"Gated {d_in}",

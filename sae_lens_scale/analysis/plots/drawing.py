@@ -39,7 +39,8 @@ _NAMES = {
     "redundancy": "latents with a decoder cosine above 0.9",
     "activation_similarity_reduction": "reduction of activation similarity",
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart, each with a marker.
+# Okabe and Ito's colours, which colour-blind readers tell apart, and a wine red of Tol's, each
+# with a marker.
 _PALETTE = {
     "#0072B2": "o",
     "#56B4E9": "s",
@@ -49,6 +50,7 @@ _PALETTE = {
     "#E69F00": "P",
     "#009E73": "X",
     "#999999": "*",
+    "#882255": "p",
 }
 # Whose colours these are: by first word, and Scale SAEs by their e.
 _OWNERS = ["Scale 2", "Scale 4", "Scale 8", "Switch", "TopK", "Gated", "Full"]

@@ -90,11 +90,11 @@ def test_a_label_has_the_same_colour_everywhere_and_no_other_has_it():
 
 def test_more_lines_than_can_be_told_apart_are_refused():
     assert len({r["label"] for r in RUNS}) == 11
-    with pytest.raises(ValueError, match="8 lines apart, got 11"):
+    with pytest.raises(ValueError, match="9 lines apart, got 11"):
         draw("3a", labels=None)
-    eight = sorted({r["label"] for r in RUNS})[:8]
-    lines = named_lines(draw("3a", labels=eight).axes[0]).values()
-    assert len({to_hex(line.get_color()) for line in lines}) == 8
+    nine = sorted({r["label"] for r in RUNS})[:9]
+    lines = named_lines(draw("3a", labels=nine).axes[0]).values()
+    assert len({to_hex(line.get_color()) for line in lines}) == 9
 
 
 def test_numbers_in_a_legend_are_in_order_whichever_panel_has_them():
