@@ -127,7 +127,7 @@ def test_demo_trains_each_architecture_by_its_recipe(demo: Path):
     windows = {n: r.dead_feature_window for n, r in runners.items()}
     assert windows == {"scale": 40, "switch": 40, "topk": 400}
     assert runners["scale"].adam_beta2 == 0.99
-    assert runners["scale"].sae.aux_loss_coefficient == 1 / 8  # type: ignore[attr-defined]
+    assert runners["scale"].sae.to_dict()["aux_loss_coefficient"] == 1 / 8
     chosen = replace(cfg, lr=1e-4, training_tokens=1_000)
     scale = runner_config(chosen, runners["scale"].sae)
     assert (scale.lr, scale.dead_feature_window) == (1e-4, 20)

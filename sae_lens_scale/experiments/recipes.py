@@ -1,5 +1,5 @@
 """
-What each architecture is trained with: for each, the best that was found on held-out text.
+What each architecture is trained with: for each, the best that was found on held-out text at k = 32.
 
 docs/reproduction.md has what else was tried.
 """
