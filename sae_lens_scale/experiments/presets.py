@@ -218,6 +218,8 @@ class _Experiment:
             "beta 0.999": {"adam_beta2": 0.999},
             "steps twice as large": {"batch_size": batch_size},
             "no k-means": {"initialization": "default"},
+            "gates more alike at first": {"logit_std": 0.5},
+            "learning rate falls in the last half": {"lr_decay_fraction": 0.5},
         }
         runs = [self.ablate("scale", best, variant="1 shared")]
         for variant, changes in others.items():
@@ -240,12 +242,10 @@ class _Experiment:
                 for variant, start in starts.items()
             ]
             runs += [
-                self.run(
+                self.ablate(
                     "scale",
                     {**sae, **size},
-                    variant=variant,
-                    training_tokens=tokens,
-                    **start,
+                    **{"variant": variant, "training_tokens": tokens, **start},
                 )
                 for variant, start in starts.items()
             ]
@@ -292,7 +292,12 @@ _EXPERIMENTS = (
         training={"training_tokens": 1_000_000, "batch_size": 1_024},
         authors={"lr": 1.9e-4, "dead_after_tokens": 200_000},
         ablation_ks=(8, 32),
-        ablation_training={"training_tokens": 500_000},
+        # Not all of the recipe, which has found these two since.
+        ablation_training={
+            "training_tokens": 500_000,
+            "lr_decay_fraction": 0.2,
+            "logit_std": 1.0,
+        },
     ),
     _Experiment(
         base="paper",

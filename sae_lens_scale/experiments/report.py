@@ -14,6 +14,8 @@ from .records import read, read_curves
 _OURS, _SAME_COST, _SAME_WIDTH = "Scale", "TopK", "Full"
 _FVU = "{:.4f}".format
 _SHARE = "{:.2%}".format
+# What a training step is made of; the last is their sum.
+_FLOPS = ("router", "encoder", "decoder", "backward", "total")
 # Tables of the main grid: name, column of the records, how to write its numbers.
 _METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("fvu", "fvu", _FVU),
@@ -153,6 +155,38 @@ def l1_table(runs: pd.DataFrame) -> str:
     return _lines(header, rows)
 
 
+def flops_table(runs: pd.DataFrame) -> str:
+    """
+    What training costs per token, at the smallest k that all SAEs have.
+
+    Args:
+        runs: What :func:`.records.read` returned, or those of its rows that have a k.
+
+    Returns:
+        A table in Markdown, in millions of FLOPs.
+
+    Raises:
+        ValueError: If no k is common to all.
+    """
+    ks = [set(group["k"]) for _, group in runs.groupby("label")]
+    common = set.intersection(*ks)
+    if not common:
+        raise ValueError(f"runs must have a k in common, got {ks}")
+    # Seeds do not differ.
+    runs = runs.loc[runs["k"] == min(common)].drop_duplicates("label")
+    rows = [
+        [
+            run["label"],
+            *(
+                f"{run[f'measures.flops_per_token.training.{x}'] / 1e6:.2f}"
+                for x in _FLOPS
+            ),
+        ]
+        for _, run in runs.iterrows()
+    ]
+    return _lines([f"k = {min(common):g}", *_FLOPS], rows)
+
+
 def comparison(runs: pd.DataFrame, metric: str = "fvu") -> str:
     """
     How much lower the error of the best Scale SAE is than that of others, at each k.
@@ -266,6 +300,9 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             found["gated"] = l1_table(without_k)
         runs = runs.loc[runs["sae_cfg.k"].notna()]
         found["comparison"] = comparison(runs)
+        counted = _measured(runs, "measures.flops_per_token.training.total")
+        if len(counted):
+            found["flops"] = flops_table(counted)
         ends = [_first(runs, start) for start in (_SAME_COST, _SAME_WIDTH)]
         if all(ends):
             found["gap"] = gap_closed(runs, *ends)

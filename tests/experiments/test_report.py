@@ -15,6 +15,7 @@ from sae_lens_scale.experiments.report import (
     comparison,
     draw,
     fill,
+    flops_table,
     gap_closed,
     l1_table,
     markdown,
@@ -38,6 +39,15 @@ def write_records(folder: Path, preset: str, seeds: tuple[int, ...] = (0, 1)) ->
             "activation_similarity": {"similarity": 0.1 + 0.01 * run.seed},
             "overlap_histogram": {"pairs": rng.integers(1, 9, k + 1).tolist()},
             "loss_recovered": {"in_domain": {"score": 1 - fvu}},
+            "flops_per_token": {
+                "training": {
+                    "router": 37_000,
+                    "encoder": 660_000,
+                    "decoder": 1_150 * k,
+                    "backward": 4_600 * k,
+                    "total": 697_000 + 5_750 * k,
+                },
+            },
         }
         counts = [int(rng.integers(1, 99)) for _ in range(num_experts or 0)]
         if counts:
@@ -164,10 +174,24 @@ def test_l1_table_leaves_out_what_was_not_measured(tmp_path: Path):
     assert "loss recovered" not in l1_table(runs.drop(columns="loss_recovered"))
 
 
+def test_flops_table_is_of_a_k_that_all_have(folder: Path):
+    runs = preset_runs(folder, "smollm2")
+    runs = runs.loc[runs["sae_cfg.k"].notna()]
+    table = flops_table(runs)
+    assert table.startswith(
+        "| k = 32 | router | encoder | decoder | backward | total |"
+    )
+    assert line(table, "Switch 32") == ["0.04", "0.66", "0.04", "0.15", "0.88"]
+    assert table.count("Scale 256/8 |") == 1
+    ks = runs["k"].where(runs["label"] != "Switch 32", 7)
+    with pytest.raises(ValueError, match="a k in common"):
+        flops_table(runs.assign(k=ks))
+
+
 def test_tables_hold_the_main_grid_and_every_ablation(folder: Path):
     found = tables(folder, "smollm2")
     main = {"fvu", "comparison", "gap", "gated", "loss-recovered", "redundancy"}
-    assert main <= set(found)
+    assert {*main, "flops"} <= set(found)
     assert "Scale 64/16, without scaling" in found["ablation-experts"]
     scaling = found["ablation-scaling"]
     assert "Scale 64/16, double_softmax, without scaling" in scaling
