@@ -257,7 +257,6 @@ def runner_config(
         lr=recipe.lr if cfg.lr is None else cfg.lr,
         adam_beta2=recipe.adam_beta2,
         lr_warm_up_steps=steps // 20,
-        # In runs as short as the default, a longer decay loses (docs/reproduction.md).
         lr_decay_steps=steps // 5,
         dead_feature_window=max(1, dead_after_tokens // cfg.batch_size),
         feature_sampling_window=steps + 1,
@@ -299,9 +298,8 @@ def _train(
     runner_cfg = replace(runner_cfg, output_path=str(partial_folder))
     torch.manual_seed(runner_cfg.seed)
     sae = TrainingSAE.from_dict(runner_cfg.get_training_sae_cfg_dict())
-    recipe = _recipe(sae.cfg.architecture())
     if isinstance(sae, MixtureTrainingSAE):
-        sae.initialize_from_activations(start, recipe.logit_std)
+        sae.initialize_from_activations(start)
     else:
         # The same start for the bias of the dense SAE, in the trainer's units.
         scaler = ActivationScaler()
@@ -316,7 +314,7 @@ def _train(
         override_model=model,
         override_sae=sae,
         fused_optimizer=True,
-        lr_factors=recipe.lr_factors,
+        lr_factors=_recipe(sae.cfg.architecture()).lr_factors,
     ).run()
     record = {"settings": settings, "seconds": time.perf_counter() - begin}
     (partial_folder / "demo.json").write_text(json.dumps(record))

@@ -17,6 +17,8 @@ _SOFTMAX_DEAD_AFTER = 50_000
 _AUTHORS_SWITCH = {**_SOFTMAX_SWITCH, "load_balance_coefficient": 0.1}
 # (num_experts, experts_per_token) of as many active latents.
 _SIZES = ((64, 2), (128, 4), (256, 8))
+_BEST_SCALE = {"num_experts": 256, "experts_per_token": 8, "num_shared_experts": 1}
+_BEST_VARIANT = "1 shared"
 _L1_COEFFICIENTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
@@ -61,8 +63,8 @@ def run_settings(architecture: str, sae: dict[str, Any], **changes: Any) -> RunS
     return RunSettings(architecture, **{**recipe, **changes, "sae": merged})
 
 
-# The ablations say nothing of what is a default: runs that presets have in common then have
-# one name.
+# The ablations set the fields that they are about where these are not the default, and the
+# name of a run leaves out defaults: runs that presets have in common then have one name.
 @dataclass(frozen=True)
 class _Experiment:
     base: str
@@ -70,6 +72,9 @@ class _Experiment:
     d_in: int
     ks: tuple[int, ...]
     training: dict[str, Any]
+    # With so many, training a Switch SAE takes about as many FLOPs as the best Scale SAE, of
+    # whose FLOPs the router's are a large part.
+    switch_experts_of_equal_flops: int
     # Of the Switch SAE as its authors train it.
     authors: dict[str, Any]
     # Of the ablations.
@@ -109,16 +114,7 @@ class _Experiment:
                 for n, e in _SIZES
             ]
             runs += [
-                self.run(
-                    "scale",
-                    {
-                        "k": k,
-                        "num_experts": 256,
-                        "experts_per_token": 8,
-                        "num_shared_experts": 1,
-                    },
-                    variant="1 shared",
-                ),
+                self.run("scale", {"k": k, **_BEST_SCALE}, variant=_BEST_VARIANT),
                 self.run("switch", {"k": k, "num_experts": 32}),
                 self.softmax_switch({"k": k}, variant="softmax"),
                 self.softmax_switch(
@@ -136,6 +132,25 @@ class _Experiment:
             self.run("gated", {"d_sae": self.d_in, "l1_coefficient": l1})
             for l1 in _L1_COEFFICIENTS
         ]
+        return self.preset(runs)
+
+    def flops(self) -> Preset:
+        """The best Scale SAE, Switch SAE of the same encoder FLOPs, and of all its FLOPs."""
+        best = self.run("scale", {"k": 32, **_BEST_SCALE}, variant=_BEST_VARIANT)
+        switches = [
+            self.run("switch", {"k": 32, "num_experts": num_experts})
+            for num_experts in (32, self.switch_experts_of_equal_flops)
+        ]
+        return self.preset([best, *switches])
+
+    def decay(self) -> Preset:
+        """When the learning rate of the best Scale SAE begins to fall."""
+        runs = []
+        for k in self.ks:
+            best = {"k": k, **_BEST_SCALE}
+            late, early = _BEST_VARIANT, f"{_BEST_VARIANT} early decay"
+            runs.append(self.run("scale", best, variant=late))
+            runs.append(self.run("scale", best, variant=early, lr_decay_fraction=0.5))
         return self.preset(runs)
 
     def experts(self) -> Preset:
@@ -201,12 +216,7 @@ class _Experiment:
 
     def recipe(self) -> Preset:
         """The best Scale SAE, without one part of its recipe at a time."""
-        best = {
-            "k": 32,
-            "num_experts": 256,
-            "experts_per_token": 8,
-            "num_shared_experts": 1,
-        }
+        best = {"k": 32, **_BEST_SCALE}
         batch_size = 2 * self.training["batch_size"]
         others: dict[str, dict[str, Any]] = {
             "no shared expert": {"sae": {"num_shared_experts": 0}},
@@ -218,10 +228,8 @@ class _Experiment:
             "beta 0.999": {"adam_beta2": 0.999},
             "steps twice as large": {"batch_size": batch_size},
             "no k-means": {"initialization": "default"},
-            "gates more alike at first": {"logit_std": 0.5},
-            "learning rate falls in the last half": {"lr_decay_fraction": 0.5},
         }
-        runs = [self.ablate("scale", best, variant="1 shared")]
+        runs = [self.ablate("scale", best, variant=_BEST_VARIANT)]
         for variant, changes in others.items():
             sae = {**best, **changes.pop("sae", {})}
             runs.append(self.ablate("scale", sae, variant=variant, **changes))
@@ -242,10 +250,12 @@ class _Experiment:
                 for variant, start in starts.items()
             ]
             runs += [
-                self.ablate(
+                self.run(
                     "scale",
                     {**sae, **size},
-                    **{"variant": variant, "training_tokens": tokens, **start},
+                    variant=variant,
+                    training_tokens=tokens,
+                    **start,
                 )
                 for variant, start in starts.items()
             ]
@@ -290,14 +300,10 @@ _EXPERIMENTS = (
         d_in=576,
         ks=(8, 16, 32, 64),
         training={"training_tokens": 1_000_000, "batch_size": 1_024},
+        switch_experts_of_equal_flops=18,
         authors={"lr": 1.9e-4, "dead_after_tokens": 200_000},
         ablation_ks=(8, 32),
-        # Not all of the recipe, which has found these two since.
-        ablation_training={
-            "training_tokens": 500_000,
-            "lr_decay_fraction": 0.2,
-            "logit_std": 1.0,
-        },
+        ablation_training={"training_tokens": 500_000},
     ),
     _Experiment(
         base="paper",
@@ -317,6 +323,7 @@ _EXPERIMENTS = (
             "batch_size": 4_096,
             "dead_after_tokens": 4_000_000,
         },
+        switch_experts_of_equal_flops=24,
         authors={"lr": 1.6e-4},
         ablation_ks=(2, 4, 8, 16, 32, 64, 128),
         ablation_training={},
@@ -328,6 +335,8 @@ PRESETS: dict[str, Preset] = {
     for experiment in _EXPERIMENTS
     for suffix, preset in (
         ("", experiment.main),
+        ("-flops", experiment.flops),
+        ("-decay", experiment.decay),
         ("-experts", experiment.experts),
         ("-scaling", experiment.scaling),
         ("-decompositions", experiment.decompositions),

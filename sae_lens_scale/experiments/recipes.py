@@ -10,8 +10,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "scale": {
         "lr": 1.6e-3,
         "lr_factors": {"W_router": 0.1, "b_router": 0.1},
-        "lr_decay_fraction": 0.5,
-        "logit_std": 0.5,
         "adam_beta2": 0.99,
         "dead_after_tokens": 20_000,
         "sae": {"topk_over": "gated_activations", "aux_loss_coefficient": 1 / 8},

@@ -63,6 +63,8 @@ _ABLATIONS: tuple[
         lambda run: f"{run['label']}, {run['decomposition']}",
     ),
     ("gates", "fvu", _FVU, lambda run: f"{run['label']}, {run['gate']}"),
+    ("flops", "fvu", _FVU, lambda run: run["label"]),
+    ("decay", "fvu", _FVU, lambda run: run["label"]),
     ("recipe", "fvu", _FVU, lambda run: run["label"]),
     ("redundancy", "redundancy", _SHARE, lambda run: run["label"]),
 )
@@ -157,34 +159,29 @@ def l1_table(runs: pd.DataFrame) -> str:
 
 def flops_table(runs: pd.DataFrame) -> str:
     """
-    What training costs per token, at the smallest k that all SAEs have.
+    What training costs per token.
 
     Args:
         runs: What :func:`.records.read` returned, or those of its rows that have a k.
 
     Returns:
-        A table in Markdown, in millions of FLOPs.
-
-    Raises:
-        ValueError: If no k is common to all.
+        A table in Markdown, in millions of FLOPs, at the smallest of the k that most labels
+        have; labels that have no such run are left out.
     """
-    ks = [set(group["k"]) for _, group in runs.groupby("label")]
-    common = set.intersection(*ks)
-    if not common:
-        raise ValueError(f"runs must have a k in common, got {ks}")
     # Seeds do not differ.
-    runs = runs.loc[runs["k"] == min(common)].drop_duplicates("label")
+    runs = runs.drop_duplicates(["label", "k"])
+    k = min(runs["k"].mode())
     rows = [
         [
             run["label"],
             *(
-                f"{run[f'measures.flops_per_token.training.{x}'] / 1e6:.2f}"
-                for x in _FLOPS
+                f"{run[f'measures.flops_per_token.training.{name}'] / 1e6:.2f}"
+                for name in _FLOPS
             ),
         ]
-        for _, run in runs.iterrows()
+        for _, run in runs.loc[runs["k"] == k].iterrows()
     ]
-    return _lines([f"k = {min(common):g}", *_FLOPS], rows)
+    return _lines([f"k = {k:g}", *_FLOPS], rows)
 
 
 def comparison(runs: pd.DataFrame, metric: str = "fvu") -> str:

@@ -51,7 +51,6 @@ class RunSettings:
             mixtures with ``initialize_from_activations``, other SAEs with b_dec at their
             geometric median; or as SAELens does.
         tokens_per_expert (int): Tokens for each expert in that initialisation.
-        logit_std (float): Standard deviation of the router's logits after it.
         autocast (bool): Whether to train in bfloat16 where torch's autocast would.
         curve_tokens (int): Held-out tokens of the learning curve; 0 for no curve.
         seed (int): Seed of the initial weights and of the order of the tokens.
@@ -73,7 +72,6 @@ class RunSettings:
     dead_after_tokens: int = 200_000
     initialization: Literal["activations", "default"] = "activations"
     tokens_per_expert: int = 200
-    logit_std: float = 1.0
     autocast: bool = False
     curve_tokens: int = 10_000
     seed: int = 0
@@ -97,9 +95,8 @@ class RunSettings:
                 f"training_tokens must be at least batch_size={self.batch_size}, got "
                 f"{self.training_tokens}"
             )
-        for name in ("lr", "logit_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
         shares = (self.lr_warm_up_fraction, self.lr_decay_fraction)
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(

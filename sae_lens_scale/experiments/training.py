@@ -264,7 +264,7 @@ def _initialize(
         settings.seed,
     )
     if isinstance(sae, MixtureTrainingSAE):
-        sae.initialize_from_activations(x, settings.logit_std)
+        sae.initialize_from_activations(x)
     else:
         x = sae.run_time_activation_norm_fn_in(scaler(x.to(sae.device)))
         sae.b_dec.data.copy_(geometric_median(x))

@@ -365,16 +365,14 @@ class MixtureTrainingSAE(
         return {}
 
     @torch.no_grad()
-    def initialize_from_activations(
-        self, batch: torch.Tensor, logit_std: float = 1.0
-    ) -> None:
+    def initialize_from_activations(self, batch: torch.Tensor) -> None:
         """
         Start from the activations instead of from constants; before training.
 
         b_dec and b_router become the geometric median of the batch. The router's
         columns become the centres of a spherical k-means of the centred batch,
-        scaled so that the standard deviation of logits is ``logit_std`` (those of shared
-        experts, which nobody uses, become zeros). Decoder rows keep their random
+        scaled so that logits have unit spread (those of shared experts, which nobody
+        uses, become zeros). Decoder rows keep their random
         directions and the encoder becomes the decoder transposed.
 
         SAELens rescales activations before training if ``normalize_activations`` says
@@ -387,19 +385,12 @@ class MixtureTrainingSAE(
                 more leading dimensions; at least num_experts tokens, without
                 special tokens if training excludes them. A few hundred tokens per
                 expert are enough.
-            logit_std: Standard deviation of the router's logits, over tokens and experts.
-                Which experts a token selects does not depend on it, their gates do: the
-                smaller, the more alike.
 
         Raises:
             ValueError: If the batch has the wrong width, too few tokens, or NaN or
-                infinite values, in norms and once normalised too, if logit_std is not
-                above 0, or if normalize_activations is "covariance_whitening".
+                infinite values, in norms and once normalised too, or if
+                normalize_activations is "covariance_whitening".
         """
-        if not (_is_finite_number(logit_std) and logit_std > 0):
-            raise ValueError(
-                f"logit_std must be a finite number above 0, got {logit_std!r}"
-            )
         if self.cfg.normalize_activations == "covariance_whitening":
             raise ValueError(
                 "initialize_from_activations cannot foresee the coordinates of "
@@ -430,7 +421,7 @@ class MixtureTrainingSAE(
         logits = (x - median) @ centers.T
         # Bessel's correction would make the spread of a single logit NaN.
         spread = logits.std(correction=min(1, logits.numel() - 1)).clamp(min=1e-8)
-        self.W_router.data.copy_(F.pad(centers.T * (logit_std / spread), (shared, 0)))
+        self.W_router.data.copy_(F.pad(centers.T / spread, (shared, 0)))
         self.b_enc.data.zero_()
         self.W_enc.data.copy_(self.W_dec.data.T)
 

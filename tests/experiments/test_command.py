@@ -12,6 +12,7 @@ from sae_lens import HookedSAETransformer
 from sae_lens_scale.cli import main
 from sae_lens_scale.experiments.activations import cache_activations
 from sae_lens_scale.experiments.command import select_runs
+from sae_lens_scale.experiments.flops import flops_per_token
 from sae_lens_scale.experiments.presets import PRESETS
 from sae_lens_scale.experiments.records import read, read_records
 from sae_lens_scale.experiments.settings import RunSettings
@@ -170,6 +171,22 @@ def test_the_main_presets_match_active_latents(name: str, d_in: int):
         f"Gated {d_in}",
         f"Full TopK {32 * d_in}",
     }
+
+
+@pytest.mark.parametrize(("name", "d_in"), [("smollm2", 576), ("paper", 768)])
+def test_the_flops_presets_have_a_Switch_SAE_of_about_equal_FLOPs(name: str, d_in: int):
+    scale, narrower, equal = (
+        flops_per_token(run.sae_config(d_in)) for run in PRESETS[f"{name}-flops"].runs
+    )
+    assert narrower.encoder == scale.encoder < equal.encoder
+    assert equal.total == pytest.approx(scale.total, rel=0.16)
+    assert narrower.total < 0.7 * scale.total
+
+
+def test_no_preset_trains_the_same_under_two_names():
+    for preset in PRESETS.values():
+        same = [replace(run, variant="") for run in preset.runs]
+        assert len({run.name for run in same}) == len(same)
 
 
 def test_presets_of_one_base_share_their_common_runs():

@@ -67,7 +67,6 @@ def test_the_config_is_SAELenss_own():
         ({"sae": {"d_sae": 65}}, "d_sae must be divisible by num_experts"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": float("nan")}, "lr must be positive, got nan"),
-        ({"logit_std": 0.0}, "logit_std must be positive"),
         ({"batch_size": 0}, "batch_size must be positive"),
         ({"training_tokens": 100}, "training_tokens must be at least batch_size"),
         ({"lr_warm_up_fraction": 0.9}, "must be shares of the steps, got 0.9"),

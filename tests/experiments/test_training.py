@@ -116,23 +116,6 @@ def test_a_seed_decides_the_result_and_leaves_the_callers_randomness(
     assert list(first.measures) == ["flops_per_token"]
 
 
-def test_logit_std_decides_how_alike_the_gates_are_at_the_start(
-    cache: ActivationCache,
-):
-    spreads = []
-
-    def look(trainer: module.GridTrainer, x: Activations) -> None:
-        sae = trainer.sae
-        x = trainer.activation_scaler(x.sample(2_000))
-        spreads.append(((x - sae.b_router) @ sae.W_router).std().item())
-
-    for logit_std in (1.0, 0.5):
-        run = settings(logit_std=logit_std, curve_tokens=0)
-        train_run(run, cache, measures=False, customize=look)
-    assert spreads[1] == pytest.approx(spreads[0] / 2, rel=1e-4)
-    assert spreads[0] == pytest.approx(1, rel=0.1)
-
-
 def test_the_curve_goes_from_the_start_to_the_finished_SAE(cache: ActivationCache):
     record = train_run(settings("topk"), cache)
     tokens = [point["tokens"] for point in record.curve]

@@ -203,33 +203,6 @@ def test_initialize_from_activations_centres_biases_and_spreads_the_router(
     assert (first == first[0]).float().mean() > 0.95
 
 
-def test_initialize_from_activations_with_a_smaller_logit_std_makes_gates_alike():
-    routings = {}
-    for logit_std in (1.0, 0.25):
-        sae = scale_sae(num_experts=4, experts_per_token=3, num_shared_experts=1)
-        torch.manual_seed(0)
-        sae.initialize_from_activations(draw(500, 10), logit_std)
-        logits = ((draw(500, 10) - sae.b_router) @ sae.W_router)[:, 1:]
-        assert logits.std().item() == pytest.approx(logit_std, rel=1e-3)
-        routings[logit_std] = sae.route(draw(500, 10))
-    assert torch.equal(routings[1.0].indices, routings[0.25].indices)
-    log_ratios = [
-        r.weights[:, 1].log() - r.weights[:, 2].log() for r in routings.values()
-    ]
-    torch.testing.assert_close(log_ratios[1], log_ratios[0] / 4)
-
-
-@pytest.mark.parametrize("logit_std", [0.0, -1.0, float("nan"), float("inf"), "1"])
-def test_initialize_from_activations_refuses_a_logit_std_that_is_no_spread(
-    logit_std: Any,
-):
-    sae = fresh("scale")
-    before = {name: p.clone() for name, p in sae.named_parameters()}
-    with pytest.raises(ValueError, match="logit_std must be a finite number above 0"):
-        sae.initialize_from_activations(draw(500, 16), logit_std)
-    assert all(torch.equal(before[name], p) for name, p in sae.named_parameters())
-
-
 def test_initialize_from_activations_leaves_shared_experts_out_of_the_clusters():
     sae = scale_sae(experts_per_token=3, num_shared_experts=2)
     sae.initialize_from_activations(draw(500, 10))
