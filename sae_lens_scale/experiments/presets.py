@@ -126,8 +126,8 @@ class _Experiment:
                 ),
                 self.run("topk", {"k": k, "d_sae": self.d_in}),
             ]
-        # The ceiling, at one k: it costs as much as all others together.
-        runs.append(self.run("full", {"k": 32}))
+        # The ceiling, at two k: a run costs as much as all others of its k together.
+        runs += [self.run("full", {"k": k}) for k in (32, 64)]
         runs += [
             self.run("gated", {"d_sae": self.d_in, "l1_coefficient": l1})
             for l1 in _L1_COEFFICIENTS
