@@ -325,8 +325,11 @@ def finished_record(
     if not path.exists():
         return None
     record = RunRecord.read(path)
+    # The SAE is compared by its whole config: the fields that settings name may say the same
+    # as defaults.
+    changes = {n: v for n, v in asdict(settings).items() if n != "sae"}
     expected = json.loads(
-        dump_json([asdict(settings), _sae_cfg(settings, cache), cache.describe()])
+        dump_json([changes, _sae_cfg(settings, cache), cache.describe()])
     )
     found = (record.settings, record.sae_cfg, record.cache)
     for now, then in zip(expected, found, strict=True):
