@@ -64,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "train":
-            _train(rest, options.fused_optimizer, dict(options.lr_factors))
+            # None leaves them to the checkpoint that the run goes on from.
+            lr_factors = dict(options.lr_factors) or None
+            if {"-h", "--help"} & set(rest):
+                _print(options.own_help())
+            _train(rest, options.fused_optimizer, lr_factors)
         else:
             _print(options.run(options))
     except (KeyboardInterrupt, InterruptedException) as interruption:
@@ -93,10 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train an SAE with SAELens's runner",
+        description="Options besides those of SAELens's runner, which follow.",
         add_help=False,
         allow_abbrev=False,
     )
-    train.add_argument("--fused_optimizer", action="store_true")
+    train.set_defaults(own_help=train.format_help)
+    train.add_argument(
+        "--fused_optimizer",
+        action="store_true",
+        help="torch's fused Adam: equal up to rounding, several times faster on a CPU",
+    )
     train.add_argument(
         "--lr_factors",
         type=_lr_factor,
@@ -104,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="NAME=FACTOR",
+        help="what the learning rates of single parameters are multiplied by, such as "
+        "W_router=0.1 b_router=0.1",
     )
 
     evaluate = commands.add_parser(
@@ -217,7 +229,7 @@ def _lr_factor(text: str) -> tuple[str, float]:
 
 
 def _train(
-    arguments: list[str], fused_optimizer: bool, lr_factors: dict[str, float]
+    arguments: list[str], fused_optimizer: bool, lr_factors: dict[str, float] | None
 ) -> None:
     # SAELens's parser prints its usage, over a hundred options, before each error.
     printed = io.StringIO()

@@ -3,6 +3,7 @@ SAELens's training runner, with a checkpoint when it is interrupted, learning ra
 single parameters, and faster.
 """
 
+import json
 import math
 import signal
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
+
+LR_FACTORS_FILENAME = "lr_factors.json"
 
 
 def require_lr_factors(sae: TrainingSAE[Any], lr_factors: Mapping[str, float]) -> None:
@@ -98,8 +101,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             memory, as torch's does with ``fused=True``: several times faster, equal up to
             rounding. A run that goes on from a checkpoint may choose anew.
         lr_factors: What the learning rates of some parameters are multiplied by, such as
-            ``{"W_router": 0.1, "b_router": 0.1}``. A run that goes on from a checkpoint
-            has to say it again.
+            ``{"W_router": 0.1, "b_router": 0.1}``. They are in the runner's checkpoints: a
+            run that goes on from one has them unless it is given others.
         **kwargs: As SAELens's runner takes them.
 
     Raises:
@@ -117,6 +120,10 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     ):
         super().__init__(*args, **kwargs)
         self.fused_optimizer = fused_optimizer
+        if lr_factors is None and self.cfg.resume_from_checkpoint is not None:
+            saved = Path(self.cfg.resume_from_checkpoint, LR_FACTORS_FILENAME)
+            # Checkpoints of SAELens's own runner have none.
+            lr_factors = json.loads(saved.read_text()) if saved.exists() else None
         self.lr_factors = dict(lr_factors or {})
         require_lr_factors(self.sae, self.lr_factors)
 
@@ -149,6 +156,9 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is not None:
+            factors = json.dumps(self.lr_factors)
+            Path(checkpoint_path, LR_FACTORS_FILENAME).write_text(factors)
         # Once training is over there is nothing to resume: the run ends as usual.
         is_final = checkpoint_path is not None and checkpoint_path.name.startswith(
             "final_"

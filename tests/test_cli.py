@@ -101,6 +101,7 @@ def test_train_help_explains_our_fields(capsys: pytest.CaptureFixture[str]):
     assert "Number of experts (N); divides d_sae." in out
     assert "Weight alpha of the load-balancing loss." in out
     assert "--training_tokens" in out
+    assert "--lr_factors NAME=FACTOR" in out
 
 
 def evaluate_json(

@@ -325,8 +325,9 @@ def test_lr_factors_are_learning_rates_of_single_parameters(fused: bool):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
-def test_runner_applies_lr_factors_before_and_after_an_interruption(
-    tiny_model: HookedSAETransformer, tmp_path: Path
+@pytest.mark.parametrize("others", [None, {}, {"W_router": 0.0}])
+def test_a_run_that_goes_on_has_its_lr_factors_unless_it_is_given_others(
+    others: dict[str, float] | None, tiny_model: HookedSAETransformer, tmp_path: Path
 ):
     # In its own units to the end: nothing to fold into the weights.
     cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=64, k=4, num_experts=4)
@@ -336,17 +337,20 @@ def test_runner_applies_lr_factors_before_and_after_an_interruption(
     at_step(runner, 5, kill)
     with pytest.raises(InterruptedException):
         runner.run()
+    before = {n: p.detach().clone() for n, p in runner.sae.named_parameters()}
+    assert torch.equal(before["b_router"], start["b_router"])
+    assert not torch.equal(before["W_router"], start["W_router"])
     (checkpoint,) = checkpoints(tmp_path)
     resumed = make_runner(
         tiny_model,
         tmp_path,
-        lr_factors=frozen,
+        lr_factors=others,
         sae=cfg,
         resume_from_checkpoint=str(checkpoint),
     ).run()
     for name in ("b_router", "W_router"):
-        moved = not torch.equal(resumed.get_parameter(name), start[name])
-        assert moved == (name == "W_router")
+        stayed = torch.equal(resumed.get_parameter(name), before[name])
+        assert stayed == (name in (frozen if others is None else others))
 
 
 @pytest.mark.parametrize(
