@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sae": {"gate": "uniform", "aux_loss_coefficient": 1 / 8},
     },
     "topk": {"lr": 3.2e-3, "sae": {"aux_loss_coefficient": 1 / 32}},
-    "gated": {"lr": 1.6e-3},
+    "gated": {"lr": 3.2e-3},
     "full": {
         "lr": 1.6e-3,
         "adam_beta2": 0.99,

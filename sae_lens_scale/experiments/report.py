@@ -64,7 +64,7 @@ _ABLATIONS: tuple[
     ),
     ("gates", "fvu", _FVU, lambda run: f"{run['label']}, {run['gate']}"),
     ("flops", "fvu", _FVU, lambda run: run["label"]),
-    ("decay", "fvu", _FVU, lambda run: run["label"]),
+    ("time", "fvu", _FVU, lambda run: run["label"]),
     ("recipe", "fvu", _FVU, lambda run: run["label"]),
     ("redundancy", "redundancy", _SHARE, lambda run: run["label"]),
 )

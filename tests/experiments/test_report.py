@@ -158,8 +158,8 @@ def test_l1_table_says_what_each_coefficient_makes(folder: Path):
     runs = preset_runs(folder, "smollm2")
     runs = runs.loc[runs["label"] == "Gated 576"]
     table = l1_table(runs)
-    assert table.startswith("| Gated 576 | L1 = 1 | L1 = 2 | L1 = 4 |")
-    assert line(table, "L0")[:2] == ["100.0 ± 0.0", "50.0 ± 0.0"]
+    assert table.startswith("| Gated 576 | L1 = 0.5 | L1 = 1 | L1 = 2 |")
+    assert line(table, "L0")[:2] == ["200.0 ± 0.0", "100.0 ± 0.0"]
     assert line(table, "FVU")[0] == "0.1250 ± 0.0071"
     assert line(table, "loss recovered")[0] == "0.8750 ± 0.0071"
 
@@ -168,7 +168,7 @@ def test_l1_table_leaves_out_what_was_not_measured(tmp_path: Path):
     write_records(tmp_path, "smollm2", seeds=(0,))
     runs = preset_runs(tmp_path, "smollm2")
     runs = runs.loc[runs["label"] == "Gated 576"]
-    first = runs["sae_cfg.l1_coefficient"] == 1
+    first = runs["sae_cfg.l1_coefficient"] == 0.5
     table = l1_table(runs.assign(loss_recovered=runs["loss_recovered"].where(first)))
     assert line(table, "loss recovered") == ["0.8800*", *["-"] * 5]
     assert "loss recovered" not in l1_table(runs.drop(columns="loss_recovered"))

@@ -39,8 +39,8 @@ _NAMES = {
     "redundancy": "latents with a decoder cosine above 0.9",
     "activation_similarity_reduction": "reduction of activation similarity",
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart, and a wine red of Tol's, each
-# with a marker.
+# Okabe and Ito's colours, which colour-blind readers tell apart, and some of Tol's, each with a
+# marker.
 _PALETTE = {
     "#0072B2": "o",
     "#56B4E9": "s",
@@ -49,6 +49,8 @@ _PALETTE = {
     "#000000": "v",
     "#E69F00": "P",
     "#009E73": "X",
+    "#332288": "h",
+    "#999933": "<",
     "#999999": "*",
     "#882255": "p",
 }

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, SymmetricalLogLocator
 
 from sae_lens_scale.analysis.paper import paper_figure
 
@@ -300,6 +300,8 @@ def _show_shares(figure: Figure) -> None:
     for axes in figure.axes:
         axes.set_yscale("symlog", linthresh=1e-3)
         axes.set_ylim(-1e-4, max(1.5 * axes.get_ylim()[1], 2e-3))
+        ticks = SymmetricalLogLocator(base=10, linthresh=1e-3, subs=(1, 2, 5))
+        axes.yaxis.set_major_locator(ticks)
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
 
 
