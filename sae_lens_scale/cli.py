@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "train":
             # None leaves them to the checkpoint that the run goes on from.
             lr_factors = dict(options.lr_factors) or None
-            if {"-h", "--help"} & set(rest):
+            # SAELens takes no options at all for a call for help.
+            if not rest or {"-h", "--help"} & set(rest):
                 _print(options.own_help())
             _train(rest, options.fused_optimizer, lr_factors)
         else:
@@ -115,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=FACTOR",
         help="what the learning rates of single parameters are multiplied by, such as "
-        "W_router=0.1 b_router=0.1",
+        "W_router=0.1 b_router=0.1; with --resume_from_checkpoint the checkpoint's, "
+        "unless some are given",
     )
 
     evaluate = commands.add_parser(

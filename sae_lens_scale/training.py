@@ -17,6 +17,8 @@ from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
+from sae_lens_scale.saes.files import replacing_files
+
 LR_FACTORS_FILENAME = "lr_factors.json"
 
 
@@ -124,8 +126,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             saved = Path(self.cfg.resume_from_checkpoint, LR_FACTORS_FILENAME)
             # Checkpoints of SAELens's own runner have none.
             lr_factors = json.loads(saved.read_text()) if saved.exists() else None
-        self.lr_factors = dict(lr_factors or {})
-        require_lr_factors(self.sae, self.lr_factors)
+        require_lr_factors(self.sae, lr_factors or {})
+        self.lr_factors = {n: float(f) for n, f in (lr_factors or {}).items()}
 
     @override
     def run_trainer_with_interruption_handling(
@@ -157,8 +159,9 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
         if checkpoint_path is not None:
-            factors = json.dumps(self.lr_factors)
-            Path(checkpoint_path, LR_FACTORS_FILENAME).write_text(factors)
+            with replacing_files(checkpoint_path) as folder:
+                factors = json.dumps(self.lr_factors)
+                Path(folder, LR_FACTORS_FILENAME).write_text(factors)
         # Once training is over there is nothing to resume: the run ends as usual.
         is_final = checkpoint_path is not None and checkpoint_path.name.startswith(
             "final_"

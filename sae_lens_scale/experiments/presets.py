@@ -19,8 +19,8 @@ _AUTHORS_SWITCH = {**_SOFTMAX_SWITCH, "load_balance_coefficient": 0.1}
 _SIZES = ((64, 2), (128, 4), (256, 8))
 _BEST_SCALE = {"num_experts": 256, "experts_per_token": 8, "num_shared_experts": 1}
 _BEST_VARIANT = "1 shared"
-# In the long runs the best Scale SAE gains by a learning rate that falls for longer; no other
-# architecture does.
+# In the long runs the best Scale SAE gains by a learning rate that falls for longer, for
+# k = 16 and more.
 _EARLY_DECAY = {"variant": f"{_BEST_VARIANT} early decay", "lr_decay_fraction": 0.5}
 _L1_COEFFICIENTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -148,9 +148,9 @@ class _Experiment:
         return self.preset([best, *switches])
 
     def time(self) -> Preset:
-        """The best Scale SAE, and a dense one of its width that has as many CPU seconds."""
+        """The best Scale SAE, and a dense one of its width that takes no less CPU time."""
         best = self.run("scale", {"k": 32, **_BEST_SCALE}, **_EARLY_DECAY)
-        # A token takes the dense one four to five times as long.
+        # On the whole a token takes the dense one four to five times as long, at first longer.
         tokens = self.training["training_tokens"] // 4
         dense = self.run(
             "full", {"k": 32}, training_tokens=tokens, variant="a quarter of the tokens"

@@ -351,7 +351,9 @@ def draw(
     experts = preset_runs(folder, f"{base}-experts")
     decompositions = preset_runs(folder, f"{base}-decompositions")
     curves = read_curves(folder)
-    curves = curves.loc[curves["name"].isin(main["name"])]
+    # In the order of the other figures, which decides about colours.
+    order = [name for name in main["name"] if name in set(curves["name"])]
+    curves = curves.set_index("name", drop=False).loc[order]
     curves = curves.assign(seconds=curves["cpu_seconds"])
     paper: dict[str, Any] = {"paper": True}
     figures: dict[str, tuple[Callable[..., Any], pd.DataFrame, dict[str, Any]]] = {

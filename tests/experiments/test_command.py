@@ -164,6 +164,7 @@ def test_the_main_presets_match_active_latents(name: str, d_in: int):
         "Scale 128/4",
         "Scale 256/8",
         "Scale 256/8 1 shared",
+        "Scale 256/8 1 shared early decay",
         "Switch 32",
         "Switch 32 softmax",
         "Switch 32 authors",

@@ -9,7 +9,7 @@ import pytest
 
 from sae_lens_scale.cli import main
 from sae_lens_scale.experiments.presets import PRESETS
-from sae_lens_scale.experiments.records import RunRecord, read
+from sae_lens_scale.experiments.records import RunRecord, read, read_records
 from sae_lens_scale.experiments.report import (
     cells,
     comparison,
@@ -23,6 +23,8 @@ from sae_lens_scale.experiments.report import (
     tables,
 )
 
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "benchmarks" / "results" / "smollm2"
 _FVU = {"Scale 64/2": 0.10, "Scale 256/8": 0.08, "Switch 32": 0.16, "TopK 576": 0.20}
 
 
@@ -204,6 +206,7 @@ def test_tables_hold_the_main_grid_and_every_ablation(folder: Path):
     assert "Switch 32, softmax" in found["ablation-gates"]
     assert "Scale 256/8 no k-means" in found["ablation-recipe"]
     assert "Switch 18" in found["ablation-flops"]
+    assert "a quarter of the tokens" in found["ablation-time"]
     assert "Switch 18" not in found["fvu"]
     assert "Switch 32 narrow" in found["ablation-redundancy"]
 
@@ -273,18 +276,26 @@ def test_report_changes_no_document_if_one_cannot_be_filled(
 
 def test_published_records_belong_to_presets():
     """Their names are hashes of all settings: a changed recipe would lose them."""
-    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "smollm2"
     grids = [PRESETS[name] for name in PRESETS if name.startswith("smollm2")]
     planned = {run.name for grid in grids for run in grid.with_seeds()}
-    published = {path.stem for path in folder.glob("*.json")}
+    published = {path.stem for path in PUBLISHED.glob("*.json")}
     assert published
     assert not published - planned
 
 
+def test_published_losses_are_of_one_text():
+    found = [
+        record.measures["loss_recovered"]
+        for record in read_records(PUBLISHED)
+        if "loss_recovered" in record.measures
+    ]
+    for domain in ("in_domain", "other_domain"):
+        assert len({f"{loss[domain]['without_sae']:.6f}" for loss in found}) == 1
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/reproduction.md"])
 def test_published_tables_are_made_from_the_published_records(page: str):
-    root = Path(__file__).parents[2]
-    published = tables(root / "benchmarks" / "results" / "smollm2", "smollm2")
-    text = (root / page).read_text()
+    published = tables(PUBLISHED, "smollm2")
+    text = (ROOT / page).read_text()
     assert "<!-- table" in text
     assert fill(text, published) == text

@@ -163,6 +163,7 @@ def test_a_recorded_run_is_not_repeated(
     # A record from before there was this field.
     del old["sae_cfg"]["use_sparse_activations"]
     path.write_text(json.dumps(old))
+    train_run(run, cache, tmp_path)
     # One that says less about its SAE, which is the same.
     old["settings"]["sae"] = {"d_sae": old["sae_cfg"]["d_sae"]}
     path.write_text(json.dumps(old))

@@ -72,7 +72,7 @@ def plot_similarity_reduction(
     without = pairs[f"{metric}_without"]
     require_positive(without.tolist(), f"{metric} without feature scaling")
     name = f"{metric}_reduction"
-    pairs[name] = 100 * (1 - pairs[metric] / without)
+    pairs = pairs.assign(**{name: 100 * (1 - pairs[metric] / without)})
     numbers = "7a" if paper else None
     figure = line_figure(pairs, "k", name, "experts_per_token", numbers, title=title)
     for axes in figure.axes:
