@@ -352,7 +352,7 @@ def draw(
     decompositions = preset_runs(folder, f"{base}-decompositions")
     curves = read_curves(folder)
     # In the order of the other figures, which decides about colours.
-    order = [name for name in main["name"] if name in set(curves["name"])]
+    order = main["name"].loc[main["name"].isin(curves["name"])]
     curves = curves.set_index("name", drop=False).loc[order]
     curves = curves.assign(seconds=curves["cpu_seconds"])
     paper: dict[str, Any] = {"paper": True}
