@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 import sae_lens_scale  # noqa: F401  (registers the architectures)
 from sae_lens_scale.experiments.corpus import docstring_corpus
+from sae_lens_scale.experiments.precision import fast_bfloat16
 from sae_lens_scale.loading.smollm2 import load_smollm2
 from sae_lens_scale.saes.mixture_config import MixtureSAEConfig
 from sae_lens_scale.saes.mixture_training import MixtureTrainingSAE
@@ -102,7 +103,8 @@ def collect(args: Args, split: Any, n_tokens: int) -> torch.Tensor:
     """Raw activations [n_tokens, d_in] in bfloat16, shuffled, kept on disk."""
     path = args.output / f"activations-{split}-{n_tokens}.pt"
     if not path.exists():
-        model = load_smollm2(dtype=torch.bfloat16)
+        fast = fast_bfloat16("cpu")
+        model = load_smollm2(dtype=torch.bfloat16 if fast else torch.float32)
         assert model.tokenizer is not None
         store = ActivationsStore(
             model=model,

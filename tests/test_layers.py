@@ -15,7 +15,7 @@ LAYERS = [
     {"loading"},
     {"analysis"},
     {"experiments"},
-    {"cli"},
+    {"cli", "sae_commands", "error_text"},
 ]
 
 

@@ -27,6 +27,7 @@ from sae_lens_scale.analysis.contexts import excluded_ids
 from sae_lens_scale.saes.files import replacing_files
 
 from .demo import load_language_model
+from .precision import fast_bfloat16
 from .text import load_text
 
 Split = Literal["train", "in_domain", "other_domain"]
@@ -344,8 +345,8 @@ def token_store(
         normalize_activations="none",
         device=torch.device("cpu"),
         dtype="float32",
-        # Several times as fast as float32, which the residual stream stays in.
-        autocast_lm=True,
+        # The residual stream stays in float32.
+        autocast_lm=fast_bfloat16(model.cfg.device or "cpu"),
     )
 
 

@@ -39,6 +39,7 @@ from sae_lens_scale.saes.mixture_training import MixtureTrainingSAE
 from sae_lens_scale.training import InterruptibleTrainingRunner
 
 from .corpus import docstring_corpus
+from .precision import fast_bfloat16
 from .recipes import RECIPES
 from .settings import RunSettings
 
@@ -244,8 +245,8 @@ def runner_config(
         dataset_path=cfg.dataset,
         is_dataset_tokenized=False,
         context_size=cfg.context_size,
-        # Activations in bfloat16 come several times as fast; losses stay in float32.
-        autocast_lm=True,
+        # Of activations; losses stay in float32.
+        autocast_lm=fast_bfloat16(cfg.device),
         # Language models treat special tokens, the first above all, like no others.
         exclude_special_tokens=True,
         training_tokens=cfg.training_tokens,

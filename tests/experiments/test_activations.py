@@ -21,6 +21,7 @@ from sae_lens_scale.experiments.activations import (
     CacheSettings,
     cache_activations,
 )
+from sae_lens_scale.experiments.precision import fast_bfloat16
 
 SETTINGS = CacheSettings(
     model="tiny",
@@ -80,7 +81,7 @@ def test_the_cache_holds_what_SAELenss_store_would_train_on(
         normalize_activations="none",
         device=torch.device("cpu"),
         dtype="float32",
-        autocast_lm=True,
+        autocast_lm=fast_bfloat16("cpu"),
         exclude_special_tokens=torch.tensor(get_special_token_ids(tokenizer)),
     )
     want = torch.cat([store.get_filtered_llm_batch() for _ in range(12)])
