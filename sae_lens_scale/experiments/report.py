@@ -9,13 +9,21 @@ import pandas as pd
 
 from .presets import PRESETS
 from .records import read, read_curves
+from .tables import (
+    cells,
+    comparison,
+    flops_table,
+    gap_closed,
+    gated_comparison,
+    l1_table,
+    markdown,
+    measured_runs,
+)
 
-# What labels of SAEs start with: ours, and those between which the comparison puts it.
-_OURS, _SAME_COST, _SAME_WIDTH = "Scale", "TopK", "Full"
+# What labels of the SAEs start with between which the comparison puts the others.
+_SAME_COST, _SAME_WIDTH = "TopK", "Full"
 _FVU = "{:.4f}".format
 _SHARE = "{:.2%}".format
-# What a training step is made of; the last is their sum.
-_FLOPS = ("router", "encoder", "decoder", "backward", "total")
 # Tables of the main grid: name, column of the records, how to write its numbers.
 _METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("fvu", "fvu", _FVU),
@@ -28,11 +36,6 @@ _METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("activation-similarity", "activation_similarity", _FVU),
     # Runs may have shared the machine with others, which wall time would show.
     ("cpu-seconds", "seconds.training_cpu", "{:.0f}".format),
-)
-_L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("L0", "l0", "{:.1f}".format),
-    ("FVU", "fvu", _FVU),
-    ("loss recovered", "loss_recovered", _FVU),
 )
 
 
@@ -68,186 +71,6 @@ _ABLATIONS: tuple[
     ("recipe", "fvu", _FVU, lambda run: run["label"]),
     ("redundancy", "redundancy", _SHARE, lambda run: run["label"]),
 )
-
-
-def cells(
-    runs: pd.DataFrame, metric: str, rows: str = "label", columns: str = "k"
-) -> pd.DataFrame:
-    """
-    A metric averaged over seeds.
-
-    Args:
-        runs: What :func:`.records.read` returned, or some of its rows.
-        metric: The column to average.
-        rows: Column whose values name the rows.
-        columns: Column whose values name the columns.
-
-    Returns:
-        A frame of tuples ``(mean, standard deviation or NaN, runs)``, and of NaN where there
-        is no run; rows in the order of ``runs``.
-    """
-    measured = runs.dropna(subset=[metric])
-    groups = measured.groupby([rows, columns], sort=False)[metric]
-    summary = groups.agg(["mean", "std", "size"])
-    values = pd.Series(
-        list(summary.itertuples(index=False, name=None)), index=summary.index
-    )
-    # unstack sorts, which is right for k only.
-    return values.unstack().reindex(index=list(dict.fromkeys(measured[rows])))
-
-
-def _measured(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The runs that have a metric."""
-    return runs.dropna(subset=[metric]) if metric in runs else runs.head(0)
-
-
-def _means(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    return cells(runs, metric).map(
-        lambda cell: cell[0] if isinstance(cell, tuple) else float("nan")
-    )
-
-
-def markdown(frame: pd.DataFrame, form: Callable[[float], str], corner: str) -> str:
-    """
-    A table of means and spreads in Markdown.
-
-    Args:
-        frame: What :func:`cells` returned.
-        form: How to write a number.
-        corner: What the first column is called.
-
-    Returns:
-        Lines of a table; a single run is marked with an asterisk.
-    """
-
-    rows = [[str(row), *_written(frame.loc[row], form)] for row in frame.index]
-    return _lines([corner, *(f"k = {k:g}" for k in frame.columns)], rows)
-
-
-def _written(row: pd.Series, form: Callable[[float], str]) -> list[str]:
-    def write(cell: tuple[float, float, int] | float) -> str:
-        if not isinstance(cell, tuple):
-            return "-"
-        mean, std, size = cell
-        return f"{form(mean)}*" if size == 1 else f"{form(mean)} ± {form(std)}"
-
-    return [write(cell) for cell in row]
-
-
-def l1_table(runs: pd.DataFrame) -> str:
-    """
-    What SAEs that have no k make of each L1 coefficient.
-
-    Args:
-        runs: What :func:`.records.read` returned, or those of its rows that are of Gated
-            SAEs of one size.
-
-    Returns:
-        A table in Markdown: L0, FVU and, where it was measured, loss recovered; a single
-        run is marked with an asterisk.
-    """
-    coefficients = sorted(set(runs["sae_cfg.l1_coefficient"]))
-    rows = []
-    for name, metric, form in _L1_METRICS:
-        if len(_measured(runs, metric)):
-            found = cells(runs, metric, "label", "sae_cfg.l1_coefficient")
-            row = found.reindex(columns=coefficients).iloc[0]
-            rows.append([name, *_written(row, form)])
-    header = [runs["label"].iloc[0], *(f"L1 = {x:g}" for x in coefficients)]
-    return _lines(header, rows)
-
-
-def flops_table(runs: pd.DataFrame) -> str:
-    """
-    What training costs per token.
-
-    Args:
-        runs: What :func:`.records.read` returned, or those of its rows that have a k.
-
-    Returns:
-        A table in Markdown, in millions of FLOPs, at the smallest of the k that most labels
-        have; labels that have no such run are left out.
-    """
-    # Seeds do not differ.
-    runs = runs.drop_duplicates(["label", "k"])
-    k = min(runs["k"].mode())
-    rows = [
-        [
-            run["label"],
-            *(
-                f"{run[f'measures.flops_per_token.training.{name}'] / 1e6:.2f}"
-                for name in _FLOPS
-            ),
-        ]
-        for _, run in runs.loc[runs["k"] == k].iterrows()
-    ]
-    return _lines([f"k = {k:g}", *_FLOPS], rows)
-
-
-def comparison(runs: pd.DataFrame, metric: str = "fvu") -> str:
-    """
-    How much lower the error of the best Scale SAE is than that of others, at each k.
-
-    Args:
-        runs: What :func:`.records.read` returned, or some of its rows.
-        metric: The error.
-
-    Returns:
-        A table in Markdown: for each k the best N/e, and by how much its mean error is
-        lower than the mean errors of the other labels.
-
-    Raises:
-        ValueError: If no run is of a Scale SAE.
-    """
-    means = _means(runs, metric)
-    ours = [label for label in means.index if label.startswith(_OURS)]
-    if not ours:
-        raise ValueError(f"runs must have a {_OURS} SAE, got {[*means.index]}")
-    means = means.dropna(axis="columns", how="all", subset=ours)
-    best = means.loc[ours].min()
-    rows = [["best Scale SAE", *means.loc[ours].idxmin()]]
-    for label in means.index.difference(ours, sort=False):
-        lower = 1 - best / means.loc[label]
-        rows.append(
-            [f"lower than {label}", *("-" if x != x else f"{x:.1%}" for x in lower)]
-        )
-    return _lines(["", *(f"k = {k:g}" for k in means.columns)], rows)
-
-
-def gap_closed(
-    runs: pd.DataFrame, floor: str, ceiling: str, metric: str = "fvu"
-) -> str:
-    """
-    How much of the gap between two SAEs others close, at each k.
-
-    Args:
-        runs: What :func:`.records.read` returned, or some of its rows.
-        floor: Label of the SAE of the same cost.
-        ceiling: Label of the SAE of the same width.
-        metric: The error.
-
-    Returns:
-        A table in Markdown; 100 % is as good as the ceiling.
-
-    Raises:
-        ValueError: If a label is missing.
-    """
-    means = _means(runs, metric)
-    for label in (floor, ceiling):
-        if label not in means.index:
-            raise ValueError(f"runs must have {label!r}, got {[*means.index]}")
-    means = means.dropna(axis="columns", subset=[floor, ceiling])
-    gap = means.loc[floor] - means.loc[ceiling]
-    rows = [
-        [label, *(f"{x:.0%}" for x in (means.loc[floor] - means.loc[label]) / gap)]
-        for label in means.index.difference([floor, ceiling], sort=False)
-    ]
-    return _lines(["", *(f"k = {k:g}" for k in means.columns)], rows)
-
-
-def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    table = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
 def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
@@ -293,18 +116,20 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
     if len(runs):
         # A Gated SAE has no k: its runs have no place in the other tables' columns.
         without_k = runs.loc[runs["sae_cfg.k"].isna()]
+        runs = runs.loc[runs["sae_cfg.k"].notna()]
         if len(without_k):
             found["gated"] = l1_table(without_k)
-        runs = runs.loc[runs["sae_cfg.k"].notna()]
+            if without_k["l0"].between(runs["k"].min(), runs["k"].max()).any():
+                found["gated-comparison"] = gated_comparison(without_k, runs)
         found["comparison"] = comparison(runs)
-        counted = _measured(runs, "measures.flops_per_token.training.total")
+        counted = measured_runs(runs, "measures.flops_per_token.training.total")
         if len(counted):
             found["flops"] = flops_table(counted)
         ends = [_first(runs, start) for start in (_SAME_COST, _SAME_WIDTH)]
         if all(ends):
             found["gap"] = gap_closed(runs, *ends)
     for name, metric, form in _METRICS:
-        measured = _measured(runs, metric)
+        measured = measured_runs(runs, metric)
         if len(measured):
             found[name] = markdown(cells(measured, metric), form, "")
     for ablation, metric, form, row_name in _ABLATIONS:

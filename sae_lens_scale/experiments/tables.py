@@ -1,0 +1,234 @@
+"""Tables in Markdown of what the records of an experiment say."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+# What labels of our SAEs start with.
+_OURS = "Scale"
+# What a training step is made of; the last is their sum.
+_FLOPS = ("router", "encoder", "decoder", "backward", "total")
+_L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("L0", "l0", "{:.1f}".format),
+    ("FVU", "fvu", "{:.4f}".format),
+    ("loss recovered", "loss_recovered", "{:.4f}".format),
+)
+
+
+def cells(
+    runs: pd.DataFrame, metric: str, rows: str = "label", columns: str = "k"
+) -> pd.DataFrame:
+    """
+    A metric averaged over seeds.
+
+    Args:
+        runs: What :func:`.records.read` returned, or some of its rows.
+        metric: The column to average.
+        rows: Column whose values name the rows.
+        columns: Column whose values name the columns.
+
+    Returns:
+        A frame of tuples ``(mean, standard deviation or NaN, runs)``, and of NaN where there
+        is no run; rows in the order of ``runs``.
+    """
+    measured = runs.dropna(subset=[metric])
+    groups = measured.groupby([rows, columns], sort=False)[metric]
+    summary = groups.agg(["mean", "std", "size"])
+    values = pd.Series(
+        list(summary.itertuples(index=False, name=None)), index=summary.index
+    )
+    # unstack sorts, which is right for k only.
+    return values.unstack().reindex(index=list(dict.fromkeys(measured[rows])))
+
+
+def measured_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The runs that have a metric."""
+    return runs.dropna(subset=[metric]) if metric in runs else runs.head(0)
+
+
+def _means(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return cells(runs, metric).map(
+        lambda cell: cell[0] if isinstance(cell, tuple) else float("nan")
+    )
+
+
+def markdown(frame: pd.DataFrame, form: Callable[[float], str], corner: str) -> str:
+    """
+    A table of means and spreads in Markdown.
+
+    Args:
+        frame: What :func:`cells` returned.
+        form: How to write a number.
+        corner: What the first column is called.
+
+    Returns:
+        Lines of a table; a single run is marked with an asterisk.
+    """
+
+    rows = [[str(row), *_written(frame.loc[row], form)] for row in frame.index]
+    return _lines([corner, *(f"k = {k:g}" for k in frame.columns)], rows)
+
+
+def _written(row: pd.Series, form: Callable[[float], str]) -> list[str]:
+    def write(cell: tuple[float, float, int] | float) -> str:
+        if not isinstance(cell, tuple):
+            return "-"
+        mean, std, size = cell
+        return f"{form(mean)}*" if size == 1 else f"{form(mean)} ± {form(std)}"
+
+    return [write(cell) for cell in row]
+
+
+def l1_table(runs: pd.DataFrame) -> str:
+    """
+    What SAEs that have no k make of each L1 coefficient.
+
+    Args:
+        runs: What :func:`.records.read` returned, or those of its rows that are of Gated
+            SAEs of one size.
+
+    Returns:
+        A table in Markdown: L0, FVU and, where it was measured, loss recovered; a single
+        run is marked with an asterisk.
+    """
+    coefficients = sorted(set(runs["sae_cfg.l1_coefficient"]))
+    rows = []
+    for name, metric, form in _L1_METRICS:
+        if len(measured_runs(runs, metric)):
+            found = cells(runs, metric, "label", "sae_cfg.l1_coefficient")
+            row = found.reindex(columns=coefficients).iloc[0]
+            rows.append([name, *_written(row, form)])
+    header = [runs["label"].iloc[0], *(f"L1 = {x:g}" for x in coefficients)]
+    return _lines(header, rows)
+
+
+def gated_comparison(gated: pd.DataFrame, others: pd.DataFrame) -> str:
+    """
+    How much lower the error of others is than that of SAEs without a k, at equal L0.
+
+    The others' mean FVU between two of their k is interpolated, log FVU over log k.
+
+    Args:
+        gated: Those rows of what :func:`.records.read` returned that are of Gated SAEs of
+            one size.
+        others: Rows with a k.
+
+    Returns:
+        A table in Markdown with a column for each L1 coefficient whose L0 lies between the
+        smallest and the largest k; a dash for a label whose own k do not reach that far,
+        a label that reaches none is left out.
+
+    Raises:
+        ValueError: If no coefficient's L0 lies between two k.
+    """
+    means = gated.groupby("sae_cfg.l1_coefficient")[["l0", "fvu"]].mean()
+    l0, error = np.asarray(means, dtype=float).T
+    reached = (l0 >= others["k"].min()) & (l0 <= others["k"].max())
+    if not reached.any():
+        raise ValueError(f"no L0 of {l0.round(1).tolist()} lies between two k")
+    l0, error = l0[reached], error[reached]
+    rows = []
+    for label, fvu in _means(others, "fvu").iterrows():
+        fvu = fvu.dropna()
+        k, known = np.asarray([*fvu.items()], dtype=float).T
+        interpolated = np.exp(
+            np.interp(np.log(l0), np.log(k), np.log(known), left=np.nan, right=np.nan)
+        )
+        lower = 1 - interpolated / error
+        if not np.isnan(lower).all():
+            rows.append([str(label), *("-" if x != x else f"{x:.1%}" for x in lower)])
+    return _lines(["lower than Gated", *(f"L0 = {x:.1f}" for x in l0)], rows)
+
+
+def flops_table(runs: pd.DataFrame) -> str:
+    """
+    What training costs per token.
+
+    Args:
+        runs: What :func:`.records.read` returned, or those of its rows that have a k.
+
+    Returns:
+        A table in Markdown, in millions of FLOPs, at the smallest of the k that most labels
+        have; labels that have no such run are left out.
+    """
+    # Seeds do not differ.
+    runs = runs.drop_duplicates(["label", "k"])
+    k = min(runs["k"].mode())
+    rows = [
+        [
+            run["label"],
+            *(
+                f"{run[f'measures.flops_per_token.training.{name}'] / 1e6:.2f}"
+                for name in _FLOPS
+            ),
+        ]
+        for _, run in runs.loc[runs["k"] == k].iterrows()
+    ]
+    return _lines([f"k = {k:g}", *_FLOPS], rows)
+
+
+def comparison(runs: pd.DataFrame, metric: str = "fvu") -> str:
+    """
+    How much lower the error of the best Scale SAE is than that of others, at each k.
+
+    Args:
+        runs: What :func:`.records.read` returned, or some of its rows.
+        metric: The error.
+
+    Returns:
+        A table in Markdown: for each k the best N/e, and by how much its mean error is
+        lower than the mean errors of the other labels.
+
+    Raises:
+        ValueError: If no run is of a Scale SAE.
+    """
+    means = _means(runs, metric)
+    ours = [label for label in means.index if label.startswith(_OURS)]
+    if not ours:
+        raise ValueError(f"runs must have a {_OURS} SAE, got {[*means.index]}")
+    means = means.dropna(axis="columns", how="all", subset=ours)
+    best = means.loc[ours].min()
+    rows = [["best Scale SAE", *means.loc[ours].idxmin()]]
+    for label in means.index.difference(ours, sort=False):
+        lower = 1 - best / means.loc[label]
+        rows.append(
+            [f"lower than {label}", *("-" if x != x else f"{x:.1%}" for x in lower)]
+        )
+    return _lines(["", *(f"k = {k:g}" for k in means.columns)], rows)
+
+
+def gap_closed(
+    runs: pd.DataFrame, floor: str, ceiling: str, metric: str = "fvu"
+) -> str:
+    """
+    How much of the gap between two SAEs others close, at each k.
+
+    Args:
+        runs: What :func:`.records.read` returned, or some of its rows.
+        floor: Label of the SAE of the same cost.
+        ceiling: Label of the SAE of the same width.
+        metric: The error.
+
+    Returns:
+        A table in Markdown; 100 % is as good as the ceiling.
+
+    Raises:
+        ValueError: If a label is missing.
+    """
+    means = _means(runs, metric)
+    for label in (floor, ceiling):
+        if label not in means.index:
+            raise ValueError(f"runs must have {label!r}, got {[*means.index]}")
+    means = means.dropna(axis="columns", subset=[floor, ceiling])
+    gap = means.loc[floor] - means.loc[ceiling]
+    rows = [
+        [label, *(f"{x:.0%}" for x in (means.loc[floor] - means.loc[label]) / gap)]
+        for label in means.index.difference([floor, ceiling], sort=False)
+    ]
+    return _lines(["", *(f"k = {k:g}" for k in means.columns)], rows)
+
+
+def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in table)

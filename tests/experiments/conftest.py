@@ -1,0 +1,17 @@
+"""What several test modules of the experiments share."""
+
+from pathlib import Path
+
+import pytest
+from experiment_records import write_records
+
+from sae_lens_scale.experiments.presets import PRESETS
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("records")
+    for preset in PRESETS:
+        if preset.startswith("smollm2"):
+            write_records(folder, preset)
+    return folder
