@@ -7,7 +7,9 @@ CONSTRAINTS := constraints.txt
 # Threads that spin while they wait starve each other on few cores.
 RUN := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-EXPERIMENT := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/sae-lens-scale experiment
+# An environment of its own: what is installed there is the text.
+REPRODUCTION := .venv-reproduction
+EXPERIMENT := OMP_WAIT_POLICY=PASSIVE $(REPRODUCTION)/bin/sae-lens-scale experiment
 
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
@@ -56,7 +58,14 @@ bench-gates: $(INSTALLED)
 PRESETS ?= smollm2
 WORKERS ?= 2
 
-reproduce: $(INSTALLED)
+$(REPRODUCTION)/.installed: pyproject.toml constraints/reproduction.txt
+	$(PYTHON) -m venv $(REPRODUCTION)
+	$(REPRODUCTION)/bin/python -m pip install --quiet --constraint constraints/reproduction.txt torch
+	$(REPRODUCTION)/bin/python -m pip install --quiet --no-deps --requirement constraints/reproduction.txt
+	$(REPRODUCTION)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+reproduce: $(REPRODUCTION)/.installed
 	for preset in $(PRESETS); do \
 		$(EXPERIMENT) cache --preset $$preset && \
 		$(EXPERIMENT) run --preset $$preset --workers $(WORKERS) --keep_weights && \
@@ -65,4 +74,4 @@ reproduce: $(INSTALLED)
 	$(EXPERIMENT) report --preset $(firstword $(PRESETS)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-matrix outputs
+	rm -rf $(VENV) .venv-matrix $(REPRODUCTION) outputs

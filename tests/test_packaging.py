@@ -4,7 +4,11 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,3 +42,19 @@ for registry in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY):
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(site)},
     )
+
+
+def test_environment_of_the_records_has_what_the_experiments_need():
+    lines = (ROOT / "constraints" / "reproduction.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if not line.startswith("#")]
+    # pip installs these and no others.
+    installed = {canonicalize_name(name): version for name, version in pins}
+    needed = map(Requirement, requires("sae-lens-scale") or [])
+    checked = 0
+    for requirement in needed:
+        if requirement.marker and not requirement.marker.evaluate({"extra": "demo"}):
+            continue
+        version = installed[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), requirement
+        checked += 1
+    assert checked > 10

@@ -15,7 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .activations import ActivationCache, CacheSettings
-from .records import RunRecord
+from .measures import variance
+from .records import RunRecord, held_out_variances, read, require_one_text
 from .settings import RunSettings
 from .training import finished_record, train_run
 
@@ -50,11 +51,16 @@ def run_grid(
 
     Raises:
         RuntimeError: At the end, if runs failed; the others are done.
+        ValueError: If the folder's records are of other activations than these.
     """
     settings = {run.name: run for run in runs}
     missing = [
         run for run in settings.values() if finished_record(run, cache, output) is None
     ]
+    if missing:
+        # Settings may be the same and texts not: installed packages change.
+        found = held_out_variances(read(output)) if Path(output).is_dir() else []
+        require_one_text([*found, variance(cache.in_domain)], output)
     threads = threads or max(1, (os.cpu_count() or 1) // workers)
     common = {"device": device, "workers": workers, "keep_weights": keep_weights}
     failed: list[str] = []

@@ -72,24 +72,55 @@ def reconstruction_error(
         ValueError: If there are no tokens, or all are the same.
     """
     scaler = scaler or ActivationScaler()
-    tokens, error = 0, torch.zeros((), dtype=torch.float64)
-    total: torch.Tensor | float = 0.0
-    squares: torch.Tensor | float = 0.0
+    spread, error = _Spread(), torch.zeros((), dtype=torch.float64)
     for batch in activations:
         batch = batch.to(sae.device)
         output = scaler.unscale(sae(scaler.scale(batch)))
         error += (output - batch).square().sum(dim=-1).sum(dtype=torch.float64).cpu()
-        exact = batch.double()
-        total = total + exact.sum(dim=0)
-        squares = squares + exact.square().sum()
-        tokens += len(batch)
-    if not isinstance(total, torch.Tensor):
-        raise ValueError("activations must hold at least one token, got none")
-    variance = float(squares - total.square().sum() / tokens) / tokens
+        spread.add(batch)
+    variance = spread.variance()
     if not variance > 0:
         raise ValueError("activations must differ from token to token, to be explained")
-    mse = error.item() / tokens
+    mse = error.item() / spread.tokens
     return {"mse": mse, "fvu": mse / variance}
+
+
+@torch.no_grad()
+def variance(activations: Activations) -> float:
+    """
+    Variance of activations, summed over d_in: the mse of a reconstruction of fvu 1.
+
+    Args:
+        activations: Held-out activations.
+
+    Returns:
+        Mean over tokens of the squared distance from the mean.
+    """
+    spread = _Spread()
+    for batch in activations.batches(_BATCH):
+        spread.add(batch)
+    return spread.variance()
+
+
+class _Spread:
+    """Sums of activations and of their squares."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._total: torch.Tensor | float = 0.0
+        self._squares: torch.Tensor | float = 0.0
+
+    def add(self, batch: torch.Tensor) -> None:
+        exact = batch.double()
+        self._total = self._total + exact.sum(dim=0)
+        self._squares = self._squares + exact.square().sum()
+        self.tokens += len(batch)
+
+    def variance(self) -> float:
+        if not isinstance(self._total, torch.Tensor):
+            raise ValueError("activations must hold at least one token, got none")
+        around_0 = self._squares - self._total.square().sum() / self.tokens
+        return float(around_0) / self.tokens
 
 
 @torch.no_grad()

@@ -177,6 +177,42 @@ def read(folder: str | Path, names: Sequence[str] | None = None) -> pd.DataFrame
     return frame.assign(k=ks)
 
 
+def held_out_variances(runs: pd.DataFrame) -> list[float]:
+    """
+    The variance of the activations that each run was measured on.
+
+    Args:
+        runs: What :func:`read` returned.
+
+    Returns:
+        Sums over d_in, without the runs that have no finite error.
+    """
+    if runs.empty:
+        return []
+    return [x for x in runs["mse"] / runs["fvu"] if math.isfinite(x)]
+
+
+def require_one_text(variances: Sequence[float], folder: str | Path) -> None:
+    """
+    Refuse to compare what was measured on different texts.
+
+    Args:
+        variances: Of held-out activations. The same text on another machine or in another
+            precision differs by 0.1 %, other documents of its kind by 1 %.
+        folder: Folder of the records, for the message.
+
+    Raises:
+        ValueError: If they differ by more than 0.3 %.
+    """
+    if variances and max(variances) > 1.003 * min(variances):
+        raise ValueError(
+            f"{folder} has records of different texts: the variance of held-out "
+            f"activations is {min(variances):.6g} in one and {max(variances):.6g} in "
+            "another. Use another folder, or cache the text that the records are of "
+            "(docstrings change with the installed packages)"
+        )
+
+
 def read_curves(folder: str | Path) -> pd.DataFrame:
     """
     Read the learning curves of all records of a folder, one row a point.

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from .presets import PRESETS
-from .records import read, read_curves
+from .records import held_out_variances, read, read_curves, require_one_text
 from .tables import (
     cells,
     comparison,
@@ -86,11 +86,12 @@ def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
         order.
 
     Raises:
-        ValueError: If there is no record at all.
+        ValueError: If there is no record at all, or if they are of different texts.
     """
     runs = read(folder)
     if runs.empty:
         raise ValueError(f"{folder} has no records")
+    require_one_text(held_out_variances(runs), folder)
     seeds = sorted(set(runs["seed"]))
     planned = PRESETS[preset].with_seeds(seeds)
     labels = list(dict.fromkeys(run.label for run in planned))

@@ -123,3 +123,15 @@ def test_records_of_another_cache_are_refused_before_training(
     with pytest.raises(ValueError, match="made with train_tokens=1500, now it would"):
         run_grid(grid(), ActivationCache.open(folder, smaller), tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_records_of_another_text_are_refused_before_training(tmp_path: Path):
+    x = torch.randn(700, 12, generator=torch.Generator().manual_seed(0))
+    first = ActivationCache(Activations([x]), Activations([x[:300]]))
+    other = ActivationCache(Activations([x]), Activations([x[300:600]]))
+    run_grid(grid()[1:2], first, tmp_path)
+    with pytest.raises(ValueError, match="has records of different texts: the var"):
+        run_grid(grid()[1:], other, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    rounded = ActivationCache(Activations([x]), Activations([x[:300].bfloat16()]))
+    assert len(run_grid(grid()[1:], rounded, tmp_path)) == 2

@@ -6,7 +6,11 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_scale.experiments.activations import Activations
-from sae_lens_scale.experiments.measures import firing_counts, reconstruction_error
+from sae_lens_scale.experiments.measures import (
+    firing_counts,
+    reconstruction_error,
+    variance,
+)
 
 
 @pytest.fixture
@@ -30,6 +34,12 @@ def test_batches_do_not_change_the_error(sae: TopKSAE, batch_size: int):
     found = reconstruction_error(sae, x.split(batch_size))
     assert found["mse"] == pytest.approx(error, rel=1e-6)
     assert found["fvu"] == pytest.approx(error / variance, rel=1e-6)
+
+
+def test_variance_is_the_error_of_the_mean():
+    x = tokens(5_000)
+    want = (x - x.mean(0)).double().square().sum(-1).mean().item()
+    assert variance(Activations([x])) == pytest.approx(want, rel=1e-6)
 
 
 def test_errors_are_in_the_activations_own_units(sae: TopKSAE):

@@ -1,5 +1,6 @@
 """Tables and figures of an experiment's records."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from experiment_records import write_records
 
 from sae_lens_scale.cli import main
 from sae_lens_scale.experiments.presets import PRESETS
-from sae_lens_scale.experiments.records import read, read_records
+from sae_lens_scale.experiments.records import RunRecord, read, read_records
 from sae_lens_scale.experiments.report import draw, fill, preset_runs, tables
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,19 @@ def test_preset_runs_leaves_out_what_belongs_to_another_preset(folder: Path):
 def test_preset_runs_refuses_a_folder_without_records(tmp_path: Path):
     with pytest.raises(ValueError, match="has no records"):
         preset_runs(tmp_path, "smollm2")
+
+
+def test_records_of_different_texts_are_not_compared(tmp_path: Path):
+    write_records(tmp_path, "smollm2", seeds=(0,))
+    path = min(tmp_path.glob("*.json"))
+    record = RunRecord.read(path)
+    record.in_domain["mse"] *= 1.01
+    record.write(tmp_path)
+    with pytest.raises(ValueError, match="different texts.* is 5 in one and 5.05 in"):
+        preset_runs(tmp_path, "smollm2")
+    record.in_domain["fvu"] = math.nan
+    record.write(tmp_path)
+    assert len(preset_runs(tmp_path, "smollm2"))
 
 
 def test_tables_hold_the_main_grid_and_every_ablation(folder: Path):
