@@ -7,9 +7,10 @@ CONSTRAINTS := constraints.txt
 # Threads that spin while they wait starve each other on few cores.
 RUN := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-# An environment of its own: what is installed there is the text.
+# An environment of its own, and a folder: what is installed is the text.
 REPRODUCTION := .venv-reproduction
 EXPERIMENT := OMP_WAIT_POLICY=PASSIVE $(REPRODUCTION)/bin/sae-lens-scale experiment
+IN_FOLDER := --folder outputs/reproduction
 
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
@@ -22,6 +23,14 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+# Nothing that the list lacks, and so no CUDA packages: its torch is the CPU build.
+$(REPRODUCTION)/.installed: pyproject.toml constraints/reproduction.txt
+	$(PYTHON) -m venv --clear $(REPRODUCTION)
+	$(REPRODUCTION)/bin/python -m pip install --quiet --no-deps --requirement constraints/reproduction.txt
+	$(REPRODUCTION)/bin/python -m pip install --quiet --no-deps --editable .
+	$(REPRODUCTION)/bin/python -m pip check
 	touch $@
 
 demo: $(INSTALLED)
@@ -58,20 +67,13 @@ bench-gates: $(INSTALLED)
 PRESETS ?= smollm2
 WORKERS ?= 2
 
-$(REPRODUCTION)/.installed: pyproject.toml constraints/reproduction.txt
-	$(PYTHON) -m venv $(REPRODUCTION)
-	$(REPRODUCTION)/bin/python -m pip install --quiet --constraint constraints/reproduction.txt torch
-	$(REPRODUCTION)/bin/python -m pip install --quiet --no-deps --requirement constraints/reproduction.txt
-	$(REPRODUCTION)/bin/python -m pip install --quiet --no-deps --editable .
-	touch $@
-
 reproduce: $(REPRODUCTION)/.installed
 	for preset in $(PRESETS); do \
-		$(EXPERIMENT) cache --preset $$preset && \
-		$(EXPERIMENT) run --preset $$preset --workers $(WORKERS) --keep_weights && \
-		$(EXPERIMENT) evaluate --preset $$preset --contexts 16 || exit; \
+		$(EXPERIMENT) cache --preset $$preset $(IN_FOLDER) && \
+		$(EXPERIMENT) run --preset $$preset $(IN_FOLDER) --workers $(WORKERS) --keep_weights && \
+		$(EXPERIMENT) evaluate --preset $$preset $(IN_FOLDER) --contexts 16 || exit; \
 	done
-	$(EXPERIMENT) report --preset $(firstword $(PRESETS)) $(ARGS)
+	$(EXPERIMENT) report --preset $(firstword $(PRESETS)) $(IN_FOLDER) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-matrix $(REPRODUCTION) outputs

@@ -18,7 +18,15 @@ _SELF_EXPLANATORY = (
 
 
 def error_text(error: BaseException) -> str:
-    """One line: the error's own text, after its type where that is needed to understand it."""
+    """
+    An error in one line.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        Its own text, after its type where that is needed to understand it.
+    """
     text = " ".join(str(error).split())
     if text and isinstance(error, _SELF_EXPLANATORY):
         return text

@@ -314,6 +314,7 @@ def token_store(
     hook_name: str,
     context_size: int,
     d_in: int = 1,
+    autocast_lm: bool = False,
 ) -> ActivationsStore:
     """
     SAELens's store, for its ``iterable_sequences`` and ``get_activations``.
@@ -324,6 +325,8 @@ def token_store(
         hook_name: Hook of the activations.
         context_size: Tokens per context, BOS included.
         d_in: Width of the activations, if they are wanted.
+        autocast_lm: Whether they are computed in bfloat16; the residual stream stays in
+            float32.
 
     Returns:
         The store, at the start of the text.
@@ -345,8 +348,7 @@ def token_store(
         normalize_activations="none",
         device=torch.device("cpu"),
         dtype="float32",
-        # The residual stream stays in float32.
-        autocast_lm=fast_bfloat16(model.cfg.device or "cpu"),
+        autocast_lm=autocast_lm,
     )
 
 
@@ -359,18 +361,28 @@ def _cache_split(
     device: str,
 ) -> None:
     excluded = excluded_ids(model, True)
+    known = _read_manifest(folder) or {}
     manifest = {
         **asdict(split),
         "tokens": 0,
         "dtype": "bfloat16",
+        # What was begun on another machine goes on as it began.
+        "autocast_lm": known.get("autocast_lm", True)
+        if known
+        else fast_bfloat16(device),
         "d_in": _width(model, split.hook_name),
         "excluded_token_ids": excluded.tolist(),
         "versions": {n: version(n) for n in ("torch", "sae-lens", "transformer-lens")},
     }
-    if _read_manifest(folder) is None:
+    if not known:
         _write_manifest(folder, manifest)
     store = token_store(
-        model, text, split.hook_name, split.context_size, manifest["d_in"]
+        model,
+        text,
+        split.hook_name,
+        split.context_size,
+        manifest["d_in"],
+        manifest["autocast_lm"],
     )
     per_shard = max(1, _SHARD_POSITIONS // split.context_size)
     rows = 0
@@ -388,8 +400,8 @@ def _cache_split(
             file = folder / f"{i:05}.safetensors"
             if file.exists():
                 # The text itself is not kept, but this much of it is known.
-                known = _map_shard(file)["token_ids"].long()
-                if not torch.equal(known, token_ids[keep]):
+                before = _map_shard(file)["token_ids"].long()
+                if not torch.equal(before, token_ids[keep]):
                     raise ValueError(f"{file} was made from another text")
             else:
                 activations = torch.cat(

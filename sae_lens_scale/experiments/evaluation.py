@@ -50,6 +50,16 @@ class LossMeter:
         self._without_sae = self._cross_entropy(lambda x, _: x)
         self._with_ablation = self._cross_entropy(lambda x, _: torch.zeros_like(x))
 
+    def is_of_text(self, without_sae: float) -> bool:
+        """
+        Whether a loss is the language model's own on these tokens.
+
+        Args:
+            without_sae: The loss.
+        """
+        # Another CPU shows in the fifth decimal, other documents in the first or second.
+        return abs(without_sae - self._without_sae) < 1e-3
+
     def measure(self, sae: SAE[Any]) -> LossRecovered:
         """
         Splice an SAE in.
@@ -129,16 +139,18 @@ def evaluate_records(
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If a text is too short.
+        ValueError: If a text is too short, or not the one that other records of the folder
+            were evaluated on.
     """
     if contexts < 1:
         raise ValueError(f"contexts must be positive, got {contexts}")
-    pending = [
-        record
-        for record in read_records(output)
-        if Path(output, record.name).is_dir()
-        and record.measures.get("loss_recovered", {}).get("contexts") != contexts
-    ]
+    finished: list[RunRecord] = []
+    pending: list[RunRecord] = []
+    for record in read_records(output):
+        if record.measures.get("loss_recovered", {}).get("contexts") == contexts:
+            finished.append(record)
+        elif Path(output, record.name).is_dir():
+            pending.append(record)
     if not pending:
         return []
     model = model or load_language_model(settings.model, device)
@@ -156,6 +168,14 @@ def evaluate_records(
             )
         batches = torch.stack(rows).split(prompts_per_batch)
         meters[name] = LossMeter(model, split.hook_name, list(batches))
+        for record in finished:
+            known = record.measures["loss_recovered"].get(name)
+            if known and not meters[name].is_of_text(known["without_sae"]):
+                raise ValueError(
+                    f"{record.name} was evaluated on another text than the {split.text} "
+                    f"({split.text_split}) of today: use another folder, or the packages "
+                    "that were installed then"
+                )
     for record in tqdm(pending, desc="Loss recovered", unit="SAE"):
         sae = SAE.load_from_disk(Path(output, record.name), device=device)
         results = {name: asdict(meter.measure(sae)) for name, meter in meters.items()}

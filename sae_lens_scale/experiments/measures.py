@@ -78,11 +78,11 @@ def reconstruction_error(
         output = scaler.unscale(sae(scaler.scale(batch)))
         error += (output - batch).square().sum(dim=-1).sum(dtype=torch.float64).cpu()
         spread.add(batch)
-    variance = spread.variance()
-    if not variance > 0:
+    total = spread.variance()
+    if not total > 0:
         raise ValueError("activations must differ from token to token, to be explained")
     mse = error.item() / spread.tokens
-    return {"mse": mse, "fvu": mse / variance}
+    return {"mse": mse, "fvu": mse / total}
 
 
 @torch.no_grad()
@@ -119,8 +119,8 @@ class _Spread:
     def variance(self) -> float:
         if not isinstance(self._total, torch.Tensor):
             raise ValueError("activations must hold at least one token, got none")
-        around_0 = self._squares - self._total.square().sum() / self.tokens
-        return float(around_0) / self.tokens
+        around_mean = self._squares - self._total.square().sum() / self.tokens
+        return float(around_mean) / self.tokens
 
 
 @torch.no_grad()

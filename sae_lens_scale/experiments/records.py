@@ -194,11 +194,14 @@ def held_out_variances(runs: pd.DataFrame) -> list[float]:
 
 def require_one_text(variances: Sequence[float], folder: str | Path) -> None:
     """
-    Refuse to compare what was measured on different texts.
+    Refuse to compare what was measured on texts that differ.
+
+    A text is known by the variance of its activations, which every record has: a
+    necessary condition, not a sufficient one.
 
     Args:
         variances: Of held-out activations. The same text on another machine or in another
-            precision differs by 0.1 %, other documents of its kind by 1 %.
+            precision differs by 0.1 %, other documents of its kind by about 1 %.
         folder: Folder of the records, for the message.
 
     Raises:
@@ -206,10 +209,10 @@ def require_one_text(variances: Sequence[float], folder: str | Path) -> None:
     """
     if variances and max(variances) > 1.003 * min(variances):
         raise ValueError(
-            f"{folder} has records of different texts: the variance of held-out "
-            f"activations is {min(variances):.6g} in one and {max(variances):.6g} in "
-            "another. Use another folder, or cache the text that the records are of "
-            "(docstrings change with the installed packages)"
+            f"what {folder} compares must be measured on one text, but the variance of "
+            f"held-out activations is {min(variances):.6g} in one place and "
+            f"{max(variances):.6g} in another (docstrings change with the installed "
+            "packages): use a folder for each text"
         )
 
 

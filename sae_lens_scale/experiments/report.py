@@ -120,8 +120,8 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         runs = runs.loc[runs["sae_cfg.k"].notna()]
         if len(without_k):
             found["gated"] = l1_table(without_k)
-            if without_k["l0"].between(runs["k"].min(), runs["k"].max()).any():
-                found["gated-comparison"] = gated_comparison(without_k, runs)
+            if table := gated_comparison(without_k, runs):
+                found["gated-comparison"] = table
         found["comparison"] = comparison(runs)
         counted = measured_runs(runs, "measures.flops_per_token.training.total")
         if len(counted):

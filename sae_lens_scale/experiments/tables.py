@@ -43,7 +43,16 @@ def cells(
 
 
 def measured_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The runs that have a metric."""
+    """
+    The runs that have a metric.
+
+    Args:
+        runs: What :func:`.records.read` returned, or some of its rows.
+        metric: A column, which may be missing.
+
+    Returns:
+        Those of the rows.
+    """
     return runs.dropna(subset=[metric]) if metric in runs else runs.head(0)
 
 
@@ -117,16 +126,13 @@ def gated_comparison(gated: pd.DataFrame, others: pd.DataFrame) -> str:
     Returns:
         A table in Markdown with a column for each L1 coefficient whose L0 lies between the
         smallest and the largest k; a dash for a label whose own k do not reach that far,
-        a label that reaches none is left out.
-
-    Raises:
-        ValueError: If no coefficient's L0 lies between two k.
+        a label that reaches none is left out. Empty if there is no such coefficient.
     """
     means = gated.groupby("sae_cfg.l1_coefficient")[["l0", "fvu"]].mean()
     l0, error = np.asarray(means, dtype=float).T
     reached = (l0 >= others["k"].min()) & (l0 <= others["k"].max())
     if not reached.any():
-        raise ValueError(f"no L0 of {l0.round(1).tolist()} lies between two k")
+        return ""
     l0, error = l0[reached], error[reached]
     rows = []
     for label, fvu in _means(others, "fvu").iterrows():

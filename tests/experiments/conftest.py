@@ -9,7 +9,8 @@ from sae_lens_scale.experiments.presets import PRESETS
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def records_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of every preset of smollm2, for reading only."""
     folder = tmp_path_factory.mktemp("records")
     for preset in PRESETS:
         if preset.startswith("smollm2"):

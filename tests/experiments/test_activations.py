@@ -140,6 +140,23 @@ def test_a_cache_can_grow_and_a_larger_one_serves_a_smaller(
     assert torch.equal(rows(make(model=None).train), small)
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_cache_grows_in_the_precision_that_it_began_in(
+    make: Callable[..., ActivationCache],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begun: bool,
+):
+    longer = replace(SETTINGS, train_tokens=1_500)
+    monkeypatch.setattr(module, "fast_bfloat16", lambda _: begun)
+    want = rows(make(longer, tmp_path / "whole").train)
+    make(folder=tmp_path / "grown")
+    monkeypatch.setattr(module, "fast_bfloat16", lambda _: not begun)
+    assert torch.equal(rows(make(longer, tmp_path / "grown").train), want)
+    other = rows(make(longer, tmp_path / "other").train)
+    assert not torch.equal(other, want)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,6 +1,7 @@
 """Loss Recovered of finished runs."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,20 @@ def test_more_contexts_than_there_are_is_an_error(
         evaluate_records(runs, SETTINGS, model=tiny_model, texts=TEXTS, contexts=10**6)
     with pytest.raises(ValueError, match="contexts must be positive, got 0"):
         evaluate_records(runs, SETTINGS, contexts=0)
+
+
+def test_records_of_another_text_are_not_added_to(
+    runs: Path, tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    options: dict[str, Any] = {"model": tiny_model, "contexts": 4}
+    folder = tmp_path / "runs"
+    shutil.copytree(runs, folder)
+    evaluate_records(folder, SETTINGS, texts=TEXTS, **options)
+    pending = read_records(folder)[0]
+    del pending.measures["loss_recovered"]
+    pending.write(folder)
+    other = {**TEXTS, "in_domain": small_corpus().select(range(20, 40))}
+    with pytest.raises(ValueError, match="evaluated on another text than the some t"):
+        evaluate_records(folder, SETTINGS, texts=other, **options)
+    assert "loss_recovered" not in read_records(folder)[0].measures
+    assert len(evaluate_records(folder, SETTINGS, texts=TEXTS, **options)) == 1

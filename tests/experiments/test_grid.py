@@ -130,7 +130,7 @@ def test_records_of_another_text_are_refused_before_training(tmp_path: Path):
     first = ActivationCache(Activations([x]), Activations([x[:300]]))
     other = ActivationCache(Activations([x]), Activations([x[300:600]]))
     run_grid(grid()[1:2], first, tmp_path)
-    with pytest.raises(ValueError, match="has records of different texts: the var"):
+    with pytest.raises(ValueError, match="must be measured on one text, but the var"):
         run_grid(grid()[1:], other, tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     rounded = ActivationCache(Activations([x]), Activations([x[:300].bfloat16()]))
