@@ -25,7 +25,8 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
-# Nothing that the list lacks, and so no CUDA packages: its torch is the CPU build.
+# Nothing that the list lacks, and so no CUDA packages: torch must be a CPU build, or `pip check`
+# says what is missing.
 $(REPRODUCTION)/.installed: pyproject.toml constraints/reproduction.txt
 	$(PYTHON) -m venv --clear $(REPRODUCTION)
 	$(REPRODUCTION)/bin/python -m pip install --quiet --no-deps --requirement constraints/reproduction.txt
