@@ -44,7 +44,7 @@ for registry in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY):
     )
 
 
-def test_environment_of_the_records_has_what_the_experiments_need():
+def test_environment_of_make_reproduce_has_what_it_needs():
     lines = (ROOT / "constraints" / "reproduction.txt").read_text().splitlines()
     pins = [line.split("==") for line in lines if not line.startswith("#")]
     # pip installs these and no others.

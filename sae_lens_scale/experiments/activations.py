@@ -6,6 +6,7 @@ contexts), and its activations are written in the order of the text, in shards. 
 the shards into memory and mix them anew for each training run, over all tokens.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -253,8 +254,22 @@ class ActivationCache:
         return cls(**splits, settings=settings, folder=Path(folder))
 
     def describe(self) -> dict[str, Any] | None:
-        """The settings, for a record."""
-        return None if self.settings is None else asdict(self.settings)
+        """
+        What records tell a cache by.
+
+        Returns:
+            The settings and, of a cache on disk, ``texts``: for each split a hash of its
+            first shard's tokens, because installed packages change what "docstrings" are.
+        """
+        if self.settings is None:
+            return None
+        description = asdict(self.settings)
+        if self.folder is not None:
+            description["texts"] = {
+                name: _digest(_shards(self.folder / name)[0])
+                for name in self.settings.splits()
+            }
+        return description
 
     def to(self, device: str | torch.device) -> "ActivationCache":
         """The same in a device's memory."""
@@ -443,6 +458,11 @@ def _shards(folder: Path) -> list[Path]:
 def _map_shard(file: Path) -> dict[str, torch.Tensor]:
     with safe_open(file, "pt") as shard:
         return {name: shard.get_tensor(name) for name in ("activations", "token_ids")}
+
+
+def _digest(file: Path) -> str:
+    tokens = _map_shard(file)["token_ids"].numpy()
+    return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

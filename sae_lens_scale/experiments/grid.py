@@ -16,7 +16,13 @@ from tqdm.auto import tqdm
 
 from .activations import ActivationCache, CacheSettings
 from .measures import variance
-from .records import RunRecord, held_out_variances, read, require_one_text
+from .records import (
+    RunRecord,
+    held_out_variances,
+    read,
+    read_records,
+    require_one_text,
+)
 from .settings import RunSettings
 from .training import finished_record, train_run
 
@@ -58,9 +64,7 @@ def run_grid(
         run for run in settings.values() if finished_record(run, cache, output) is None
     ]
     if missing:
-        # Settings may be the same and texts not: installed packages change.
-        found = held_out_variances(read(output)) if Path(output).is_dir() else []
-        require_one_text([*found, variance(cache.in_domain)], output)
+        _require_the_text_of(output, cache)
     threads = threads or max(1, (os.cpu_count() or 1) // workers)
     common = {"device": device, "workers": workers, "keep_weights": keep_weights}
     failed: list[str] = []
@@ -86,6 +90,23 @@ def run_grid(
         raise RuntimeError(f"{len(failed)} runs failed: {'; '.join(failed)}")
     records = (finished_record(run, cache, output) for run in settings.values())
     return [record for record in records if record is not None]
+
+
+def _require_the_text_of(output: str | Path, cache: ActivationCache) -> None:
+    # Settings may be the same and texts not: installed packages change.
+    if not Path(output).is_dir():
+        return
+    texts = (cache.describe() or {}).get("texts")
+    for record in read_records(output):
+        known = (record.cache or {}).get("texts", texts)
+        if texts and known != texts:
+            raise ValueError(
+                f"{Path(output, record.name)}.json is of other texts ({known}) than the "
+                f"activations ({texts}): use another folder"
+            )
+    # All there is to go by in records that do not name their texts.
+    found = held_out_variances(read(output))
+    require_one_text([*found, variance(cache.in_domain)], output)
 
 
 def _train_here(

@@ -58,7 +58,8 @@ class RunRecord:
         label: The architecture for people, such as "scale 64/2".
         settings: The run's settings.
         sae_cfg: The SAE's whole training config.
-        cache: Settings of the activations; None if they were not cached.
+        cache: Settings of the activations, and hashes of their texts; None if they were not
+            cached.
         environment: Machine, date and versions; ``workers`` runs shared the machine, each
             with ``threads`` threads.
         seconds: Wall time of ``initialization`` and of ``training`` (which contains the

@@ -3,13 +3,14 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sae_lens_scale.experiments.activations import (
     ActivationCache,
@@ -135,3 +136,20 @@ def test_records_of_another_text_are_refused_before_training(tmp_path: Path):
     assert len(list(tmp_path.iterdir())) == 1
     rounded = ActivationCache(Activations([x]), Activations([x[:300].bfloat16()]))
     assert len(run_grid(grid()[1:], rounded, tmp_path)) == 2
+
+
+def test_records_of_other_training_text_are_refused_before_training(
+    folder: Path, tmp_path: Path
+):
+    run_grid(grid()[1:2], ActivationCache.open(folder, CACHE), tmp_path / "runs")
+    other = tmp_path / "cache"
+    shutil.copytree(folder, other)
+    file = other / "train" / "00000.safetensors"
+    shard = load_file(file)
+    save_file({**shard, "token_ids": shard["token_ids"] + 1}, file)
+    cache = ActivationCache.open(other, CACHE)
+    with pytest.raises(ValueError, match=r"was made with texts=\{'train': '"):
+        run_grid(grid()[1:2], cache, tmp_path / "runs")
+    with pytest.raises(ValueError, match=r"k4-s0-.*json is of other texts \(\{'train"):
+        run_grid(grid()[2:], cache, tmp_path / "runs")
+    assert len(list((tmp_path / "runs").iterdir())) == 1
