@@ -10,7 +10,8 @@ INSTALLED := $(VENV)/.installed
 # An environment of its own, and a folder: what is installed is the text.
 REPRODUCTION := .venv-reproduction
 EXPERIMENT := OMP_WAIT_POLICY=PASSIVE $(REPRODUCTION)/bin/sae-lens-scale experiment
-IN_FOLDER := --folder outputs/reproduction
+# "smollm2-experts" shares the folder of "smollm2".
+FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
@@ -70,11 +71,11 @@ WORKERS ?= 2
 
 reproduce: $(REPRODUCTION)/.installed
 	for preset in $(PRESETS); do \
-		$(EXPERIMENT) cache --preset $$preset $(IN_FOLDER) && \
-		$(EXPERIMENT) run --preset $$preset $(IN_FOLDER) --workers $(WORKERS) --keep_weights && \
-		$(EXPERIMENT) evaluate --preset $$preset $(IN_FOLDER) --contexts 16 || exit; \
+		$(EXPERIMENT) cache --preset $$preset $(FOLDER_OF) && \
+		$(EXPERIMENT) run --preset $$preset $(FOLDER_OF) --workers $(WORKERS) --keep_weights && \
+		$(EXPERIMENT) evaluate --preset $$preset $(FOLDER_OF) --contexts 16 || exit; \
 	done
-	$(EXPERIMENT) report --preset $(firstword $(PRESETS)) $(IN_FOLDER) $(ARGS)
+	preset=$(firstword $(PRESETS)); $(EXPERIMENT) report --preset $$preset $(FOLDER_OF) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-matrix $(REPRODUCTION) outputs

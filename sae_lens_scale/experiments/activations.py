@@ -1,40 +1,23 @@
 """
-Activations of a language model, computed once for all the SAEs that train on them.
+Cached activations of a language model: what they are of, and how SAEs read them.
 
-The model reads a text as in SAELens's own training (its ActivationsStore makes the
-contexts), and its activations are written in the order of the text, in shards. Readers map
-the shards into memory and mix them anew for each training run, over all tokens.
+They lie on disk in the order of the text, in shards (:mod:`.caching` writes them). Readers
+map the shards into memory and mix them anew for each training run, over all tokens.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset, IterableDataset
-from sae_lens import HookedSAETransformer
-from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
-
-from sae_lens_scale.analysis.contexts import excluded_ids
-from sae_lens_scale.saes.files import replacing_files
-
-from .demo import load_language_model
-from .precision import fast_bfloat16
-from .text import load_text
 
 Split = Literal["train", "in_domain", "other_domain"]
 
-_MANIFEST = "manifest.json"
-_SHARD_POSITIONS = 2**15
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -68,22 +51,34 @@ class CacheSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-    def splits(self) -> dict[Split, "_SplitSettings"]:
+    def splits(self) -> dict[Split, "SplitSettings"]:
         """What is cached, each in a folder of its name."""
         common = (self.model, self.hook_name, self.context_size)
-        splits: dict[Split, _SplitSettings] = {
-            "train": _SplitSettings(*common, self.text, "train", self.train_tokens),
-            "in_domain": _SplitSettings(*common, self.text, "test", self.test_tokens),
+        splits: dict[Split, SplitSettings] = {
+            "train": SplitSettings(*common, self.text, "train", self.train_tokens),
+            "in_domain": SplitSettings(*common, self.text, "test", self.test_tokens),
         }
         if self.other_text is not None:
-            splits["other_domain"] = _SplitSettings(
+            splits["other_domain"] = SplitSettings(
                 *common, self.other_text, "all", self.other_tokens
             )
         return splits
 
 
 @dataclass(frozen=True)
-class _SplitSettings:
+class SplitSettings:
+    """
+    What decides the activations of one folder.
+
+    Attributes:
+        model: As in :class:`CacheSettings`, like the next two.
+        hook_name: Hook whose activations are cached.
+        context_size: Tokens per prompt, BOS included.
+        text: What the model reads.
+        text_split: Which part of it, see :func:`.load_text`.
+        tokens: How many tokens, special ones left out.
+    """
+
     model: str
     hook_name: str
     context_size: int
@@ -92,6 +87,16 @@ class _SplitSettings:
     tokens: int
 
     def require_fit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """
+        Refuse what was made with other settings; the number of tokens may differ.
+
+        Args:
+            folder: Where the activations are, for the message.
+            manifest: Their manifest.
+
+        Raises:
+            ValueError: If a setting differs.
+        """
         for name, value in asdict(self).items():
             if name != "tokens" and manifest[name] != value:
                 raise ValueError(
@@ -224,7 +229,7 @@ class ActivationCache:
     @classmethod
     def open(cls, folder: str | Path, settings: CacheSettings) -> "ActivationCache":
         """
-        Read what :func:`cache_activations` wrote.
+        Read what :func:`.cache_activations` wrote.
 
         Args:
             folder: Its folder.
@@ -240,7 +245,7 @@ class ActivationCache:
         splits: dict[str, Activations] = {}
         for name, split in settings.splits().items():
             path = Path(folder, name)
-            manifest = _read_manifest(path)
+            manifest = read_manifest(path)
             if manifest is None:
                 raise FileNotFoundError(f"{path} holds no activations")
             split.require_fit(path, manifest)
@@ -249,7 +254,7 @@ class ActivationCache:
                     f"{path} holds {manifest['tokens']:,} tokens of {split.tokens:,}: "
                     "caching was not finished"
                 )
-            shards = [_map_shard(file)["activations"] for file in _shards(path)]
+            shards = [map_shard(file)["activations"] for file in _shards(path)]
             splits[name] = Activations(shards, split.tokens)
         return cls(**splits, settings=settings, folder=Path(folder))
 
@@ -259,15 +264,15 @@ class ActivationCache:
 
         Returns:
             The settings and, of a cache on disk, ``texts``: for each split a hash of its
-            first shard's tokens, because installed packages change what "docstrings" are.
+            tokens, because installed packages change what "docstrings" are.
         """
         if self.settings is None:
             return None
         description = asdict(self.settings)
         if self.folder is not None:
             description["texts"] = {
-                name: _digest(_shards(self.folder / name)[0])
-                for name in self.settings.splits()
+                name: _digest(self.folder / name, split.tokens)
+                for name, split in self.settings.splits().items()
             }
         return description
 
@@ -279,197 +284,22 @@ class ActivationCache:
         return ActivationCache(train, in_domain, other, self.settings, self.folder)
 
 
-def cache_activations(
-    settings: CacheSettings,
-    folder: str | Path,
-    *,
-    model: HookedSAETransformer | None = None,
-    texts: Mapping[Split, Dataset | IterableDataset] | None = None,
-    prompts_per_batch: int = 16,
-    device: str = "cpu",
-) -> ActivationCache:
-    """
-    Run the language model, and keep its activations in bfloat16 and the tokens they are of.
-
-    What is there already is not computed again: after an interruption it goes on with the
-    next shard, and a finished cache can be made longer. Special tokens are left out, as in
-    training with ``exclude_special_tokens``.
-
-    Args:
-        settings: What to cache.
-        folder: Folder of the cache.
-        model: The language model, by default loaded by its name when it is needed.
-        texts: The texts, likewise.
-        prompts_per_batch: Contexts that the model reads at once.
-        device: Where the model runs.
-
-    Returns:
-        The cache.
-
-    Raises:
-        ValueError: If the folder holds something else, or a text is too short.
-    """
-    for name, split in settings.splits().items():
-        path = Path(folder, name)
-        manifest = _read_manifest(path)
-        if manifest is not None:
-            split.require_fit(path, manifest)
-            if manifest["tokens"] >= split.tokens:
-                continue
-        if model is None:
-            model = load_language_model(settings.model, device)
-        text = (texts or {}).get(name) or load_text(split.text, split.text_split)
-        _cache_split(split, path, model, text, prompts_per_batch, device)
-    return ActivationCache.open(folder, settings)
+def map_shard(file: Path) -> dict[str, torch.Tensor]:
+    """``activations [tokens, d_in]`` and ``token_ids [tokens]`` of a file, mapped into memory."""
+    with safe_open(file, "pt") as shard:
+        return {name: shard.get_tensor(name) for name in ("activations", "token_ids")}
 
 
-def token_store(
-    model: HookedSAETransformer,
-    text: Dataset | IterableDataset,
-    hook_name: str,
-    context_size: int,
-    d_in: int = 1,
-    autocast_lm: bool = False,
-) -> ActivationsStore:
-    """
-    SAELens's store, for its ``iterable_sequences`` and ``get_activations``.
-
-    Args:
-        model: The language model.
-        text: What it reads.
-        hook_name: Hook of the activations.
-        context_size: Tokens per context, BOS included.
-        d_in: Width of the activations, if they are wanted.
-        autocast_lm: Whether they are computed in bfloat16; the residual stream stays in
-            float32.
-
-    Returns:
-        The store, at the start of the text.
-    """
-    return ActivationsStore(
-        model=model,
-        dataset=text,
-        streaming=False,
-        hook_name=hook_name,
-        hook_head_index=None,
-        context_size=context_size,
-        d_in=d_in,
-        # Of no concern to what is used of it.
-        n_batches_in_buffer=1,
-        total_training_tokens=1,
-        store_batch_size_prompts=1,
-        train_batch_size_tokens=context_size,
-        prepend_bos=True,
-        normalize_activations="none",
-        device=torch.device("cpu"),
-        dtype="float32",
-        autocast_lm=autocast_lm,
-    )
-
-
-def _cache_split(
-    split: _SplitSettings,
-    folder: Path,
-    model: HookedSAETransformer,
-    text: Dataset | IterableDataset,
-    prompts_per_batch: int,
-    device: str,
-) -> None:
-    excluded = excluded_ids(model, True)
-    known = _read_manifest(folder) or {}
-    manifest = {
-        **asdict(split),
-        "tokens": 0,
-        "dtype": "bfloat16",
-        # What was begun on another machine goes on as it began.
-        "autocast_lm": known.get("autocast_lm", True)
-        if known
-        else fast_bfloat16(device),
-        "d_in": _width(model, split.hook_name),
-        "excluded_token_ids": excluded.tolist(),
-        "versions": {n: version(n) for n in ("torch", "sae-lens", "transformer-lens")},
-    }
-    if not known:
-        _write_manifest(folder, manifest)
-    store = token_store(
-        model,
-        text,
-        split.hook_name,
-        split.context_size,
-        manifest["d_in"],
-        manifest["autocast_lm"],
-    )
-    per_shard = max(1, _SHARD_POSITIONS // split.context_size)
-    rows = 0
-    with tqdm(total=split.tokens, desc=f"Activations of {folder.name}") as bar:
-        for i in count():
-            contexts = list(islice(store.iterable_sequences, per_shard))
-            if not contexts:
-                raise ValueError(
-                    f"{split.text} ({split.text_split}) ends after {rows:,} tokens, "
-                    f"but {split.tokens:,} are wanted"
-                )
-            tokens = torch.stack(contexts)
-            token_ids = tokens.flatten()
-            keep = ~torch.isin(token_ids, excluded)
-            file = folder / f"{i:05}.safetensors"
-            if file.exists():
-                # The text itself is not kept, but this much of it is known.
-                before = _map_shard(file)["token_ids"].long()
-                if not torch.equal(before, token_ids[keep]):
-                    raise ValueError(f"{file} was made from another text")
-            else:
-                activations = torch.cat(
-                    [
-                        store.get_activations(part.to(device)).bfloat16()
-                        for part in tokens.split(prompts_per_batch)
-                    ]
-                )
-                shard = {
-                    "activations": activations.flatten(0, 1)[keep],
-                    "token_ids": token_ids[keep].int(),
-                }
-                with replacing_files(folder) as temporary:
-                    save_file(shard, temporary / file.name)
-            new = int(keep.sum())
-            rows += new
-            bar.update(new)
-            if rows >= split.tokens:
-                break
-    _write_manifest(folder, {**manifest, "tokens": rows})
-
-
-def _width(model: HookedSAETransformer, hook_name: str) -> int:
-    if hook_name not in model.hook_dict:
-        raise ValueError(f"hook_name must be a hook of the model, got {hook_name!r}")
-    _, cache = model.run_with_cache(
-        torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device),
-        names_filter=[hook_name],
-        stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),
-        prepend_bos=False,
-    )
-    return cache[hook_name].shape[2:].numel()
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a folder of activations says of itself; None if there is none."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _map_shard(file: Path) -> dict[str, torch.Tensor]:
-    with safe_open(file, "pt") as shard:
-        return {name: shard.get_tensor(name) for name in ("activations", "token_ids")}
-
-
-def _digest(file: Path) -> str:
-    tokens = _map_shard(file)["token_ids"].numpy()
-    return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / _MANIFEST
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with replacing_files(folder) as temporary:
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+def _digest(folder: Path, tokens: int) -> str:
+    token_ids = torch.cat([map_shard(file)["token_ids"] for file in _shards(folder)])
+    return hashlib.sha256(token_ids[:tokens].numpy().tobytes()).hexdigest()[:16]

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .activations import ActivationCache, CacheSettings, cache_activations
+from .activations import ActivationCache, CacheSettings
+from .caching import cache_activations
 from .evaluation import evaluate_records
 from .grid import run_grid
 from .presets import PRESETS
@@ -118,13 +119,15 @@ def _add_step(steps: Any, name: str, help: str, run: Any) -> argparse.ArgumentPa
 
 def _cache(options: argparse.Namespace) -> str:
     folder = _folder(options) / "activations"
-    cache_activations(
+    cache = cache_activations(
         _cache_settings(options),
         folder,
         prompts_per_batch=options.prompts_per_batch,
         device=options.device,
     )
-    return str(folder)
+    # Other packages make another text: whoever repeats a comparison can see it here.
+    hashes = (cache.describe() or {})["texts"].items()
+    return "\n".join([str(folder), *(f"{split}: {text}" for split, text in hashes)])
 
 
 def _run(options: argparse.Namespace) -> str:

@@ -16,7 +16,8 @@ from transformer_lens.hook_points import HookPoint
 from sae_lens_scale.analysis.contexts import excluded_ids
 from sae_lens_scale.analysis.evaluation import LossRecovered
 
-from .activations import CacheSettings, Split, token_store
+from .activations import CacheSettings, Split
+from .caching import token_store
 from .demo import load_language_model
 from .records import RunRecord, read_records
 from .text import load_text

@@ -83,6 +83,8 @@ class _Experiment:
     # Of the ablations.
     ablation_ks: tuple[int, ...]
     ablation_training: dict[str, Any]
+    # Training tokens of the runs that are about nothing else.
+    lengths: tuple[int, ...]
 
     def run(
         self, architecture: str, sae: dict[str, Any], **changes: Any
@@ -156,6 +158,20 @@ class _Experiment:
             "full", {"k": 32}, training_tokens=tokens, variant="a quarter of the tokens"
         )
         return self.preset([best, dense])
+
+    def length(self) -> Preset:
+        """What longer training brings; each run has a whole schedule."""
+        return self.preset(
+            [
+                self.run(architecture, sae, **{**changes, "training_tokens": tokens})
+                for tokens in self.lengths
+                for architecture, sae, changes in (
+                    ("scale", {"k": 32, **_BEST_SCALE}, _EARLY_DECAY),
+                    ("switch", {"k": 32, "num_experts": 32}, {}),
+                    ("topk", {"k": 32, "d_sae": self.d_in}, {}),
+                )
+            ]
+        )
 
     def experts(self) -> Preset:
         """How many of 64 experts a token selects, with and without feature scaling."""
@@ -308,6 +324,7 @@ _EXPERIMENTS = (
         authors={"lr": 1.9e-4, "dead_after_tokens": 200_000},
         ablation_ks=(8, 32),
         ablation_training={"training_tokens": 500_000},
+        lengths=(250_000, 500_000, 1_000_000, 2_000_000),
     ),
     _Experiment(
         base="paper",
@@ -331,6 +348,7 @@ _EXPERIMENTS = (
         authors={"lr": 1.6e-4},
         ablation_ks=(2, 4, 8, 16, 32, 64, 128),
         ablation_training={},
+        lengths=(10_240_000, 20_480_000, 40_960_000),
     ),
 )
 
@@ -341,6 +359,7 @@ PRESETS: dict[str, Preset] = {
         ("", experiment.main),
         ("-flops", experiment.flops),
         ("-time", experiment.time),
+        ("-length", experiment.length),
         ("-experts", experiment.experts),
         ("-scaling", experiment.scaling),
         ("-decompositions", experiment.decompositions),

@@ -22,6 +22,8 @@ from .tables import (
 
 # What labels of the SAEs start with between which the comparison puts the others.
 _SAME_COST, _SAME_WIDTH = "TopK", "Full"
+_OURS = "Scale"
+_TOKENS = "settings.training_tokens"
 _FVU = "{:.4f}".format
 _SHARE = "{:.2%}".format
 # Tables of the main grid: name, column of the records, how to write its numbers.
@@ -88,10 +90,18 @@ def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
     Raises:
         ValueError: If there is no record at all, or if they are of different texts.
     """
+    return _of_preset(_read_comparable(folder), preset)
+
+
+def _read_comparable(folder: str | Path) -> pd.DataFrame:
     runs = read(folder)
     if runs.empty:
         raise ValueError(f"{folder} has no records")
     require_one_text(held_out_variances(runs), folder)
+    return runs
+
+
+def _of_preset(runs: pd.DataFrame, preset: str) -> pd.DataFrame:
     seeds = sorted(set(runs["seed"]))
     planned = PRESETS[preset].with_seeds(seeds)
     labels = list(dict.fromkeys(run.label for run in planned))
@@ -112,7 +122,8 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         Tables in Markdown, by name; those that no record has a number for are left out.
     """
     found: dict[str, str] = {}
-    runs = preset_runs(folder, base)
+    everything = _read_comparable(folder)
+    runs = _of_preset(everything, base)
     main = set(runs["name"])
     if len(runs):
         # A Gated SAE has no k: its runs have no place in the other tables' columns.
@@ -122,7 +133,8 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             found["gated"] = l1_table(without_k)
             if table := gated_comparison(without_k, runs):
                 found["gated-comparison"] = table
-        found["comparison"] = comparison(runs)
+        if _first(runs, _OURS):
+            found["comparison"] = comparison(runs)
         counted = measured_runs(runs, "measures.flops_per_token.training.total")
         if len(counted):
             found["flops"] = flops_table(counted)
@@ -134,12 +146,17 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         if len(measured):
             found[name] = markdown(cells(measured, metric), form, "")
     for ablation, metric, form, row_name in _ABLATIONS:
-        runs = preset_runs(folder, f"{base}-{ablation}")
-        runs = runs.assign(row=runs.apply(row_name, axis="columns"))
+        runs = _of_preset(everything, f"{base}-{ablation}")
+        runs = runs.assign(row=[row_name(run) for _, run in runs.iterrows()])
         # What it has in common with other grids is no ablation yet.
         if len(set(runs["row"])) > 1 and not set(runs["name"]) <= main:
             table = markdown(cells(runs, metric, "row"), form, "")
             found[f"ablation-{ablation}"] = table
+    runs = _of_preset(everything, f"{base}-length")
+    if not set(runs["name"]) <= main:
+        found["length"] = markdown(cells(runs, "fvu", columns=_TOKENS), _FVU, "")
+        if _first(runs, _OURS):
+            found["length-comparison"] = comparison(runs, columns=_TOKENS)
     return found
 
 
@@ -171,11 +188,12 @@ def draw(
     # Here and not above: matplotlib comes with an extra that only pictures need.
     from sae_lens_scale.analysis import plots
 
-    main = preset_runs(folder, base)
+    everything = _read_comparable(folder)
+    main = _of_preset(everything, base)
     # One point makes no line.
     lines = main.loc[~main["label"].str.startswith(_SAME_WIDTH)]
-    experts = preset_runs(folder, f"{base}-experts")
-    decompositions = preset_runs(folder, f"{base}-decompositions")
+    experts = _of_preset(everything, f"{base}-experts")
+    decompositions = _of_preset(everything, f"{base}-decompositions")
     curves = read_curves(folder)
     # In the order of the other figures, which decides about colours.
     order = main["name"].loc[main["name"].isin(curves["name"])]

@@ -9,6 +9,11 @@ import pandas as pd
 _OURS = "Scale"
 # What a training step is made of; the last is their sum.
 _FLOPS = ("router", "encoder", "decoder", "backward", "total")
+# How the values of a column are written that are the columns of a table.
+_HEADERS = {
+    "k": "k = {:g}".format,
+    "settings.training_tokens": "{:,.0f} tokens".format,
+}
 _L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("L0", "l0", "{:.1f}".format),
     ("FVU", "fvu", "{:.4f}".format),
@@ -26,7 +31,7 @@ def cells(
         runs: What :func:`.records.read` returned, or some of its rows.
         metric: The column to average.
         rows: Column whose values name the rows.
-        columns: Column whose values name the columns.
+        columns: Column whose values are the columns.
 
     Returns:
         A frame of tuples ``(mean, standard deviation or NaN, runs)``, and of NaN where there
@@ -56,8 +61,8 @@ def measured_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     return runs.dropna(subset=[metric]) if metric in runs else runs.head(0)
 
 
-def _means(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    return cells(runs, metric).map(
+def _means(runs: pd.DataFrame, metric: str, columns: str = "k") -> pd.DataFrame:
+    return cells(runs, metric, columns=columns).map(
         lambda cell: cell[0] if isinstance(cell, tuple) else float("nan")
     )
 
@@ -76,7 +81,11 @@ def markdown(frame: pd.DataFrame, form: Callable[[float], str], corner: str) -> 
     """
 
     rows = [[str(row), *_written(frame.loc[row], form)] for row in frame.index]
-    return _lines([corner, *(f"k = {k:g}" for k in frame.columns)], rows)
+    return _lines([corner, *_headers(frame)], rows)
+
+
+def _headers(frame: pd.DataFrame) -> list[str]:
+    return [_HEADERS[str(frame.columns.name)](x) for x in frame.columns]
 
 
 def _written(row: pd.Series, form: Callable[[float], str]) -> list[str]:
@@ -174,22 +183,23 @@ def flops_table(runs: pd.DataFrame) -> str:
     return _lines([f"k = {k:g}", *_FLOPS], rows)
 
 
-def comparison(runs: pd.DataFrame, metric: str = "fvu") -> str:
+def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> str:
     """
     How much lower the error of the best Scale SAE is than that of others, at each k.
 
     Args:
         runs: What :func:`.records.read` returned, or some of its rows.
         metric: The error.
+        columns: What to compare at each value of: ``k`` or ``settings.training_tokens``.
 
     Returns:
-        A table in Markdown: for each k the best N/e, and by how much its mean error is
+        A table in Markdown: for each value the best N/e, and by how much its mean error is
         lower than the mean errors of the other labels.
 
     Raises:
         ValueError: If no run is of a Scale SAE.
     """
-    means = _means(runs, metric)
+    means = _means(runs, metric, columns)
     ours = [label for label in means.index if label.startswith(_OURS)]
     if not ours:
         raise ValueError(f"runs must have a {_OURS} SAE, got {[*means.index]}")
@@ -201,7 +211,7 @@ def comparison(runs: pd.DataFrame, metric: str = "fvu") -> str:
         rows.append(
             [f"lower than {label}", *("-" if x != x else f"{x:.1%}" for x in lower)]
         )
-    return _lines(["", *(f"k = {k:g}" for k in means.columns)], rows)
+    return _lines(["", *_headers(means)], rows)
 
 
 def gap_closed(
@@ -232,7 +242,7 @@ def gap_closed(
         [label, *(f"{x:.0%}" for x in (means.loc[floor] - means.loc[label]) / gap)]
         for label in means.index.difference([floor, ceiling], sort=False)
     ]
-    return _lines(["", *(f"k = {k:g}" for k in means.columns)], rows)
+    return _lines(["", *_headers(means)], rows)
 
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

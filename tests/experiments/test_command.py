@@ -10,7 +10,7 @@ from helpers import small_corpus
 from sae_lens import HookedSAETransformer
 
 from sae_lens_scale.cli import main
-from sae_lens_scale.experiments.activations import cache_activations
+from sae_lens_scale.experiments.caching import cache_activations
 from sae_lens_scale.experiments.command import select_runs
 from sae_lens_scale.experiments.flops import flops_per_token
 from sae_lens_scale.experiments.presets import PRESETS
@@ -71,7 +71,15 @@ def test_a_grid_is_trained_from_the_command_line(
     # What is there already is found, and nothing is cached or trained.
     step = ["--preset", "smollm2", "--folder", str(tmp_path), *command[6:12]]
     assert main(["experiment", "cache", *step]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'activations'}\n"
+    lines = capsys.readouterr().out.splitlines()
+    texts = (records[0].cache or {})["texts"]
+    assert lines == [
+        str(tmp_path / "activations"),
+        *(
+            f"{split}: {texts[split]}"
+            for split in ("train", "in_domain", "other_domain")
+        ),
+    ]
 
 
 @pytest.mark.parametrize(

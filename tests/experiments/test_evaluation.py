@@ -14,7 +14,8 @@ from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import SAE
 
 from sae_lens_scale.analysis.evaluation import loss_recovered
-from sae_lens_scale.experiments.activations import CacheSettings, cache_activations
+from sae_lens_scale.experiments.activations import CacheSettings
+from sae_lens_scale.experiments.caching import cache_activations
 from sae_lens_scale.experiments.evaluation import LossMeter, evaluate_records
 from sae_lens_scale.experiments.records import read, read_records
 from sae_lens_scale.experiments.settings import RunSettings

@@ -53,6 +53,8 @@ def test_tables_hold_the_main_grid_and_every_ablation(records_folder: Path):
     assert "a quarter of the tokens" in found["ablation-time"]
     assert "Switch 18" not in found["fvu"]
     assert "Switch 32 narrow" in found["ablation-redundancy"]
+    assert "| 250,000 tokens | 500,000 tokens |" in found["length"]
+    assert "lower than Switch 32" in found["length-comparison"]
 
 
 def test_tables_of_ablations_without_records_are_left_out(tmp_path: Path):
@@ -60,6 +62,15 @@ def test_tables_of_ablations_without_records_are_left_out(tmp_path: Path):
     found = tables(tmp_path, "smollm2")
     assert "ablation-decompositions" in found
     assert "ablation-gates" not in found
+
+
+def test_tables_need_no_scale_sae(tmp_path: Path):
+    write_records(tmp_path, "smollm2-length", seeds=(0,))
+    for path in tmp_path.glob("scale*"):
+        path.unlink()
+    found = tables(tmp_path, "smollm2")
+    assert {"fvu", "length"} <= set(found)
+    assert not {"comparison", "length-comparison"} & set(found)
 
 
 def test_draw_draws_every_figure(records_folder: Path, tmp_path: Path):

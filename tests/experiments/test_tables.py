@@ -57,6 +57,14 @@ def test_comparison_names_the_best_scale_sae_and_how_much_lower_it_is(
     assert line(table, "lower than TopK 576")[:4] == [f"{lower:.1%}"] * 4
 
 
+def test_comparison_of_lengths_has_a_column_for_each(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2-length")
+    table = comparison(runs, columns="settings.training_tokens")
+    tokens = [f"{n} tokens" for n in ("250,000", "500,000", "1,000,000", "2,000,000")]
+    assert line(table, "")[:4] == tokens
+    assert line(table, "lower than TopK 576")[:4] == [f"{1 - 0.125 / 0.205:.1%}"] * 4
+
+
 def test_comparison_needs_a_scale_sae(records_folder: Path):
     runs = preset_runs(records_folder, "smollm2")
     with pytest.raises(ValueError, match="must have a Scale SAE"):
