@@ -61,7 +61,9 @@ def plot_similarity_reduction(
         [metric],
         num_experts=num_experts,
     )
-    scaled, plain = (runs.loc[runs["feature_scaling"] == on] for on in (True, False))
+    scaled, plain = (
+        runs.loc[runs["feature_scaling"] == on, [*key, metric]] for on in (True, False)
+    )
     for half in (scaled, plain):
         over_seeds(half, "experts_per_token", "k", metric)  # For its check.
     pairs = scaled.merge(plain, on=key, suffixes=("", "_without"))
