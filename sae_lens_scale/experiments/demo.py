@@ -45,6 +45,8 @@ from .settings import RunSettings
 
 # Documents of a hub dataset that are held out for evaluation.
 _HELD_OUT_DOCUMENTS = 2_000
+# Held-out tokens on which the use of experts is measured.
+_USAGE_TOKENS = 8_192
 _NOT_FOR_TRAINING = ("output", "sentence", "eval_batches")
 
 
@@ -156,11 +158,12 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
                 runners[name], model, train, start, cfg.output / name, settings[name]
             )
 
+    held_out = sample_activations(model, runners["scale"], test, _USAGE_TOKENS)
     metrics = {}
     for name, runner_cfg in runners.items():
         _say(f"{name}: evaluating")
         sae = SAE.load_from_disk(cfg.output / name, device=cfg.device)
-        metrics[name] = evaluate(cfg, sae, runner_cfg, model, test)
+        metrics[name] = evaluate(cfg, sae, runner_cfg, model, test, held_out)
     result = {"settings": _json(cfg), "saes": metrics}
     _write(cfg.output / "metrics.json", json.dumps(result, indent=1))
 
@@ -334,6 +337,7 @@ def evaluate(
     runner_cfg: LanguageModelSAERunnerConfig[Any],
     model: HookedSAETransformer,
     test: Dataset | IterableDataset,
+    held_out: torch.Tensor,
 ) -> dict[str, float]:
     """
     SAELens's evaluation on held-out text, and the use of latents and experts.
@@ -344,6 +348,7 @@ def evaluate(
         runner_cfg: The runner configuration that it was trained with.
         model: The language model.
         test: The held-out text.
+        held_out: Raw activations of it, ``[tokens, d_in]``, for the use of experts.
 
     Returns:
         Metrics by name; expert metrics for mixtures only.
@@ -373,7 +378,7 @@ def evaluate(
     metrics["dead_latents"] = sae.cfg.metadata.num_dead_features / sae.cfg.d_sae
     metrics["silent_latents"] = (density == 0).double().mean().item()
     if isinstance(sae, MixtureSAE):
-        usage = expert_usage(sae, [sample_activations(model, runner_cfg, test, 8_192)])
+        usage = expert_usage(sae, [held_out])
         metrics["idle_experts"] = usage.idle_experts
         metrics["expert_entropy"] = usage.entropy
     return metrics

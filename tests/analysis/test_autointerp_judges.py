@@ -42,7 +42,7 @@ def test_a_weak_real_judge_goes_all_the_way(smollm2: HookedSAETransformer):
     folder = smollm2_folder()
     weak: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    smollm2_says = local_judge(weak.to(torch.bfloat16), tokenizer, max_new_tokens=16)
+    smollm2_says = local_judge(weak.float(), tokenizer, max_new_tokens=16)
     replies: dict[str, list[str]] = {"explain": [], "detection": [], "fuzzing": []}
 
     def judge(messages: list[dict[str, str]]) -> str:
