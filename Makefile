@@ -7,10 +7,10 @@ CONSTRAINTS := constraints.txt
 # Threads that spin while they wait starve each other on few cores.
 RUN := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-# An environment of its own, and a folder: what is installed is the text.
+# An environment of its own: what is installed is the text.
 REPRODUCTION := .venv-reproduction
 EXPERIMENT := OMP_WAIT_POLICY=PASSIVE $(REPRODUCTION)/bin/sae-lens-scale experiment
-# "smollm2-experts" shares the folder of "smollm2".
+# Of the shell's $preset: "smollm2-experts" shares the folder of "smollm2".
 FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 
 # docs/versions.md says what these are.
@@ -66,6 +66,7 @@ bench-gates: $(INSTALLED)
 	$(RUN) benchmarks/gates.py $(ARGS)
 
 # Hours; goes on where it stopped. An ablation: PRESETS=smollm2-experts, see docs/reproduction.md.
+# The report is of the folder of the first.
 PRESETS ?= smollm2
 WORKERS ?= 2
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ class SplitSettings:
     What decides the activations of one folder.
 
     Attributes:
-        model: As in :class:`CacheSettings`, like the next two.
+        model: The language model, see :class:`CacheSettings`.
         hook_name: Hook whose activations are cached.
         context_size: Tokens per prompt, BOS included.
         text: What the model reads.
@@ -263,18 +264,24 @@ class ActivationCache:
         What records tell a cache by.
 
         Returns:
-            The settings and, of a cache on disk, ``texts``: for each split a hash of its
-            tokens, because installed packages change what "docstrings" are.
+            The settings and, of a cache on disk, ``texts``: its :attr:`text_hashes`.
         """
         if self.settings is None:
             return None
-        description = asdict(self.settings)
-        if self.folder is not None:
-            description["texts"] = {
-                name: _digest(self.folder / name, split.tokens)
-                for name, split in self.settings.splits().items()
-            }
-        return description
+        texts = {} if self.folder is None else {"texts": self.text_hashes}
+        return asdict(self.settings) | texts
+
+    @cached_property
+    def text_hashes(self) -> dict[str, str]:
+        """
+        For each split a hash of the tokens that are read: what "docstrings" are changes with
+        the installed packages. Of a cache on disk only.
+        """
+        assert self.settings is not None and self.folder is not None
+        return {
+            name: _digest(self.folder / name, split.tokens)
+            for name, split in self.settings.splits().items()
+        }
 
     def to(self, device: str | torch.device) -> "ActivationCache":
         """The same in a device's memory."""
@@ -301,5 +308,9 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _digest(folder: Path, tokens: int) -> str:
-    token_ids = torch.cat([map_shard(file)["token_ids"] for file in _shards(folder)])
+    parts = []
+    for file in _shards(folder):
+        with safe_open(file, "pt") as shard:
+            parts.append(shard.get_tensor("token_ids"))
+    token_ids = torch.cat(parts)
     return hashlib.sha256(token_ids[:tokens].numpy().tobytes()).hexdigest()[:16]

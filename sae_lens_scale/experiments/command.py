@@ -126,8 +126,8 @@ def _cache(options: argparse.Namespace) -> str:
         device=options.device,
     )
     # Other packages make another text: whoever repeats a comparison can see it here.
-    hashes = (cache.describe() or {})["texts"].items()
-    return "\n".join([str(folder), *(f"{split}: {text}" for split, text in hashes)])
+    hashes = [f"{split}: {digest}" for split, digest in cache.text_hashes.items()]
+    return "\n".join([str(folder), *hashes])
 
 
 def _run(options: argparse.Namespace) -> str:

@@ -158,6 +158,7 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
                 runners[name], model, train, start, cfg.output / name, settings[name]
             )
 
+    _say(f"Reading {_USAGE_TOKENS:,} held-out tokens")
     held_out = sample_activations(model, runners["scale"], test, _USAGE_TOKENS)
     metrics = {}
     for name, runner_cfg in runners.items():

@@ -93,7 +93,8 @@ def run_grid(
 
 
 def _require_the_text_of(output: str | Path, cache: ActivationCache) -> None:
-    # Settings may be the same and texts not: installed packages change.
+    # Settings may be the same and texts not: installed packages change. And SAEs that
+    # trained on more of a text are not to be compared either.
     if not Path(output).is_dir():
         return
     texts = (cache.describe() or {}).get("texts")
@@ -101,7 +102,7 @@ def _require_the_text_of(output: str | Path, cache: ActivationCache) -> None:
         known = (record.cache or {}).get("texts", texts)
         if texts and known != texts:
             raise ValueError(
-                f"{Path(output, record.name)}.json is of other texts ({known}) than the "
+                f"{Path(output, record.name)}.json is of other tokens ({known}) than the "
                 f"activations ({texts}): use another folder"
             )
     # All there is to go by in records that do not name their texts.

@@ -160,7 +160,11 @@ class _Experiment:
         return self.preset([best, dense])
 
     def length(self) -> Preset:
-        """What longer training brings; each run has a whole schedule."""
+        """
+        What longer training brings; each run has a whole schedule.
+
+        That of the Scale SAE is the one for long runs, which loses in short ones.
+        """
         return self.preset(
             [
                 self.run(architecture, sae, **{**changes, "training_tokens": tokens})
@@ -172,6 +176,25 @@ class _Experiment:
                 )
             ]
         )
+
+    def revival(self) -> Preset:
+        """Dead latents looked after sooner than by the recipe, and with twice the weight."""
+        runs = []
+        for k in self.ks:
+            for architecture, sae, changes in (
+                ("scale", _BEST_SCALE, _EARLY_DECAY),
+                ("switch", {"num_experts": 32}, {"variant": ""}),
+            ):
+                run = self.run(architecture, {"k": k, **sae}, **changes)
+                weight = 2 * run.sae["aux_loss_coefficient"]
+                other = replace(
+                    run,
+                    dead_after_tokens=2 * run.dead_after_tokens // 5,
+                    sae={**run.sae, "aux_loss_coefficient": weight},
+                    variant=f"{run.variant} revival".strip(),
+                )
+                runs += [run, other]
+        return self.preset(runs)
 
     def experts(self) -> Preset:
         """How many of 64 experts a token selects, with and without feature scaling."""
@@ -360,6 +383,7 @@ PRESETS: dict[str, Preset] = {
         ("-flops", experiment.flops),
         ("-time", experiment.time),
         ("-length", experiment.length),
+        ("-revival", experiment.revival),
         ("-experts", experiment.experts),
         ("-scaling", experiment.scaling),
         ("-decompositions", experiment.decompositions),

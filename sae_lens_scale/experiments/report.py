@@ -10,6 +10,8 @@ import pandas as pd
 from .presets import PRESETS
 from .records import held_out_variances, read, read_curves, require_one_text
 from .tables import (
+    OURS,
+    TOKENS,
     cells,
     comparison,
     flops_table,
@@ -22,8 +24,6 @@ from .tables import (
 
 # What labels of the SAEs start with between which the comparison puts the others.
 _SAME_COST, _SAME_WIDTH = "TopK", "Full"
-_OURS = "Scale"
-_TOKENS = "settings.training_tokens"
 _FVU = "{:.4f}".format
 _SHARE = "{:.2%}".format
 # Tables of the main grid: name, column of the records, how to write its numbers.
@@ -71,6 +71,7 @@ _ABLATIONS: tuple[
     ("flops", "fvu", _FVU, lambda run: run["label"]),
     ("time", "fvu", _FVU, lambda run: run["label"]),
     ("recipe", "fvu", _FVU, lambda run: run["label"]),
+    ("revival", "fvu", _FVU, lambda run: run["label"]),
     ("redundancy", "redundancy", _SHARE, lambda run: run["label"]),
 )
 
@@ -120,6 +121,9 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
 
     Returns:
         Tables in Markdown, by name; those that no record has a number for are left out.
+
+    Raises:
+        ValueError: As :func:`preset_runs` does.
     """
     found: dict[str, str] = {}
     everything = _read_comparable(folder)
@@ -133,7 +137,7 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             found["gated"] = l1_table(without_k)
             if table := gated_comparison(without_k, runs):
                 found["gated-comparison"] = table
-        if _first(runs, _OURS):
+        if _first(runs, OURS):
             found["comparison"] = comparison(runs)
         counted = measured_runs(runs, "measures.flops_per_token.training.total")
         if len(counted):
@@ -154,9 +158,17 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             found[f"ablation-{ablation}"] = table
     runs = _of_preset(everything, f"{base}-length")
     if not set(runs["name"]) <= main:
-        found["length"] = markdown(cells(runs, "fvu", columns=_TOKENS), _FVU, "")
-        if _first(runs, _OURS):
-            found["length-comparison"] = comparison(runs, columns=_TOKENS)
+        for name, metric, form in (
+            ("length", "fvu", _FVU),
+            ("length-redundancy", "redundancy", _SHARE),
+        ):
+            measured = measured_runs(runs, metric)
+            if len(measured):
+                found[name] = markdown(
+                    cells(measured, metric, columns=TOKENS), form, ""
+                )
+        if _first(runs, OURS):
+            found["length-comparison"] = comparison(runs, columns=TOKENS)
     return found
 
 
@@ -183,7 +195,8 @@ def draw(
         Paths of the pictures.
 
     Raises:
-        ValueError: If a name is unknown, or the records do not suffice for a figure.
+        ValueError: If a name is unknown, or the records do not suffice for a figure, and as
+            :func:`preset_runs` does.
     """
     # Here and not above: matplotlib comes with an extra that only pictures need.
     from sae_lens_scale.analysis import plots

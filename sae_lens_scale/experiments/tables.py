@@ -6,13 +6,15 @@ import numpy as np
 import pandas as pd
 
 # What labels of our SAEs start with.
-_OURS = "Scale"
+OURS = "Scale"
+# The column of the records that says how long a run was.
+TOKENS = "settings.training_tokens"
 # What a training step is made of; the last is their sum.
 _FLOPS = ("router", "encoder", "decoder", "backward", "total")
 # How the values of a column are written that are the columns of a table.
 _HEADERS = {
     "k": "k = {:g}".format,
-    "settings.training_tokens": "{:,.0f} tokens".format,
+    TOKENS: "{:,.0f} tokens".format,
 }
 _L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("L0", "l0", "{:.1f}".format),
@@ -31,7 +33,8 @@ def cells(
         runs: What :func:`.records.read` returned, or some of its rows.
         metric: The column to average.
         rows: Column whose values name the rows.
-        columns: Column whose values are the columns.
+        columns: Column whose values are the columns; ``k`` and ``settings.training_tokens``
+            are those that :func:`markdown` knows how to write.
 
     Returns:
         A frame of tuples ``(mean, standard deviation or NaN, runs)``, and of NaN where there
@@ -43,7 +46,7 @@ def cells(
     values = pd.Series(
         list(summary.itertuples(index=False, name=None)), index=summary.index
     )
-    # unstack sorts, which is right for k only.
+    # unstack sorts, which is right for the columns, but not for the rows.
     return values.unstack().reindex(index=list(dict.fromkeys(measured[rows])))
 
 
@@ -185,7 +188,7 @@ def flops_table(runs: pd.DataFrame) -> str:
 
 def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> str:
     """
-    How much lower the error of the best Scale SAE is than that of others, at each k.
+    How much lower the error of the best Scale SAE is than that of others.
 
     Args:
         runs: What :func:`.records.read` returned, or some of its rows.
@@ -193,16 +196,16 @@ def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> s
         columns: What to compare at each value of: ``k`` or ``settings.training_tokens``.
 
     Returns:
-        A table in Markdown: for each value the best N/e, and by how much its mean error is
+        A table in Markdown: for each value the best one's label, and by how much its mean error is
         lower than the mean errors of the other labels.
 
     Raises:
         ValueError: If no run is of a Scale SAE.
     """
     means = _means(runs, metric, columns)
-    ours = [label for label in means.index if label.startswith(_OURS)]
+    ours = [label for label in means.index if label.startswith(OURS)]
     if not ours:
-        raise ValueError(f"runs must have a {_OURS} SAE, got {[*means.index]}")
+        raise ValueError(f"runs must have a {OURS} SAE, got {[*means.index]}")
     means = means.dropna(axis="columns", how="all", subset=ours)
     best = means.loc[ours].min()
     rows = [["best Scale SAE", *means.loc[ours].idxmin()]]

@@ -72,11 +72,11 @@ def test_a_grid_is_trained_from_the_command_line(
     step = ["--preset", "smollm2", "--folder", str(tmp_path), *command[6:12]]
     assert main(["experiment", "cache", *step]) == 0
     lines = capsys.readouterr().out.splitlines()
-    texts = (records[0].cache or {})["texts"]
+    hashes = (records[0].cache or {})["texts"]
     assert lines == [
         str(tmp_path / "activations"),
         *(
-            f"{split}: {texts[split]}"
+            f"{split}: {hashes[split]}"
             for split in ("train", "in_domain", "other_domain")
         ),
     ]
@@ -190,6 +190,22 @@ def test_the_flops_presets_have_a_Switch_SAE_of_about_equal_FLOPs(name: str, d_i
     assert narrower.encoder == scale.encoder < equal.encoder
     assert equal.total == pytest.approx(scale.total, rel=0.16)
     assert narrower.total < 0.7 * scale.total
+
+
+@pytest.mark.parametrize("base", ["smollm2", "paper"])
+def test_presets_of_one_base_share_runs(base: str):
+    main_grid = {run.name for run in PRESETS[base].runs}
+    revival = PRESETS[f"{base}-revival"].runs
+    assert {run.name for run in revival[::2]} <= main_grid
+    for plain, sooner in zip(revival[::2], revival[1::2], strict=True):
+        assert sooner.dead_after_tokens == 0.4 * plain.dead_after_tokens
+        weights = [run.sae["aux_loss_coefficient"] for run in (plain, sooner)]
+        assert weights == [1 / 8, 1 / 4]
+    length = PRESETS[f"{base}-length"].runs
+    assert len({run.training_tokens for run in length}) == len(length) / 3
+    usual = PRESETS[base].runs[0].training_tokens
+    names = {run.name for run in length if run.training_tokens == usual}
+    assert len(names) == 3 and names <= main_grid
 
 
 def test_no_preset_trains_the_same_under_two_names():

@@ -150,6 +150,6 @@ def test_records_of_other_training_text_are_refused_before_training(
     cache = ActivationCache.open(other, CACHE)
     with pytest.raises(ValueError, match=r"was made with texts=\{'train': '"):
         run_grid(grid()[1:2], cache, tmp_path / "runs")
-    with pytest.raises(ValueError, match=r"k4-s0-.*json is of other texts \(\{'train"):
+    with pytest.raises(ValueError, match=r"k4-s0-.*json is of other tokens \(\{'train"):
         run_grid(grid()[2:], cache, tmp_path / "runs")
     assert len(list((tmp_path / "runs").iterdir())) == 1

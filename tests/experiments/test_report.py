@@ -12,7 +12,9 @@ from sae_lens_scale.experiments.records import RunRecord, read, read_records
 from sae_lens_scale.experiments.report import draw, fill, preset_runs, tables
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = ROOT / "benchmarks" / "results" / "smollm2"
+RESULTS = ROOT / "benchmarks" / "results"
+# Each of one text.
+EARLIER, PINNED = RESULTS / "smollm2", RESULTS / "smollm2-pinned"
 
 
 def test_preset_runs_leaves_out_what_belongs_to_another_preset(records_folder: Path):
@@ -53,8 +55,10 @@ def test_tables_hold_the_main_grid_and_every_ablation(records_folder: Path):
     assert "a quarter of the tokens" in found["ablation-time"]
     assert "Switch 18" not in found["fvu"]
     assert "Switch 32 narrow" in found["ablation-redundancy"]
+    assert "Switch 32 revival" in found["ablation-revival"]
     assert "| 250,000 tokens | 500,000 tokens |" in found["length"]
     assert "lower than Switch 32" in found["length-comparison"]
+    assert "25.00%" in found["length-redundancy"]
 
 
 def test_tables_of_ablations_without_records_are_left_out(tmp_path: Path):
@@ -136,30 +140,40 @@ def test_report_changes_no_document_if_one_cannot_be_filled(
     assert good.read_text() == "<!-- table gap --><!-- end -->"
 
 
-def test_published_records_belong_to_presets():
+@pytest.mark.parametrize("folder", [EARLIER, PINNED])
+def test_published_records_belong_to_presets(folder: Path):
     """Their names are hashes of all settings: a changed recipe would lose them."""
     grids = [PRESETS[name] for name in PRESETS if name.startswith("smollm2")]
     planned = {run.name for grid in grids for run in grid.with_seeds()}
-    published = {path.stem for path in PUBLISHED.glob("*.json")}
+    published = {path.stem for path in folder.glob("*.json")}
     assert published
     assert not published - planned
 
 
-def test_published_losses_are_of_one_text():
+@pytest.mark.parametrize("folder", [EARLIER, PINNED])
+def test_published_losses_are_of_one_text(folder: Path):
     found = [
         record.measures["loss_recovered"]
-        for record in read_records(PUBLISHED)
+        for record in read_records(folder)
         if "loss_recovered" in record.measures
     ]
+    assert found
     for domain in ("in_domain", "other_domain"):
         losses = [loss[domain]["without_sae"] for loss in found]
         # Another CPU shows in the fifth decimal, other documents in the first or second.
         assert max(losses) - min(losses) < 1e-4
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reproduction.md"])
-def test_published_tables_are_made_from_the_published_records(page: str):
-    published = tables(PUBLISHED, "smollm2")
+@pytest.mark.parametrize(
+    ("page", "folder"),
+    [
+        ("README.md", EARLIER),
+        ("docs/reproduction.md", EARLIER),
+        ("docs/reproduction-pinned.md", PINNED),
+    ],
+)
+def test_published_tables_are_made_from_the_published_records(page: str, folder: Path):
+    published = tables(folder, "smollm2")
     text = (ROOT / page).read_text()
     assert "<!-- table" in text
     assert fill(text, published) == text
