@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from helpers import small_corpus
 from sae_lens import HookedSAETransformer
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from safetensors.torch import load_file, save_file
+from tiny_cache import SETTINGS, TEXTS
 
 from sae_lens_scale.experiments import caching as module
 from sae_lens_scale.experiments.activations import (
@@ -22,22 +21,6 @@ from sae_lens_scale.experiments.activations import (
 )
 from sae_lens_scale.experiments.caching import cache_activations
 from sae_lens_scale.experiments.precision import fast_bfloat16
-
-SETTINGS = CacheSettings(
-    model="tiny",
-    hook_name="blocks.0.hook_resid_post",
-    text="some text",
-    other_text="another text",
-    train_tokens=1_000,
-    test_tokens=300,
-    other_tokens=200,
-    context_size=32,
-)
-TEXTS: dict[Any, Dataset] = {
-    "train": small_corpus().select(range(20, 60)),
-    "in_domain": small_corpus().select(range(20)),
-    "other_domain": small_corpus().select(range(60, 80)),
-}
 
 
 @pytest.fixture

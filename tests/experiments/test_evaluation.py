@@ -8,34 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers import small_corpus
 from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import SAE
+from tiny_cache import SETTINGS, TEXTS
 
 from sae_lens_scale.analysis.evaluation import loss_recovered
-from sae_lens_scale.experiments.activations import CacheSettings
 from sae_lens_scale.experiments.caching import cache_activations
 from sae_lens_scale.experiments.evaluation import LossMeter, evaluate_records
 from sae_lens_scale.experiments.records import read, read_records
 from sae_lens_scale.experiments.settings import RunSettings
 from sae_lens_scale.experiments.training import train_run
 
-SETTINGS = CacheSettings(
-    model="tiny",
-    hook_name="blocks.0.hook_resid_post",
-    text="some text",
-    other_text="another text",
-    train_tokens=1_000,
-    test_tokens=300,
-    other_tokens=200,
-    context_size=32,
-)
-TEXTS: dict[Any, Dataset] = {
-    "train": small_corpus().select(range(20, 60)),
-    "in_domain": small_corpus().select(range(20)),
-    "other_domain": small_corpus().select(range(60, 80)),
-}
 RUNS = [
     RunSettings(architecture, sae, batch_size=64, training_tokens=640)
     for architecture, sae in (
