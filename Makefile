@@ -38,11 +38,12 @@ $(REPRODUCTION)/.installed: pyproject.toml constraints/reproduction.txt
 demo: $(INSTALLED)
 	$(RUN) examples/train_scale_smollm2.py $(ARGS)
 
-# Whole files to one process, with the models and the SAEs that their tests share.
+# Whole files to one process, with the models and the SAEs that their tests share, in the order of
+# tests/conftest.py.
 TEST_PROCESSES ?= 2
 
 test: $(INSTALLED)
-	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Each row has its own environment, made once, and the constraints of its name.
 test-matrix:

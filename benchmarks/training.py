@@ -24,13 +24,9 @@ from machine import context, markdown, read_json, write_json
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from simple_parsing import parse
 
-from sae_lens_scale.experiments.demo import (
-    DemoConfig,
-    load_language_model,
-    load_text,
-    runner_config,
-    sae_configs,
-)
+from sae_lens_scale.experiments.demo import DemoConfig, runner_config, sae_configs
+from sae_lens_scale.experiments.language_model import load_language_model
+from sae_lens_scale.experiments.text import load_text
 from sae_lens_scale.training import InterruptibleTrainingRunner
 
 # File and function of each part of a step; whatever else a step does is bookkeeping.

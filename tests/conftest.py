@@ -17,6 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_lens_scale.loading.smollm2 import load_smollm2
 
+# The files that take longest: one that began last would run alone.
+_FIRST = ("test_examples", "test_end_to_end", "test_benchmarks", "test_docs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files."""
+    items.sort(key=lambda item: item.path.stem not in _FIRST)
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> HookedSAETransformer:

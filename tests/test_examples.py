@@ -26,7 +26,7 @@ def run(name: str, *arguments: str) -> dict[str, Any]:
 
 
 DEMO_ARGUMENTS = (
-    "--training_tokens 4096 --batch_size 256 --expansion 2 --num_experts 8 "
+    "--training_tokens 2048 --batch_size 128 --expansion 2 --num_experts 8 "
     "--k 16 --context_size 64 --eval_batches 1 "
     "--prompts_per_batch 8"
 )

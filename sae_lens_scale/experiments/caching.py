@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from sae_lens import HookedSAETransformer
-from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -33,7 +32,7 @@ from .activations import (
     map_shard,
     read_manifest,
 )
-from .demo import load_language_model
+from .language_model import load_language_model, token_store
 from .precision import fast_bfloat16
 from .text import load_text
 
@@ -82,50 +81,6 @@ def cache_activations(
         text = (texts or {}).get(name) or load_text(split.text, split.text_split)
         _cache_split(split, path, model, text, prompts_per_batch, device)
     return ActivationCache.open(folder, settings)
-
-
-def token_store(
-    model: HookedSAETransformer,
-    text: Dataset | IterableDataset,
-    hook_name: str,
-    context_size: int,
-    d_in: int = 1,
-    autocast_lm: bool = False,
-) -> ActivationsStore:
-    """
-    SAELens's store, for its ``iterable_sequences`` and ``get_activations``.
-
-    Args:
-        model: The language model.
-        text: What it reads.
-        hook_name: Hook of the activations.
-        context_size: Tokens per context, BOS included.
-        d_in: Width of the activations, if they are wanted.
-        autocast_lm: Whether they are computed in bfloat16; the residual stream stays in
-            float32.
-
-    Returns:
-        The store, at the start of the text.
-    """
-    return ActivationsStore(
-        model=model,
-        dataset=text,
-        streaming=False,
-        hook_name=hook_name,
-        hook_head_index=None,
-        context_size=context_size,
-        d_in=d_in,
-        # Of no concern to what is used of it.
-        n_batches_in_buffer=1,
-        total_training_tokens=1,
-        store_batch_size_prompts=1,
-        train_batch_size_tokens=context_size,
-        prepend_bos=True,
-        normalize_activations="none",
-        device=torch.device("cpu"),
-        dtype="float32",
-        autocast_lm=autocast_lm,
-    )
 
 
 def _cache_split(

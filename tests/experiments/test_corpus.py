@@ -1,10 +1,13 @@
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
+from unittest.mock import MagicMock
 
 import pytest
 
+from sae_lens_scale.experiments import corpus
 from sae_lens_scale.experiments.corpus import docstring_corpus
+from sae_lens_scale.loading.smollm2 import CACHE_VARIABLE
 
 
 def _prose(subject: object = "anything") -> str:
@@ -20,8 +23,10 @@ def _write(folder: Path, name: str, source: str | bytes) -> None:
 
 
 def _split(split: Literal["train", "test"], root: Path, **settings: int) -> list[str]:
-    corpus = docstring_corpus(split, roots=[root], min_total_characters=0, **settings)
-    return list(corpus["text"])
+    documents = docstring_corpus(
+        split, roots=[root], min_total_characters=0, **settings
+    )
+    return list(documents["text"])
 
 
 def _texts(root: Path, **settings: int) -> list[str]:
@@ -31,6 +36,14 @@ def _texts(root: Path, **settings: int) -> list[str]:
         with suppress(RuntimeError):
             texts += _split(split, root, **settings)
     return texts
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """A cache that keeps nothing for other tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -149,3 +162,38 @@ def test_docstring_corpus_complains_when_there_is_too_little_text(packages: Path
 def test_docstring_corpus_rejects_an_unknown_split(packages: Path):
     with pytest.raises(ValueError, match="'validation'"):
         docstring_corpus("validation", roots=[packages])  # type: ignore[arg-type]
+
+
+def test_docstring_corpus_reads_the_files_once(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read = MagicMock(wraps=corpus._read)
+    monkeypatch.setattr(corpus, "_read", read)
+    first = [_split("train", packages), _split("test", packages)]
+    assert [_split("train", packages), _split("test", packages)] == first
+    assert read.call_count == 1
+    # Other settings make another text.
+    assert _texts(packages, min_characters=10_000) == []
+
+
+def test_docstring_corpus_notices_changed_files(packages: Path, cache: Path):
+    before = _split("train", packages)
+    module = packages / "package" / "module_0.py"
+    _write(packages, "package/module_0.py", f'"""{_prose("what was not there")}"""')
+    after = _texts(packages)
+    assert _prose("what was not there") in after and _prose(0) not in after
+    module.unlink()
+    assert len(_texts(packages)) == 199
+    _write(packages, "package/module_0.py", f'"""{_prose(0)}"""')
+    assert _split("train", packages) == before
+    # Of one set of folders it keeps one text.
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_docstring_corpus_needs_no_cache(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    expected = _split("train", packages)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "folder"))
+    assert _split("train", packages) == expected
