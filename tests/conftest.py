@@ -17,13 +17,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_lens_scale.loading.smollm2 import load_smollm2
 
-# The files that take longest: one that began last would run alone.
+# The files that take longest: one that began last would run alone. With several processes only
+# --no-loadscope-reorder keeps to this order.
 _FIRST = ("test_examples", "test_end_to_end", "test_benchmarks", "test_docs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files."""
-    items.sort(key=lambda item: item.path.stem not in _FIRST)
+    last = len(_FIRST)
+    order = {name: i for i, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, last))
 
 
 @pytest.fixture(scope="session")

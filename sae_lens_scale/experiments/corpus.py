@@ -11,12 +11,13 @@ import json
 import os
 import random
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -44,6 +45,15 @@ _MIN_LETTER_SHARE = 0.8
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+class _File(NamedTuple):
+    """A file to read, and what shows whether it has changed."""
+
+    root: Path
+    path: Path
+    size: int
+    mtime_ns: int
+
+
 def docstring_corpus(
     split: Literal["train", "test"],
     max_documents: int | None = None,
@@ -60,8 +70,8 @@ def docstring_corpus(
     and those of its methods). No docstring is used twice, and what is mostly code or tables is
     left out. The source is only parsed, never imported. All documents of a file are in the same
     split, so a split depends on which packages are installed, and on nothing else. The files are
-    read (for about half a minute) in the first call only, and when one has changed: the documents
-    are kept in the cache, which ``SAE_LENS_SCALE_CACHE`` names.
+    read (for about half a minute) when this is called for the first time, and when one has
+    changed: the documents are kept in the cache, which ``SAE_LENS_SCALE_CACHE`` names.
 
     Args:
         split: ``"train"``, or ``"test"`` for the 5 % of the files that are held out.
@@ -85,7 +95,7 @@ def docstring_corpus(
     if roots is None:
         roots = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     # The same folder twice (purelib and platlib often are) would be read twice.
-    folders = tuple(dict.fromkeys(map(Path, roots)))
+    folders = list(dict.fromkeys(Path(root).absolute() for root in roots))
     splits = _read_once(folders, min_characters, max_characters)
     total = sum(len(text) for texts in splits.values() for text in texts)
     if total < min_total_characters or not splits[split]:
@@ -100,21 +110,20 @@ def docstring_corpus(
 
 
 def _read_once(
-    folders: tuple[Path, ...], min_characters: int, max_characters: int
+    folders: list[Path], min_characters: int, max_characters: int
 ) -> dict[str, list[str]]:
     """Return what `_read` does, from the cache if no file has changed since it was kept."""
-    files = [(folder, path) for folder in folders for path in _python_files(folder)]
+    files = [file for folder in folders for file in _python_files(folder)]
     settings = (min_characters, max_characters)
-    name = _digest((*map(str, folders), *settings))
-    cached = default_cache_dir() / f"docstrings-{name}.json"
-    # This file, too: it decides what becomes of the others.
-    state = _digest([_stamp(path) for path in (Path(__file__), *(p for _, p in files))])
-    if cached.exists():
+    cached = default_cache_dir() / f"docstrings-{_digest((folders, settings))}.json"
+    # What becomes of the files is decided by this one and by Python's parser.
+    state = _digest((files, Path(__file__).read_bytes(), sys.version_info[:3]))
+    # A cache that cannot be read, or written, costs time and nothing else.
+    with suppress(OSError, ValueError, LookupError, TypeError):
         kept = json.loads(cached.read_text())
         if kept["state"] == state:
             return kept["splits"]
     splits = _read(files, *settings)
-    # The text is as good where nothing can be kept.
     with suppress(OSError), replacing_files(cached.parent) as temporary:
         kept = json.dumps({"state": state, "splits": splits})
         (temporary / cached.name).write_text(kept)
@@ -125,41 +134,37 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
-    stat = path.stat()
-    return str(path), stat.st_size, stat.st_mtime_ns
-
-
 def _read(
-    files: list[tuple[Path, Path]], min_characters: int, max_characters: int
+    files: list[_File], min_characters: int, max_characters: int
 ) -> dict[str, list[str]]:
-    """Return the documents of each split, in the order of the files, given with their folders."""
+    """Return the documents of each split, in the order of the files."""
     splits: dict[str, list[str]] = {"train": [], "test": []}
     seen: set[str] = set()
     with _no_garbage_collection(), warnings.catch_warnings():
         # The parser warns of each dubious escape in other people's files.
         warnings.simplefilter("ignore")
-        for folder, path in tqdm(files, desc="Reading docstrings", unit="file"):
-            split = "test" if _is_test(path.relative_to(folder)) else "train"
+        for file in tqdm(files, desc="Reading docstrings", unit="file"):
+            split = "test" if _is_test(file.path.relative_to(file.root)) else "train"
             splits[split] += [
                 document
-                for document in _documents(path, seen, max_characters)
+                for document in _documents(file.path, seen, max_characters)
                 if len(document) >= min_characters and _is_prose(document)
             ]
     return splits
 
 
-def _python_files(root: str | Path) -> Iterator[Path]:
+def _python_files(root: Path) -> Iterator[_File]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
         for name in sorted(names):
+            if not name.endswith(".py") or name.startswith("test_"):
+                continue
             path = Path(folder, name)
-            if (
-                name.endswith(".py")
-                and not name.startswith("test_")
-                and path.stat().st_size <= _MAX_FILE_BYTES
-            ):
-                yield path
+            # Some are links to what is not there.
+            with suppress(OSError):
+                stat = path.stat()
+                if stat.st_size <= _MAX_FILE_BYTES:
+                    yield _File(root, path, stat.st_size, stat.st_mtime_ns)
 
 
 def _documents(path: Path, seen: set[str], max_characters: int) -> Iterator[str]:

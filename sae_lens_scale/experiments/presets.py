@@ -66,6 +66,17 @@ def run_settings(architecture: str, sae: dict[str, Any], **changes: Any) -> RunS
     return RunSettings(architecture, **{**recipe, **changes, "sae": merged})
 
 
+def _with_revival(run: RunSettings) -> RunSettings:
+    """Dead latents looked after sooner than by the recipe, and with twice the weight."""
+    weight = 2 * run.sae["aux_loss_coefficient"]
+    return replace(
+        run,
+        dead_after_tokens=2 * run.dead_after_tokens // 5,
+        sae={**run.sae, "aux_loss_coefficient": weight},
+        variant=f"{run.variant} revival".strip(),
+    )
+
+
 # The ablations set the fields that they are about where these are not the default, and the
 # name of a run leaves out defaults: runs that presets have in common then have one name.
 @dataclass(frozen=True)
@@ -120,8 +131,10 @@ class _Experiment:
             ]
             runs += [
                 self.run("scale", {"k": k, **_BEST_SCALE}, variant=_BEST_VARIANT),
-                self.run("scale", {"k": k, **_BEST_SCALE}, **_EARLY_DECAY),
-                self.run("switch", {"k": k, "num_experts": 32}),
+                best := self.run("scale", {"k": k, **_BEST_SCALE}, **_EARLY_DECAY),
+                _with_revival(best),
+                switch := self.run("switch", {"k": k, "num_experts": 32}),
+                _with_revival(switch),
                 self.softmax_switch({"k": k}, variant="softmax"),
                 self.softmax_switch(
                     {"k": k, **_AUTHORS_SWITCH},
@@ -176,25 +189,6 @@ class _Experiment:
                 )
             ]
         )
-
-    def revival(self) -> Preset:
-        """Dead latents looked after sooner than by the recipe, and with twice the weight."""
-        runs = []
-        for k in self.ks:
-            for architecture, sae, changes in (
-                ("scale", _BEST_SCALE, _EARLY_DECAY),
-                ("switch", {"num_experts": 32}, {"variant": ""}),
-            ):
-                run = self.run(architecture, {"k": k, **sae}, **changes)
-                weight = 2 * run.sae["aux_loss_coefficient"]
-                other = replace(
-                    run,
-                    dead_after_tokens=2 * run.dead_after_tokens // 5,
-                    sae={**run.sae, "aux_loss_coefficient": weight},
-                    variant=f"{run.variant} revival".strip(),
-                )
-                runs += [run, other]
-        return self.preset(runs)
 
     def experts(self) -> Preset:
         """How many of 64 experts a token selects, with and without feature scaling."""
@@ -383,7 +377,6 @@ PRESETS: dict[str, Preset] = {
         ("-flops", experiment.flops),
         ("-time", experiment.time),
         ("-length", experiment.length),
-        ("-revival", experiment.revival),
         ("-experts", experiment.experts),
         ("-scaling", experiment.scaling),
         ("-decompositions", experiment.decompositions),

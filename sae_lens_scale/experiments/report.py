@@ -71,7 +71,6 @@ _ABLATIONS: tuple[
     ("flops", "fvu", _FVU, lambda run: run["label"]),
     ("time", "fvu", _FVU, lambda run: run["label"]),
     ("recipe", "fvu", _FVU, lambda run: run["label"]),
-    ("revival", "fvu", _FVU, lambda run: run["label"]),
     ("redundancy", "redundancy", _SHARE, lambda run: run["label"]),
 )
 

@@ -46,8 +46,9 @@ def cells(
     values = pd.Series(
         list(summary.itertuples(index=False, name=None)), index=summary.index
     )
-    # unstack sorts, which is right for the columns, but not for the rows.
-    return values.unstack().reindex(index=list(dict.fromkeys(measured[rows])))
+    # Which order unstack leaves depends on the values that the first rows lack.
+    order = list(dict.fromkeys(measured[rows]))
+    return values.unstack().reindex(index=order).sort_index(axis="columns")
 
 
 def measured_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:

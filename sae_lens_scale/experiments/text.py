@@ -33,14 +33,15 @@ def load_text(
             with apt-get where it is not installed); a file or folder of .txt, .md and
             .html files, searched with its subfolders; "hle-biomedical" (the biomedical
             questions of Humanity's Last Exam, ``cais/hle`` on the hub, which asks its
-            users to log in); or a data set of the hub with a column "text".
+            users to log in); or a data set with a column "text", on the hub or in a folder.
         split: "train" and "test" share no document; "all" is both.
 
     Returns:
         The documents, in the column ``"text"``.
 
     Raises:
-        ValueError: ``split`` is none of the three, or a folder holds no text.
+        ValueError: ``split`` is none of the three, or there are too few texts to split.
+        FileNotFoundError: There is no such text.
         RuntimeError: Debian's package could not be fetched.
     """
     if split not in ("train", "test", "all"):
@@ -51,12 +52,13 @@ def load_text(
         return docstring_corpus(split)
     if name == "anarchism":
         name = str(fetch_anarchism())
-    if Path(name).exists():
-        documents = _read_files(Path(name))
+    if documents := _read_files(Path(name)):
         test = documents[::_HELD_OUT_ONE_IN]
         if split == "train":
             held_out = set(test)
             documents = [text for text in documents if text not in held_out]
+            if not documents:
+                raise ValueError(f"{name} must hold more than one text to hold one out")
         return Dataset.from_dict({"text": test if split == "test" else documents})
     if name == "hle-biomedical":
         return _hle_biomedical(split)
@@ -116,10 +118,7 @@ def _read_files(path: Path) -> list[str]:
         for file in files
         if file.is_file() and (file.suffix in _SUFFIXES or file == path)
     ]
-    documents = [text for text in documents if text]
-    if not documents:
-        raise ValueError(f"{path} holds no text ({', '.join(_SUFFIXES)} files)")
-    return documents
+    return [text for text in documents if text]
 
 
 def _read_file(path: Path) -> str:

@@ -66,7 +66,7 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
 
 
 def default_cache_dir() -> Path:
-    """Where downloads are kept: what ``SAE_LENS_SCALE_CACHE`` names, or the user's cache."""
+    """Where downloads and texts are kept: what ``SAE_LENS_SCALE_CACHE`` names, or the user's cache."""
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

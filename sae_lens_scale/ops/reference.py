@@ -59,20 +59,13 @@ def low_pass(
     W_low_pass: Float[torch.Tensor, "d_in d_in"] | None,
 ) -> Float[torch.Tensor, "expert_size d_in"]:
     """The low-pass part of one expert's encoder matrix (Appendix C.1)."""
-    mean = sum(M[i] for i in range(M.shape[0])) / M.shape[0]
-    rows = []
-    for j in range(M.shape[0]):
-        if decomposition == "identity":
-            row = torch.zeros_like(M[j])
-            if j < M.shape[1]:
-                row[j] = 1.0
-        elif decomposition == "learned":
-            assert W_low_pass is not None
-            row = W_low_pass @ mean
-        else:
-            row = mean
-        rows.append(row)
-    return torch.stack(rows)
+    if decomposition == "identity":
+        return torch.eye(*M.shape, dtype=M.dtype)
+    row = sum((M[i] for i in range(M.shape[0])), torch.zeros_like(M[0])) / M.shape[0]
+    if decomposition == "learned":
+        assert W_low_pass is not None
+        row = W_low_pass @ row
+    return torch.stack([row for _ in range(M.shape[0])])
 
 
 def effective_encoder(sae: ReferenceSAE) -> Float[torch.Tensor, "d_in d_sae"]:

@@ -1,3 +1,4 @@
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -39,7 +40,9 @@ def _texts(root: Path, **settings: int) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+def cache_folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A cache that keeps nothing for other tests."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
@@ -176,18 +179,46 @@ def test_docstring_corpus_reads_the_files_once(
     assert _texts(packages, min_characters=10_000) == []
 
 
-def test_docstring_corpus_notices_changed_files(packages: Path, cache: Path):
+def test_docstring_corpus_notices_changed_files(packages: Path, cache_folder: Path):
     before = _split("train", packages)
     module = packages / "package" / "module_0.py"
-    _write(packages, "package/module_0.py", f'"""{_prose("what was not there")}"""')
+    # Of the same length as before.
+    _write(packages, "package/module_0.py", f'"""{_prose("Z")}"""')
     after = _texts(packages)
-    assert _prose("what was not there") in after and _prose(0) not in after
+    assert _prose("Z") in after and _prose(0) not in after
     module.unlink()
     assert len(_texts(packages)) == 199
     _write(packages, "package/module_0.py", f'"""{_prose(0)}"""')
     assert _split("train", packages) == before
     # Of one set of folders it keeps one text.
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache_folder.iterdir())) == 1
+
+
+def test_docstring_corpus_is_read_again_by_another_reader(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _split("train", packages)
+    read = MagicMock(wraps=corpus._read)
+    monkeypatch.setattr(corpus, "_read", read)
+    monkeypatch.setattr(sys, "version_info", (3, 99, 0))
+    _split("train", packages)
+    assert read.call_count == 1
+    (tmp_path / "corpus.py").write_text("# another")
+    monkeypatch.setattr(corpus, "__file__", str(tmp_path / "corpus.py"))
+    _split("train", packages)
+    assert read.call_count == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"state": 0}'])
+def test_docstring_corpus_mends_a_broken_cache(
+    packages: Path, cache_folder: Path, content: str
+):
+    expected = _split("train", packages)
+    (cached,) = cache_folder.iterdir()
+    kept = cached.read_text()
+    cached.write_text(content)
+    assert _split("train", packages) == expected
+    assert cached.read_text() == kept
 
 
 def test_docstring_corpus_needs_no_cache(
@@ -197,3 +228,8 @@ def test_docstring_corpus_needs_no_cache(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "folder"))
     assert _split("train", packages) == expected
+
+
+def test_docstring_corpus_passes_over_links_to_nothing(packages: Path):
+    (packages / "gone.py").symlink_to(packages / "nowhere.py")
+    assert len(_texts(packages)) == 200

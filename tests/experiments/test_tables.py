@@ -48,6 +48,15 @@ def test_rows_stand_in_the_order_of_the_preset(records_folder: Path):
     ]
 
 
+def test_columns_stand_in_order_whatever_the_first_row_lacks(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["sae_cfg.k"].notna()]
+    lacks = (runs["label"] == "Scale 64/2") & (runs["k"] < 32)
+    frame = cells(runs.loc[~lacks], "fvu")
+    assert [*frame.columns] == [8, 16, 32, 64]
+    assert frame.loc["Scale 64/2"].isna().tolist() == [True, True, False, False]
+
+
 def test_comparison_names_the_best_scale_sae_and_how_much_lower_it_is(
     records_folder: Path,
 ):

@@ -28,6 +28,15 @@ def test_a_folder_is_split_by_document_without_overlap(tmp_path: Path):
     assert texts(tmp_path / "07.txt", "all") == ["Document 7."]
 
 
+def test_a_folder_of_data_files_is_a_data_set(tmp_path: Path):
+    lines = [f'{{"text": "Document {i}."}}' for i in range(2_005)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    split: Any
+    for split, numbers in (("train", range(2_000, 2_005)), ("test", range(2_000))):
+        rows: Any = list(load_text(str(tmp_path), split))
+        assert [row["text"] for row in rows] == [f"Document {i}." for i in numbers]
+
+
 def test_html_is_read_as_a_reader_sees_it(tmp_path: Path):
     (tmp_path / "page.html").write_text(
         "<html><head><title>hidden</title><style>p {}</style></head><body>\n"
@@ -38,8 +47,11 @@ def test_html_is_read_as_a_reader_sees_it(tmp_path: Path):
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(FileNotFoundError):
         load_text(str(tmp_path), "all")
+    (tmp_path / "one.txt").write_text("One text.")
+    with pytest.raises(ValueError, match="must hold more than one text"):
+        load_text(str(tmp_path / "one.txt"), "train")
     with pytest.raises(ValueError, match="split must be 'train', 'test' or 'all'"):
         texts(tmp_path, "nonsense")
     with pytest.raises(ValueError, match="'train' or 'test' for docstrings"):
