@@ -71,6 +71,19 @@ def _means(runs: pd.DataFrame, metric: str, columns: str = "k") -> pd.DataFrame:
     )
 
 
+def _paired(
+    runs: pd.DataFrame, metric: str, columns: str = "k"
+) -> Callable[..., list[float]]:
+    """A function of a column's value and of labels: their means over the seeds all of them have."""
+    by_seed = runs.pivot_table(metric, index="seed", columns=["label", columns])
+
+    def means(value: float, *labels: str) -> list[float]:
+        wanted = pd.MultiIndex.from_product([labels, [value]])
+        return by_seed.reindex(columns=wanted).dropna().mean().tolist()
+
+    return means
+
+
 def markdown(frame: pd.DataFrame, form: Callable[[float], str], corner: str) -> str:
     """
     A table of means and spreads in Markdown.
@@ -198,7 +211,7 @@ def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> s
 
     Returns:
         A table in Markdown: for each value the best one's label, and by how much its mean error is
-        lower than the mean errors of the other labels.
+        lower than the mean errors of the other labels, each over the seeds that both have.
 
     Raises:
         ValueError: If no run is of a Scale SAE.
@@ -208,13 +221,15 @@ def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> s
     if not ours:
         raise ValueError(f"runs must have a {OURS} SAE, got {[*means.index]}")
     means = means.dropna(axis="columns", how="all", subset=ours)
-    best = means.loc[ours].min()
-    rows = [["best Scale SAE", *means.loc[ours].idxmin()]]
+    best = means.loc[ours].idxmin()
+    rows = [["best Scale SAE", *best]]
+    paired = _paired(runs, metric, columns)
     for label in means.index.difference(ours, sort=False):
-        lower = 1 - best / means.loc[label]
-        rows.append(
-            [f"lower than {label}", *("-" if x != x else f"{x:.1%}" for x in lower)]
-        )
+        row = []
+        for value, name in best.items():
+            error, other = paired(value, name, label)
+            row.append(_percent(1 - error / other, 1))
+        rows.append([f"lower than {label}", *row])
     return _lines(["", *_headers(means)], rows)
 
 
@@ -231,7 +246,7 @@ def gap_closed(
         metric: The error.
 
     Returns:
-        A table in Markdown; 100 % is as good as the ceiling.
+        A table in Markdown, of the seeds that all three have; 100 % is as good as the ceiling.
 
     Raises:
         ValueError: If a label is missing.
@@ -241,12 +256,20 @@ def gap_closed(
         if label not in means.index:
             raise ValueError(f"runs must have {label!r}, got {[*means.index]}")
     means = means.dropna(axis="columns", subset=[floor, ceiling])
-    gap = means.loc[floor] - means.loc[ceiling]
-    rows = [
-        [label, *(f"{x:.0%}" for x in (means.loc[floor] - means.loc[label]) / gap)]
-        for label in means.index.difference([floor, ceiling], sort=False)
-    ]
+    means = means.dropna(axis="index", how="all")
+    paired = _paired(runs, metric)
+    rows = []
+    for label in means.index.difference([floor, ceiling], sort=False):
+        row = []
+        for value in means.columns:
+            high, low, error = paired(value, floor, ceiling, label)
+            row.append(_percent((high - error) / (high - low), 0))
+        rows.append([label, *row])
     return _lines(["", *_headers(means)], rows)
+
+
+def _percent(share: float, digits: int) -> str:
+    return "-" if share != share else f"{share:.{digits}%}"
 
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -66,6 +66,25 @@ def test_comparison_names_the_best_scale_sae_and_how_much_lower_it_is(
     assert line(table, "lower than TopK 576")[:4] == [f"{lower:.1%}"] * 4
 
 
+def test_comparisons_are_of_the_seeds_that_all_have(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["sae_cfg.k"].notna()]
+    # Seed 1 is 0.01 worse everywhere.
+    second = runs["seed"] == 1
+    runs = runs.loc[~((runs["label"] == "TopK 576") & second)]
+    runs = runs.loc[~((runs["label"] == "Switch 32") & (runs["k"] > 8))]
+    runs = runs.loc[~((runs["label"] == "Switch 32 softmax") & ~second)]
+    table = comparison(runs)
+    assert line(table, "lower than TopK 576")[0] == f"{1 - 0.08 / 0.2:.1%}"
+    assert line(table, "lower than Switch 32 authors")[0] == f"{1 - 0.085 / 0.125:.1%}"
+    assert line(table, "lower than Switch 32")[1:] == ["-", "-", "-"]
+    table = gap_closed(runs, "TopK 576", "Scale 256/8")
+    assert line(table, "Switch 32")[0] == f"{(0.2 - 0.16) / (0.2 - 0.08):.0%}"
+    assert line(table, "Switch 32")[1:] == ["-", "-", "-"]
+    # Of the seed that the floor lacks.
+    assert line(table, "Switch 32 softmax") == ["-", "-", "-", "-"]
+
+
 def test_comparison_of_lengths_has_a_column_for_each(records_folder: Path):
     runs = preset_runs(records_folder, "smollm2-length")
     table = comparison(runs, columns="settings.training_tokens")
