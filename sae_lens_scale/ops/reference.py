@@ -60,7 +60,7 @@ def low_pass(
 ) -> Float[torch.Tensor, "expert_size d_in"]:
     """The low-pass part of one expert's encoder matrix (Appendix C.1)."""
     if decomposition == "identity":
-        return torch.eye(*M.shape, dtype=M.dtype)
+        return torch.eye(*M.shape, dtype=M.dtype, device=M.device)
     row = sum((M[i] for i in range(M.shape[0])), torch.zeros_like(M[0])) / M.shape[0]
     if decomposition == "learned":
         assert W_low_pass is not None
