@@ -62,7 +62,7 @@ def write_records(folder: Path, preset: str, seeds: tuple[int, ...] = (0, 1)) ->
                 }
             ],
             in_domain={"fvu": fvu, "mse": 5 * fvu, "l0": float(k), "alive": 0.5},
-            other_domain={"fvu": 2 * fvu, "mse": 10 * fvu},
+            other_domain={"fvu": 0.1 + fvu, "mse": 0.5 + 5 * fvu},
             dead=0.1,
             measures=measures,
         ).write(folder)

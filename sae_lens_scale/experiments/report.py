@@ -137,7 +137,11 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             if table := gated_comparison(without_k, runs):
                 found["gated-comparison"] = table
         if _first(runs, OURS):
-            found["comparison"] = comparison(runs)
+            for name, metric in (
+                ("comparison", "fvu"),
+                ("comparison-other-domain", "fvu_other_domain"),
+            ):
+                found[name] = comparison(runs, metric)
         counted = measured_runs(runs, "measures.flops_per_token.training.total")
         if len(counted):
             found["flops"] = flops_table(counted)

@@ -73,15 +73,15 @@ def _means(runs: pd.DataFrame, metric: str, columns: str = "k") -> pd.DataFrame:
 
 def _paired(
     runs: pd.DataFrame, metric: str, columns: str = "k"
-) -> Callable[..., list[float]]:
-    """A function of a column's value and of labels: their means over the seeds all of them have."""
+) -> Callable[..., list[list[float]]]:
+    """A function of a column's value and of labels: a row for each seed that all of them have."""
     by_seed = runs.pivot_table(metric, index="seed", columns=["label", columns])
 
-    def means(value: float, *labels: str) -> list[float]:
+    def of_seeds(value: float, *labels: str) -> list[list[float]]:
         wanted = pd.MultiIndex.from_product([labels, [value]])
-        return by_seed.reindex(columns=wanted).dropna().mean().tolist()
+        return by_seed.reindex(columns=wanted).dropna().to_numpy().tolist()
 
-    return means
+    return of_seeds
 
 
 def markdown(frame: pd.DataFrame, form: Callable[[float], str], corner: str) -> str:
@@ -211,7 +211,8 @@ def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> s
 
     Returns:
         A table in Markdown: for each value the best one's label, and by how much its mean error is
-        lower than the mean errors of the other labels, each over the seeds that both have.
+        lower than the mean errors of the other labels, each over the seeds that both have, and
+        in parentheses seed by seed; a single seed is marked with an asterisk.
 
     Raises:
         ValueError: If no run is of a Scale SAE.
@@ -223,13 +224,18 @@ def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> s
     means = means.dropna(axis="columns", how="all", subset=ours)
     best = means.loc[ours].idxmin()
     rows = [["best Scale SAE", *best]]
+
+    def lower(error: float, other: float) -> float:
+        return 1 - error / other
+
     paired = _paired(runs, metric, columns)
-    for label in means.index.difference(ours, sort=False):
-        row = []
-        for value, name in best.items():
-            error, other = paired(value, name, label)
-            row.append(_percent(1 - error / other, 1))
-        rows.append([f"lower than {label}", *row])
+    for label in means.index:
+        row = [
+            "-" if label == name else _percent(lower, paired(value, name, label), 1)
+            for value, name in best.items()
+        ]
+        if set(row) != {"-"}:
+            rows.append([f"lower than {label}", *row])
     return _lines(["", *_headers(means)], rows)
 
 
@@ -246,7 +252,8 @@ def gap_closed(
         metric: The error.
 
     Returns:
-        A table in Markdown, of the seeds that all three have; 100 % is as good as the ceiling.
+        A table in Markdown, of the seeds that all three have, and in parentheses seed by seed, a
+        single seed marked with an asterisk; 100 % is as good as the ceiling.
 
     Raises:
         ValueError: If a label is missing.
@@ -258,18 +265,33 @@ def gap_closed(
     means = means.dropna(axis="columns", subset=[floor, ceiling])
     means = means.dropna(axis="index", how="all")
     paired = _paired(runs, metric)
-    rows = []
-    for label in means.index.difference([floor, ceiling], sort=False):
-        row = []
-        for value in means.columns:
-            high, low, error = paired(value, floor, ceiling, label)
-            row.append(_percent((high - error) / (high - low), 0))
-        rows.append([label, *row])
+
+    def closed(high: float, low: float, error: float) -> float:
+        return (high - error) / (high - low)
+
+    rows = [
+        [
+            label,
+            *(
+                _percent(closed, paired(value, floor, ceiling, label), 0)
+                for value in means.columns
+            ),
+        ]
+        for label in means.index.difference([floor, ceiling], sort=False)
+    ]
     return _lines(["", *_headers(means)], rows)
 
 
-def _percent(share: float, digits: int) -> str:
-    return "-" if share != share else f"{share:.{digits}%}"
+def _percent(
+    share: Callable[..., float], seeds: Sequence[Sequence[float]], digits: int
+) -> str:
+    """A share of the means over seeds, and of each seed's values."""
+    if not seeds:
+        return "-"
+    mean = f"{share(*np.mean(seeds, axis=0)):.{digits}%}"
+    if len(seeds) == 1:
+        return f"{mean}*"
+    return f"{mean} ({', '.join(f'{100 * share(*s):.{digits}f}' for s in seeds)})"
 
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

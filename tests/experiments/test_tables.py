@@ -62,8 +62,9 @@ def test_comparison_names_the_best_scale_sae_and_how_much_lower_it_is(
 ):
     table = comparison(preset_runs(records_folder, "smollm2"))
     assert line(table, "best Scale SAE")[:4] == ["Scale 256/8"] * 4
-    lower = 1 - 0.085 / 0.205
-    assert line(table, "lower than TopK 576")[:4] == [f"{lower:.1%}"] * 4
+    # Seed by seed 1 - 0.08 / 0.2 and 1 - 0.09 / 0.21.
+    lower = f"{1 - 0.085 / 0.205:.1%} (60.0, 57.1)"
+    assert line(table, "lower than TopK 576")[:4] == [lower] * 4
 
 
 def test_comparisons_are_of_the_seeds_that_all_have(records_folder: Path):
@@ -75,14 +76,27 @@ def test_comparisons_are_of_the_seeds_that_all_have(records_folder: Path):
     runs = runs.loc[~((runs["label"] == "Switch 32") & (runs["k"] > 8))]
     runs = runs.loc[~((runs["label"] == "Switch 32 softmax") & ~second)]
     table = comparison(runs)
-    assert line(table, "lower than TopK 576")[0] == f"{1 - 0.08 / 0.2:.1%}"
-    assert line(table, "lower than Switch 32 authors")[0] == f"{1 - 0.085 / 0.125:.1%}"
+    assert line(table, "lower than TopK 576")[0] == f"{1 - 0.08 / 0.2:.1%}*"
+    lower = f"{1 - 0.085 / 0.125:.1%} (33.3, 30.8)"
+    assert line(table, "lower than Switch 32 authors")[0] == lower
     assert line(table, "lower than Switch 32")[1:] == ["-", "-", "-"]
     table = gap_closed(runs, "TopK 576", "Scale 256/8")
-    assert line(table, "Switch 32")[0] == f"{(0.2 - 0.16) / (0.2 - 0.08):.0%}"
+    assert line(table, "Switch 32")[0] == f"{(0.2 - 0.16) / (0.2 - 0.08):.0%}*"
     assert line(table, "Switch 32")[1:] == ["-", "-", "-"]
     # Of the seed that the floor lacks.
     assert line(table, "Switch 32 softmax") == ["-", "-", "-", "-"]
+
+
+def test_comparison_with_other_scale_saes_leaves_the_best_itself_out(
+    records_folder: Path,
+):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["label"].isin(["Scale 64/2", "Scale 256/8", "TopK 576"])]
+    first = (runs["label"] == "Scale 64/2") & (runs["k"] == 8)
+    table = comparison(runs.assign(fvu=runs["fvu"].mask(first, 0.05)))
+    assert line(table, "best Scale SAE") == ["Scale 64/2", *["Scale 256/8"] * 3]
+    lower = f"{1 - 0.085 / 0.105:.1%} (20.0, 18.2)"
+    assert line(table, "lower than Scale 64/2") == ["-", *[lower] * 3]
 
 
 def test_comparison_of_lengths_has_a_column_for_each(records_folder: Path):
@@ -90,7 +104,8 @@ def test_comparison_of_lengths_has_a_column_for_each(records_folder: Path):
     table = comparison(runs, columns="settings.training_tokens")
     tokens = [f"{n} tokens" for n in ("250,000", "500,000", "1,000,000", "2,000,000")]
     assert line(table, "")[:4] == tokens
-    assert line(table, "lower than TopK 576")[:4] == [f"{1 - 0.125 / 0.205:.1%}"] * 4
+    lower = f"{1 - 0.125 / 0.205:.1%} (40.0, 38.1)"
+    assert line(table, "lower than TopK 576")[:4] == [lower] * 4
 
 
 def test_comparison_needs_a_scale_sae(records_folder: Path):
@@ -102,7 +117,8 @@ def test_comparison_needs_a_scale_sae(records_folder: Path):
 def test_gap_closed_is_a_share_of_what_lies_between(records_folder: Path):
     runs = preset_runs(records_folder, "smollm2")
     table = gap_closed(runs, "TopK 576", "Scale 256/8")
-    assert line(table, "Switch 32")[0] == f"{(0.205 - 0.165) / (0.205 - 0.085):.0%}"
+    closed = f"{(0.205 - 0.165) / (0.205 - 0.085):.0%} (33, 33)"
+    assert line(table, "Switch 32")[0] == closed
     with pytest.raises(ValueError, match="must have 'TopK 9'"):
         gap_closed(runs, "TopK 9", "Scale 256/8")
 
