@@ -77,7 +77,8 @@ reproduce: $(REPRODUCTION)/.installed
 		$(EXPERIMENT) run --preset $$preset $(FOLDER_OF) --workers $(WORKERS) --keep_weights && \
 		$(EXPERIMENT) evaluate --preset $$preset $(FOLDER_OF) --contexts 16 || exit; \
 	done
-	preset=$(firstword $(PRESETS)); $(EXPERIMENT) report --preset $$preset $(FOLDER_OF) $(ARGS)
+	preset=$(firstword $(PRESETS)); $(EXPERIMENT) report --preset $$preset $(FOLDER_OF) \
+		--images outputs/reproduction/$${preset%%-*}/figures $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-matrix $(REPRODUCTION) outputs

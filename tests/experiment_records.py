@@ -24,7 +24,10 @@ def write_records(folder: Path, preset: str, seeds: tuple[int, ...] = (0, 1)) ->
             "redundancy": {"share_above": 0.25},
             "activation_similarity": {"similarity": 0.1 + 0.01 * run.seed},
             "overlap_histogram": {"pairs": rng.integers(1, 9, k + 1).tolist()},
-            "loss_recovered": {"in_domain": {"score": 1 - fvu}},
+            "loss_recovered": {
+                "in_domain": {"score": 1 - fvu},
+                "other_domain": {"score": 1 - 2 * fvu},
+            },
             "flops_per_token": {
                 "training": {
                     "router": 37_000,

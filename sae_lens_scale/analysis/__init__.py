@@ -1,1 +1,32 @@
-"""What trained SAEs have learned: measurements on tensors and SAEs, and pictures."""
+"""
+What trained SAEs have learned: measurements on tensors and SAEs.
+
+Pictures are in :mod:`.plots` and automated interpretability in :mod:`.autointerp`, which need
+extras of the package.
+"""
+
+from .contexts import top_activating_contexts
+from .evaluation import loss_recovered
+from .experts import (
+    expert_coactivation,
+    expert_similarity,
+    expert_usage,
+    scaling_factors,
+)
+from .redundancy import feature_redundancy, max_cosine_similarity
+from .similarity import activation_similarity, overlap_histogram
+from .tokens import explain_tokens
+
+__all__ = [
+    "activation_similarity",
+    "expert_coactivation",
+    "expert_similarity",
+    "expert_usage",
+    "explain_tokens",
+    "feature_redundancy",
+    "loss_recovered",
+    "max_cosine_similarity",
+    "overlap_histogram",
+    "scaling_factors",
+    "top_activating_contexts",
+]

@@ -14,8 +14,11 @@ from tqdm.auto import tqdm
 
 from sae_lens_scale.saes.mixture import MixtureSAE
 
-from .activation_similarity import finite_batches
 from .redundancy import PROGRESS_DELAY, feature_redundancy, unit_rows
+from .similarity import finite_batches
+
+# Latents whose unit vectors are in memory at once: an expert may have a million.
+_BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -323,9 +326,12 @@ def _set_similarity(
     rows: Float[torch.Tensor, "n d_in"], threshold: float
 ) -> SetSimilarity:
     redundancy = feature_redundancy(rows, threshold)
-    unit, n = unit_rows(rows), len(rows)
+    n = len(rows)
+    units = map(unit_rows, rows.split(_BLOCK))
+    sums = [(unit.sum(dim=0), unit.square().sum()) for unit in units]
+    total, squares = (torch.stack(parts).sum(dim=0) for parts in zip(*sums))
     # |sum of u|^2 is the sum of u_i u_j over all i and j, i = j included.
-    cosines = unit.sum(dim=0).square().sum() - unit.square().sum()
+    cosines = total.square().sum() - squares
     return SetSimilarity(
         mean_cosine=cosines.item() / (n * (n - 1)),
         mean_max_cosine=redundancy.mean_max_cosine,

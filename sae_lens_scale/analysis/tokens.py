@@ -73,11 +73,13 @@ def explain_tokens(
     hook_name = hook_of(model, sae)
     prepend_bos = bool(sae.cfg.metadata.prepend_bos)
     tokens = model.to_tokens(text, prepend_bos=prepend_bos)
+    names = ["hook_sae_acts_post", "hook_expert_weights", "hook_expert_indices"]
     _, cache = model.run_with_cache_with_saes(
         tokens,
         saes=[sae],
         use_error_term=True,
-        names_filter=lambda name: name.startswith(f"{hook_name}.hook_"),
+        # Each that is d_sae wide and not needed would cost as much as the activations.
+        names_filter=[f"{hook_name}.{name}" for name in names],
     )
     acts = cache[f"{hook_name}.hook_sae_acts_post"][0]
     if isinstance(sae, MixtureSAE):

@@ -136,9 +136,15 @@ class Activations:
 
     def to(self, device: str | torch.device) -> "Activations":
         """The same in one piece in a device's memory, where reading costs nothing."""
-        parts = [part.to(device) for part in self._parts]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return Activations([whole], len(self))
+        first = self._parts[0]
+        # Part by part: there may be no room for all of them twice.
+        whole = torch.empty(len(self), self.d_in, dtype=first.dtype, device=device)
+        start = 0
+        for part in self._parts:
+            here = whole[start : start + len(part)]
+            here.copy_(part[: len(here)])
+            start += len(here)
+        return Activations([whole])
 
     def take(self, indices: torch.Tensor) -> torch.Tensor:
         """
@@ -248,7 +254,10 @@ class ActivationCache:
             path = Path(folder, name)
             manifest = read_manifest(path)
             if manifest is None:
-                raise FileNotFoundError(f"{path} holds no activations")
+                raise FileNotFoundError(
+                    f"{path} holds no activations: cache them first (cache_activations, "
+                    "or sae-lens-scale experiment cache)"
+                )
             split.require_fit(path, manifest)
             if manifest["tokens"] < split.tokens:
                 raise ValueError(
@@ -291,6 +300,19 @@ class ActivationCache:
         return ActivationCache(train, in_domain, other, self.settings, self.folder)
 
 
+def text_hash(token_ids: torch.Tensor) -> str:
+    """
+    What a text is known by.
+
+    Args:
+        token_ids: Its tokens without special ones, ``[tokens]``.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
+    """
+    return hashlib.sha256(token_ids.int().numpy().tobytes()).hexdigest()[:16]
+
+
 def map_shard(file: Path) -> dict[str, torch.Tensor]:
     """``activations [tokens, d_in]`` and ``token_ids [tokens]`` of a file, mapped into memory."""
     with safe_open(file, "pt") as shard:
@@ -312,5 +334,4 @@ def _digest(folder: Path, tokens: int) -> str:
     for file in _shards(folder):
         with safe_open(file, "pt") as shard:
             parts.append(shard.get_tensor("token_ids"))
-    token_ids = torch.cat(parts)
-    return hashlib.sha256(token_ids[:tokens].numpy().tobytes()).hexdigest()[:16]
+    return text_hash(torch.cat(parts)[:tokens])

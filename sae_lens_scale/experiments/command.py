@@ -4,11 +4,11 @@ import argparse
 import json
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -17,7 +17,7 @@ from .caching import cache_activations
 from .evaluation import evaluate_records
 from .grid import run_grid
 from .presets import PRESETS
-from .records import format_table, read, table, write_whole
+from .records import format_table, read, read_records, table, write_whole
 from .report import draw, fill, tables
 from .settings import RunSettings
 
@@ -88,7 +88,10 @@ def add_experiment(commands: Any) -> None:
     )
     report.add_argument("--images", type=Path, help="folder for the figures")
     report.add_argument(
-        "--figures", nargs="+", help="names of those to draw, such as figure-3a"
+        "--figures",
+        nargs="+",
+        help="names of those to draw, such as figure-3a; by default all that the records "
+        "suffice for",
     )
 
 
@@ -162,7 +165,14 @@ def _evaluate(options: argparse.Namespace) -> str:
         contexts=options.contexts,
         device=options.device,
     )
-    return f"{len(records)} records in {folder / 'runs'} were evaluated"
+    evaluated = f"{len(records)} records in {folder / 'runs'} were evaluated"
+    without = sum(
+        "loss_recovered" not in record.measures
+        for record in read_records(folder / "runs")
+    )
+    if without:
+        evaluated += f", {without} have no weights (experiment run --keep_weights)"
+    return evaluated
 
 
 def _report(options: argparse.Namespace) -> str:
@@ -173,7 +183,8 @@ def _report(options: argparse.Namespace) -> str:
     for path, text in filled.items():
         write_whole(path, text)
     if options.images is not None:
-        draw(records, base, options.images, options.figures)
+        drawn = draw(records, base, options.images, options.figures)
+        found["figures"] = "\n".join(map(str, drawn))
     return "\n\n".join(f"{name}\n\n{text}" for name, text in found.items())
 
 
@@ -202,11 +213,14 @@ def select_runs(
         names = ", ".join(run.name for run in runs)
         raise ValueError(f"no run's name contains {only!r}: {names}")
     parsed = [_parse_change(change) for change in changes]
-    for name, _ in parsed:
+    names = [name for name, _ in parsed]
+    for name in names:
         if not any(name in _settable(run) for run in selected):
             raise ValueError(f"{name!r} is neither a setting nor a field of any SAE")
+        if names.count(name) > 1:
+            raise ValueError(f"{name} must be set once, its values separated by commas")
     varied = [
-        _changed(run, dict(zip((name for name, _ in parsed), values, strict=True)))
+        _changed(run, dict(zip(names, values, strict=True)))
         for run in selected
         for values in product(*(values for _, values in parsed))
     ]
@@ -214,15 +228,33 @@ def select_runs(
 
 
 def _settable(run: RunSettings) -> set[str]:
-    return {f.name for f in fields(run)} | run.sae_fields()
+    return {*get_type_hints(type(run)), *run.sae_fields()}
 
 
 def _changed(run: RunSettings, changes: dict[str, Any]) -> RunSettings:
-    settings = {f.name for f in fields(run)}
-    fields_of_sae = run.sae_fields()
-    sae = {n: v for n, v in changes.items() if n not in settings and n in fields_of_sae}
-    own = {n: v for n, v in changes.items() if n in settings}
-    return replace(run, **{"sae": {**run.sae, **sae}, **own})
+    own, of_sae = get_type_hints(type(run)), run.sae_fields()
+    sae = {
+        name: _typed(name, value, of_sae[name])
+        for name, value in changes.items()
+        if name not in own and name in of_sae
+    }
+    changed = {
+        name: _typed(name, value, own[name])
+        for name, value in changes.items()
+        if name in own
+    }
+    return replace(run, **{"sae": {**run.sae, **sae}, **changed})
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """Whole numbers may be written as 1e6; other values stay as they are."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is not int or not isinstance(value, float):
+        return value
+    if not value.is_integer():
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    return int(value)
 
 
 def _parse_change(change: str) -> tuple[str, list[Any]]:
@@ -244,14 +276,14 @@ def _parse_value(text: str) -> Any:
 
 def _cache_settings(options: argparse.Namespace) -> CacheSettings:
     settings = PRESETS[options.preset].cache
-    known = {f.name for f in fields(CacheSettings)}
+    known = get_type_hints(CacheSettings)
     for change in options.cache:
         name, values = _parse_change(change)
         if name not in known or len(values) > 1:
             raise ValueError(
                 f"--cache must set one of {', '.join(sorted(known))}, got {change!r}"
             )
-        settings = replace(settings, **{name: values[0]})
+        settings = replace(settings, **{name: _typed(name, values[0], known[name])})
     return settings
 
 

@@ -1,8 +1,8 @@
 """What is measured on finished runs with the language model, loaded once for all."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from sae_lens_scale.analysis.contexts import excluded_ids
 from sae_lens_scale.analysis.evaluation import LossRecovered
 
-from .activations import CacheSettings, Split
+from .activations import CacheSettings, Split, SplitSettings, text_hash
 from .language_model import load_language_model, token_store
 from .records import RunRecord, read_records
 from .text import load_text
@@ -33,6 +33,9 @@ class LossMeter:
         model: The language model.
         hook_name: Hook of the SAEs.
         batches: Token ids, each ``[contexts, tokens]``.
+
+    Raises:
+        ValueError: If zeros at the hook do not change the loss.
     """
 
     def __init__(
@@ -49,6 +52,11 @@ class LossMeter:
             self._predictions += int((~torch.isin(batch[:, :-1], self._special)).sum())
         self._without_sae = self._cross_entropy(lambda x, _: x)
         self._with_ablation = self._cross_entropy(lambda x, _: torch.zeros_like(x))
+        if self._with_ablation == self._without_sae:
+            raise ValueError(
+                f"zeros at {hook_name} must change the model's loss, got "
+                f"{self._without_sae} with and without"
+            )
 
     def is_of_text(self, without_sae: float) -> bool:
         """
@@ -140,7 +148,8 @@ def evaluate_records(
     Raises:
         FileNotFoundError: If there is no such folder.
         ValueError: If a text is too short, or not the one that other records of the folder
-            were evaluated on.
+            were evaluated on; or if a run's activations were of other settings, or its
+            held-out text of other documents.
     """
     if contexts < 1:
         raise ValueError(f"contexts must be positive, got {contexts}")
@@ -153,6 +162,8 @@ def evaluate_records(
             pending.append(record)
     if not pending:
         return []
+    for record in pending:
+        _require_same_settings(record, settings)
     model = model or load_language_model(settings.model, device)
     meters: dict[Split, LossMeter] = {}
     for name, split in settings.splits().items():
@@ -160,12 +171,16 @@ def evaluate_records(
             continue
         text = (texts or {}).get(name) or load_text(split.text, split.text_split)
         store = token_store(model, text, split.hook_name, split.context_size)
-        rows = list(islice(store.iterable_sequences, contexts))
+        sequences = iter(store.iterable_sequences)
+        rows = list(islice(sequences, contexts))
         if len(rows) < contexts:
             raise ValueError(
                 f"contexts must be at most the {len(rows)} of {split.text} "
                 f"({split.text_split}), got {contexts}"
             )
+        _require_text_of(
+            pending, name, split, chain(rows, sequences), excluded_ids(model, True)
+        )
         batches = torch.stack(rows).split(prompts_per_batch)
         meters[name] = LossMeter(model, split.hook_name, list(batches))
         for record in finished:
@@ -182,3 +197,41 @@ def evaluate_records(
         record.measures["loss_recovered"] = {"contexts": contexts, **results}
         record.write(output)
     return pending
+
+
+def _require_same_settings(record: RunRecord, settings: CacheSettings) -> None:
+    known = record.cache or {}
+    for name, value in asdict(settings).items():
+        # Nothing is evaluated on what SAEs train on.
+        if name != "train_tokens" and known.get(name, value) != value:
+            raise ValueError(
+                f"{record.name} was trained with {name}={known[name]!r}, and cannot be "
+                f"evaluated with {value!r}"
+            )
+
+
+def _require_text_of(
+    records: Sequence[RunRecord],
+    name: Split,
+    split: SplitSettings,
+    sequences: Iterable[torch.Tensor],
+    excluded: torch.Tensor,
+) -> None:
+    """Refuse documents other than those that a run's error was measured on."""
+    texts = {r.name: (r.cache or {}).get("texts", {}).get(name) for r in records}
+    if not any(texts.values()):
+        return
+    parts, tokens = [], 0
+    for sequence in sequences:
+        parts.append(sequence[~torch.isin(sequence, excluded)])
+        tokens += len(parts[-1])
+        if tokens >= split.tokens:
+            break
+    found = text_hash(torch.cat(parts)[: split.tokens])
+    for run, text in texts.items():
+        if text not in (None, found):
+            raise ValueError(
+                f"{run} was measured on another text ({text}) than the {split.text} "
+                f"({split.text_split}) of today ({found}): use the packages that were "
+                "installed then, or train in another folder"
+            )

@@ -27,6 +27,8 @@ Gated                    encoder 3 M, decoder 2 M:   8 M: the gate's own product
                          own reconstruction
 ======================== =========================== ==============================
 
+A router whose gates are 1 and whose loads are not balanced has no backward pass.
+
 Without training there is no backward pass, a Gated SAE needs encoder 2 M and decoder M,
 omega is part of the encoder, and a mixture decodes k latents (its ``forward``;
 ``decode(encode(x))`` multiplies d_sae-wide activations where it runs on a GPU).
@@ -141,9 +143,12 @@ def _mixture(cfg: MixtureSAEConfig, most_dead: int) -> _Products:
     sparse = cfg.use_sparse_activations
     # How many factors of a product with x - b_dec need a gradient.
     factors = 1 + cfg.apply_b_dec_to_input
-    encoder, decoder, backward = active, k, experts + 3 * k
+    # Nothing tells the router anything if gates are 1 and loads are not balanced.
+    learns = cfg.gate != "uniform" or cfg.load_balance_coefficient > 0
+    encoder, decoder, backward = active, k, experts * learns + 3 * k
     if not sparse:
-        decoder, backward = cfg.d_sae, experts + factors * active + 2 * cfg.d_sae
+        decoder = cfg.d_sae
+        backward = experts * learns + factors * active + 2 * cfg.d_sae
     decomposition = None
     if isinstance(cfg, ScaleTrainingSAEConfig) and cfg.feature_scaling:
         decomposition = cfg.decomposition

@@ -65,6 +65,17 @@ def run_grid(
     ]
     if missing:
         _require_the_text_of(output, cache)
+    if keep_weights:
+        kept = {run.name for run in missing}
+        without = [
+            n for n in settings if n not in kept and not Path(output, n).is_dir()
+        ]
+        if without:
+            tqdm.write(
+                f"{len(without)} runs were trained without keeping their weights; to train "
+                f"them again, move their records away: {', '.join(without)}",
+                file=sys.stderr,
+            )
     threads = threads or max(1, (os.cpu_count() or 1) // workers)
     common = {"device": device, "workers": workers, "keep_weights": keep_weights}
     failed: list[str] = []

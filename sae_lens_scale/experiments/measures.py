@@ -8,11 +8,6 @@ import torch
 from sae_lens.saes.sae import SAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae_lens_scale.analysis.activation_similarity import (
-    activation_similarity,
-    active_latents,
-    overlap_histogram,
-)
 from sae_lens_scale.analysis.experts import (
     expert_coactivation,
     expert_similarity,
@@ -20,6 +15,11 @@ from sae_lens_scale.analysis.experts import (
     scaling_factors,
 )
 from sae_lens_scale.analysis.redundancy import feature_redundancy
+from sae_lens_scale.analysis.similarity import (
+    activation_similarity,
+    active_latents,
+    overlap_histogram,
+)
 from sae_lens_scale.saes.mixture import MixtureSAE
 
 from .activations import Activations
@@ -177,18 +177,24 @@ def further_measures(
         counts: Their :func:`firing_counts`.
 
     Returns:
-        Results that JSON can hold.
+        Results that JSON can hold. Of a collapsed SAE those that need latents that fire are
+        left out.
     """
-    sample = activations.sample(_SIMILARITY_TOKENS).split(_BATCH)
+    drawn = activations.sample(_SIMILARITY_TOKENS)
+    sample = drawn.split(_BATCH)
     num_experts = sae.cfg.num_experts if isinstance(sae, MixtureSAE) else 1
+    alive = counts > 0
     redundancy = feature_redundancy(
-        sae.W_dec, alive=counts > 0, num_experts=num_experts
+        sae.W_dec, alive=alive if alive.sum() > 1 else None, num_experts=num_experts
     )
     measures: dict[str, Any] = {
         "redundancy": asdict(redundancy),
-        "activation_similarity": asdict(activation_similarity(sae, sample)),
         "overlap_histogram": asdict(overlap_histogram(sae, sample)),
     }
+    # Without a k, similarity is relative to the mean L0: a collapsed SAE has none.
+    if hasattr(sae.cfg, "k") or firing_counts(sae, Activations([drawn])).any():
+        similarity = activation_similarity(sae, sample)
+        measures["activation_similarity"] = asdict(similarity)
     if isinstance(sae, MixtureSAE) and num_experts > 1:
         usage = expert_usage(sae, activations.batches(_BATCH))
         measures["expert_usage"] = asdict(usage)

@@ -88,7 +88,8 @@ def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
         order.
 
     Raises:
-        ValueError: If there is no record at all, or if they are of different texts.
+        ValueError: If there is no record at all, or if they are of different texts or of
+            different numbers of contexts.
     """
     return _of_preset(_read_comparable(folder), preset)
 
@@ -98,6 +99,14 @@ def _read_comparable(folder: str | Path) -> pd.DataFrame:
     if runs.empty:
         raise ValueError(f"{folder} has no records")
     require_one_text(held_out_variances(runs), folder)
+    evaluated = measured_runs(runs, "measures.loss_recovered.contexts")
+    if len(evaluated):
+        contexts = sorted(set(evaluated["measures.loss_recovered.contexts"]))
+        if len(contexts) > 1:
+            raise ValueError(
+                f"the losses that {folder} compares must be of as many contexts, got "
+                f"{' and '.join(f'{n:g}' for n in contexts)}: evaluate the rest again"
+            )
     return runs
 
 
@@ -192,14 +201,15 @@ def draw(
         folder: Folder of the records.
         base: The presets' base, such as "smollm2".
         images: Folder of the pictures, made if it is missing.
-        names: Which figures to draw, such as "figure-3a"; all by default.
+        names: Which figures to draw, such as "figure-3a"; by default all that the records
+            suffice for.
 
     Returns:
         Paths of the pictures.
 
     Raises:
-        ValueError: If a name is unknown, or the records do not suffice for a figure, and as
-            :func:`preset_runs` does.
+        ValueError: If a name is unknown, or the records do not suffice for a figure that was
+            named, or for any, and as :func:`preset_runs` does.
     """
     # Here and not above: matplotlib comes with an extra that only pictures need.
     from sae_lens_scale.analysis import plots
@@ -220,9 +230,25 @@ def draw(
         "figure-2": (plots.plot_scaling_factors, experts, paper),
         "figure-3a": (plots.plot_mse, lines, paper),
         "figure-3b": (plots.plot_mse_other_domain, lines, paper),
-        "figure-3c": (plots.plot_loss_recovered, lines, paper),
+        # The paper's numbers are of the other domain, as in 3b.
+        "figure-3c": (
+            plots.plot_loss_recovered,
+            lines,
+            {**paper, "metric": "loss_recovered_other_domain"},
+        ),
+        "loss-recovered": (plots.plot_loss_recovered, lines, {}),
         "figure-4a": (plots.plot_mse_by_experts, experts, paper),
+        "figure-4b": (
+            plots.plot_mse_by_experts,
+            experts,
+            {"metric": "mse_other_domain"},
+        ),
         "figure-4c": (plots.plot_loss_recovered_by_experts, experts, paper),
+        "figure-4d": (
+            plots.plot_loss_recovered_by_experts,
+            experts,
+            {"metric": "loss_recovered_other_domain"},
+        ),
         "figure-5a": (plots.plot_mse_with_scaling_by_experts, experts, paper),
         "figure-5b": (plots.plot_scaling_effect, experts, paper),
         "figure-6a": (plots.plot_expert_similarity, experts, {}),
@@ -245,20 +271,24 @@ def draw(
             {"k": 32, "title": "k = 32; seconds are CPU time"},
         ),
     }
-    names = list(figures) if names is None else names
-    unknown = sorted(set(names) - set(figures))
+    unknown = sorted(set(names or ()) - set(figures))
     if unknown:
         raise ValueError(f"figures are {', '.join(figures)}, got {unknown}")
     Path(images).mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for name in names:
+    drawn, lacking = [], []
+    for name in figures if names is None else names:
         plot, runs, options = figures[name]
         try:
             figure = plot(runs, **options)
         except ValueError as error:
-            raise ValueError(f"{name} cannot be drawn: {error}") from error
+            lacking.append(f"{name} cannot be drawn: {error}")
+            if names is not None:
+                raise ValueError(lacking[-1]) from error
+            continue
         drawn.append(Path(images, f"{name}.png"))
         figure.savefig(drawn[-1], dpi=130)
+    if not drawn:
+        raise ValueError("; ".join(lacking))
     return drawn
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -124,7 +124,7 @@ class RunSettings:
             ValueError: If the architecture is unknown, or a field is not one of its own.
         """
         cls, fixed = self._config_class()
-        unknown = sorted(set(self.sae) - self.sae_fields())
+        unknown = sorted(set(self.sae) - set(self.sae_fields()))
         if unknown or "d_sae" not in self.sae:
             raise ValueError(
                 f"sae must have d_sae and no field that {self.architecture!r} has not, "
@@ -134,11 +134,13 @@ class RunSettings:
         values = {**defaults, **self.sae, **fixed, "d_in": d_in, "device": device}
         return cls(**values)
 
-    def sae_fields(self) -> set[str]:
-        """Fields that ``sae`` may have."""
+    def sae_fields(self) -> dict[str, Any]:
+        """Fields that ``sae`` may have, and their types."""
         cls, fixed = self._config_class()
-        names = {f.name for f in fields(cls) if f.init}
-        return names - {"d_in", "device", "metadata"} - set(fixed)
+        own = {"d_in", "device", "metadata", *fixed}
+        names = [f.name for f in fields(cls) if f.init and f.name not in own]
+        types = get_type_hints(cls)
+        return {name: types[name] for name in names}
 
     def _config_class(self) -> tuple[type[TrainingSAEConfig], dict[str, Any]]:
         name, fixed = _ALIASES.get(self.architecture, (self.architecture, {}))

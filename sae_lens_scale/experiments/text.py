@@ -19,6 +19,9 @@ _HELD_OUT_DOCUMENTS = 2_000
 _HELD_OUT_ONE_IN = 20
 _ANARCHISM = Path("usr/share/doc/anarchism/html")
 _SUFFIXES = (".txt", ".md", ".html")
+# Files of a data set, and the page about it, which is no text of it.
+_DATA_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet")
+_CARD = "README.md"
 
 
 def load_text(
@@ -112,13 +115,17 @@ def fetch_anarchism() -> Path:
 
 
 def _read_files(path: Path) -> list[str]:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    documents = [
-        _read_file(file)
-        for file in files
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [
+        file
+        for file in found
         if file.is_file() and (file.suffix in _SUFFIXES or file == path)
     ]
-    return [text for text in documents if text]
+    if all(file.name == _CARD for file in files) and any(
+        file.suffix in _DATA_SUFFIXES for file in found
+    ):
+        return []
+    return [text for text in map(_read_file, files) if text]
 
 
 def _read_file(path: Path) -> str:

@@ -68,6 +68,12 @@ class GridTrainer(SAETrainer[Any, Any]):
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         output = super().step(batch)
+        # Mixtures have looked at theirs before the optimizer's step; SAELens's SAEs go on.
+        if not output.loss.isfinite():
+            raise ValueError(
+                f"the loss is not finite at training step {self.n_training_steps}, got "
+                f"{output.loss.item()}"
+            )
         for call in self.after_step:
             call(self)
         return output

@@ -203,6 +203,14 @@ def test_an_expert_that_repeats_itself_is_not_redundancy_between_experts():
     assert feature_redundancy(repeated, num_experts=8).between_experts == 1
 
 
+def test_the_memory_of_the_papers_width_is_bounded():
+    W_dec = torch.randn(24_576, 8, generator=torch.Generator().manual_seed(0))
+    with LargestResult() as watched:
+        feature_redundancy(W_dec, alive=torch.arange(24_576) % 3 > 0, num_experts=64)
+    # 16 MiB in float32, a handful of them at a time; all cosines would take 2.3 GiB.
+    assert W_dec.numel() < watched.largest <= 2**22
+
+
 def test_decoders_of_saes_dense_and_mixture_serialise():
     for sae in (TopKSAE(TopKSAEConfig(d_in=8, d_sae=30, k=3)), scale_sae()):
         alive = torch.arange(sae.cfg.d_sae) > 3

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from experiment_records import write_records
 from helpers import small_corpus
 from sae_lens import HookedSAETransformer
 
 from sae_lens_scale.cli import main
+from sae_lens_scale.experiments import command as command_module
 from sae_lens_scale.experiments.caching import cache_activations
 from sae_lens_scale.experiments.command import select_runs
 from sae_lens_scale.experiments.flops import flops_per_token
@@ -82,6 +84,26 @@ def test_a_grid_is_trained_from_the_command_line(
     ]
 
 
+def test_evaluate_says_what_has_no_weights(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    write_records(tmp_path / "runs", "smollm2-time", seeds=(0,))
+    (first, *_) = records = read_records(tmp_path / "runs")
+    del first.measures["loss_recovered"]
+    first.write(tmp_path / "runs")
+    monkeypatch.setattr(
+        command_module, "evaluate_records", lambda *_, **__: records[1:]
+    )
+    command = ["experiment", "evaluate", "--preset", "smollm2"]
+    assert main([*command, "--folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == (
+        f"{len(records) - 1} records in {tmp_path / 'runs'} were evaluated, 1 have no "
+        "weights (experiment run --keep_weights)\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -90,6 +112,13 @@ def test_a_grid_is_trained_from_the_command_line(
         ("run --set nonsense=1", "'nonsense' is neither a setting nor a field"),
         ("run --set lr", "a change must be NAME=VALUE, got 'lr'"),
         ("run --cache nonsense=1", "--cache must set one of context_size, hook_name"),
+        ("run --set lr=1e-3 lr=2e-3", "lr must be set once, its values separated by"),
+        (
+            "run --set training_tokens=1.5",
+            "training_tokens must be a whole number, got",
+        ),
+        ("run --set k=8.5", "k must be a whole number, got 8.5"),
+        ("cache --cache train_tokens=1e-3", "train_tokens must be a whole number, got"),
         ("run --workers 0", "--workers must be positive, got 0"),
         ("cache --cache train_tokens=0", "train_tokens must be positive, got 0"),
         ("evaluate --folder nowhere", "nowhere/runs is no folder"),
@@ -133,6 +162,13 @@ def test_changes_reach_settings_and_fields_of_SAEs():
     assert [run.sae.get("gate") for run in runs] == ["softmax"] * 2 + [None] * 3
     (run,) = select_runs([SCALE], ['lr_factors={"omega": 2, "W_router": 0.1}'])
     assert run.lr_factors == {"omega": 2, "W_router": 0.1}
+    # However a number is written, it is the same run.
+    short, long = (
+        select_runs([SCALE], [f"training_tokens={tokens}", f"k={k}", f"lr={lr}"])
+        for tokens, k, lr in (("1e6", "2.0", "1"), ("1000000", "2", "1.0"))
+    )
+    assert short == long
+    assert short[0].name == long[0].name
     # Runs that become the same are one.
     other = replace(SCALE, lr=1e-3)
     assert len(select_runs([SCALE, other], ["lr=1e-4"])) == 1
@@ -151,6 +187,19 @@ def test_presets_can_be_built(name: str):
         cfg = run.sae_config(d_in)
         assert cfg.d_sae in (d_in, 8 * d_in, 32 * d_in)
         assert run.training_tokens <= preset.cache.train_tokens
+
+
+def test_the_paper_preset_is_the_papers():
+    preset = PRESETS["paper"]
+    cache = preset.cache
+    assert (cache.model, cache.hook_name) == ("gpt2", "blocks.8.hook_resid_post")
+    assert (cache.text, cache.other_text) == (
+        "Skylion007/openwebtext",
+        "hle-biomedical",
+    )
+    mixtures = [run for run in preset.runs if run.architecture in ("scale", "switch")]
+    assert {run.sae["d_sae"] for run in mixtures} == {24_576}
+    assert {run.sae["k"] for run in mixtures} == {2, 4, 8, 16, 32, 64, 128}
 
 
 @pytest.mark.parametrize(("name", "d_in"), [("smollm2", 576), ("paper", 768)])

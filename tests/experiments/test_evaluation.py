@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,57 @@ def test_more_contexts_than_there_are_is_an_error(
         evaluate_records(runs, SETTINGS, contexts=0)
 
 
+def test_an_SAE_is_evaluated_on_what_it_was_measured_on(
+    runs: Path, tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    options: dict[str, Any] = {"model": tiny_model, "contexts": 3}
+    folder = tmp_path / "runs"
+    shutil.copytree(runs, folder)
+    hook = replace(SETTINGS, hook_name="blocks.1.hook_resid_pre")
+    with pytest.raises(
+        ValueError, match=f"trained with hook_name='{SETTINGS.hook_name}'"
+    ):
+        evaluate_records(folder, hook, texts=TEXTS, **options)
+    # Installed packages change, and with them what settings do not say.
+    other = {**TEXTS, "in_domain": small_corpus().select(range(20, 40))}
+    with pytest.raises(ValueError, match=r"measured on another text \(\w{16}\) than"):
+        evaluate_records(folder, SETTINGS, texts=other, **options)
+
+
+def test_what_was_evaluated_before_an_interruption_is_kept(
+    runs: Path,
+    tiny_model: HookedSAETransformer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folder = tmp_path / "runs"
+    shutil.copytree(runs, folder)
+    options: dict[str, Any] = {"model": tiny_model, "texts": TEXTS, "contexts": 3}
+    measure, calls = LossMeter.measure, []
+
+    def interrupted(meter: LossMeter, sae: SAE[Any]) -> Any:
+        calls.append(sae)
+        # Of two SAEs, each on two texts.
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(meter, sae)
+
+    monkeypatch.setattr(LossMeter, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_records(folder, SETTINGS, **options)
+    assert len(evaluate_records(folder, SETTINGS, **options)) == 1
+    assert len(calls) == 5
+
+
+def test_the_meter_needs_a_hook_that_matters(tiny_model: HookedSAETransformer):
+    tokens = torch.randint(5, 40_000, (2, 8))
+    model, hook = deepcopy(tiny_model), "blocks.0.attn.hook_z"
+    LossMeter(model, hook, [tokens])
+    dict(model.named_parameters())["blocks.0.attn.W_O"].data.zero_()
+    with pytest.raises(ValueError, match=f"zeros at {hook} must change"):
+        LossMeter(model, hook, [tokens])
+
+
 def test_records_of_another_text_are_not_added_to(
     runs: Path, tiny_model: HookedSAETransformer, tmp_path: Path
 ):
@@ -103,6 +155,9 @@ def test_records_of_another_text_are_not_added_to(
     evaluate_records(folder, SETTINGS, texts=TEXTS, **options)
     pending = read_records(folder)[0]
     del pending.measures["loss_recovered"]
+    # As of activations that were in memory only.
+    assert pending.cache
+    del pending.cache["texts"]
     pending.write(folder)
     other = {**TEXTS, "in_domain": small_corpus().select(range(20, 40))}
     with pytest.raises(ValueError, match="evaluated on another text than the some t"):

@@ -20,6 +20,7 @@ DENSE: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE}
 TOPK: dict[str, Any] = {**DENSE, "architecture": "topk", "k": K}
 MIXTURE: dict[str, Any] = {**DENSE, "k": K, "num_experts": EXPERTS}
 SCALE = {**MIXTURE, "architecture": "scale"}
+NO_ROUTING: dict[str, Any] = {"gate": "uniform", "load_balance_coefficient": 0.0}
 
 
 def _stored(matrix: torch.Tensor) -> int:
@@ -97,6 +98,12 @@ def count_per_token(
         {**DENSE, "architecture": "jumprelu"},
         {**MIXTURE, "architecture": "switch"},
         SCALE,
+        # As "full" in the experiments.
+        {**MIXTURE, "architecture": "switch", "num_experts": 1, **NO_ROUTING},
+        {**SCALE, **NO_ROUTING},
+        {**SCALE, **NO_ROUTING, "use_sparse_activations": False},
+        {**SCALE, "gate": "uniform"},
+        {**SCALE, "experts_per_token": 3, "num_shared_experts": 1},
         {**SCALE, "experts_per_token": 3},
         {**SCALE, "feature_scaling": False},
         {**SCALE, "decomposition": "identity"},
@@ -120,10 +127,10 @@ def test_training_step_costs_what_torch_counts(
 ):
     dead, most_dead = None, 0
     if with_dead:
-        # Experts have 1, 0, 1, 2, 0, 0, 1, 0 of them.
+        # Of eight experts these have 1, 0, 1, 2, 0, 0, 1, 0 of them.
         dead = torch.zeros(D_SAE, dtype=torch.bool)
         dead[[3, 13, 18, 23, 40]] = True
-        most_dead = 2 if "num_experts" in settings else 5
+        most_dead = 2 if settings.get("num_experts", 1) > 1 else 5
     flops = flops_per_token(TrainingSAEConfig.from_dict(settings), most_dead)
     assert (flops.forward, flops.backward) == count_per_token(settings, dead)
 

@@ -75,6 +75,21 @@ def test_several_processes_train_what_one_does(folder: Path, tmp_path: Path):
     assert again == together
 
 
+def test_whoever_wants_weights_hears_that_there_are_none(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cache = ActivationCache.open(folder, CACHE)
+    first, *_ = runs = grid()
+    run_grid([first], cache, tmp_path)
+    assert "weights" not in capsys.readouterr().err
+    run_grid(runs, cache, tmp_path, keep_weights=True)
+    assert (
+        f"1 runs were trained without keeping their weights; to train them again, move their records away: {first.name}"
+        in capsys.readouterr().err
+    )
+    assert [(tmp_path / run.name).is_dir() for run in runs] == [False, True, True]
+
+
 def test_an_interruption_stops_the_workers(folder: Path, tmp_path: Path):
     cache = ActivationCache.open(folder, CACHE)
 

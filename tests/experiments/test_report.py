@@ -2,9 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from experiment_records import write_records
+from matplotlib.figure import Figure
 
 from sae_lens_scale.cli import main
 from sae_lens_scale.experiments.presets import PRESETS
@@ -81,8 +83,67 @@ def test_tables_need_no_scale_sae(tmp_path: Path):
 
 def test_draw_draws_every_figure(records_folder: Path, tmp_path: Path):
     drawn = draw(records_folder, "smollm2", tmp_path / "images")
-    assert len(drawn) == 18
+    assert len(drawn) == 21
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "beside"),
+    [
+        ("figure-3a", "squared error, sum over d_in", "openwebtext"),
+        ("figure-3b", "squared error, sum over d_in, other domain", "hle-biomedical"),
+        ("figure-3c", "loss recovered, other domain", "hle-biomedical"),
+        ("loss-recovered", "loss recovered", None),
+        ("figure-4a", "squared error, sum over d_in", "openwebtext"),
+        ("figure-4b", "squared error, sum over d_in, other domain", None),
+        ("figure-4d", "loss recovered, other domain", None),
+    ],
+)
+def test_figures_show_the_domain_that_the_papers_numbers_are_of(
+    name: str,
+    shown: str,
+    beside: str | None,
+    records_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    figures: list[Figure] = []
+
+    def save(figure: Figure, path: Path, **_: Any) -> None:
+        assert path.name == f"{name}.png"
+        figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    draw(records_folder, "smollm2", tmp_path, [name])
+    measured, *paper = (axes for axes in figures[0].axes if axes.lines)
+    assert measured.get_ylabel() == shown
+    found = [axes.get_title().lower() for axes in paper]
+    assert len(found) == (beside is not None)
+    assert all(beside is not None and beside in title for title in found)
+
+
+def test_draw_leaves_out_what_records_do_not_suffice_for(tmp_path: Path):
+    write_records(tmp_path / "some", "smollm2-decompositions", seeds=(0,))
+    drawn = draw(tmp_path / "some", "smollm2", tmp_path)
+    names = {path.stem for path in drawn}
+    assert "figure-10" in names
+    assert not names & {"figure-3a", "figure-5b", "learning-curves"}
+    assert all(path.exists() for path in drawn)
+    write_records(tmp_path / "none", "smollm2-recipe", seeds=(0,))
+    with pytest.raises(
+        ValueError, match="figure-2 cannot be drawn.*; figure-10 cannot"
+    ):
+        draw(tmp_path / "none", "smollm2", tmp_path)
+
+
+def test_losses_of_different_numbers_of_contexts_are_not_compared(tmp_path: Path):
+    write_records(tmp_path, "smollm2-decompositions", seeds=(0,))
+    for contexts, path in enumerate(sorted(tmp_path.glob("*.json"))[:2], 16):
+        record = RunRecord.read(path)
+        record.measures["loss_recovered"]["contexts"] = contexts
+        record.write(tmp_path)
+    with pytest.raises(ValueError, match="as many contexts, got 16 and 17: evaluate"):
+        tables(tmp_path, "smollm2")
 
 
 def test_draw_names_the_figure_that_records_do_not_suffice_for(tmp_path: Path):

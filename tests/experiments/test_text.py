@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from sae_lens_scale.experiments import text as module
 from sae_lens_scale.experiments.text import fetch_anarchism, load_text
@@ -35,6 +36,36 @@ def test_a_folder_of_data_files_is_a_data_set(tmp_path: Path):
     for split, numbers in (("train", range(2_000, 2_005)), ("test", range(2_000))):
         rows: Any = list(load_text(str(tmp_path), split))
         assert [row["text"] for row in rows] == [f"Document {i}." for i in numbers]
+
+
+def test_the_page_about_a_data_set_is_no_text_of_it(tmp_path: Path):
+    (tmp_path / "README.md").write_text("# A data set")
+    assert texts(tmp_path, "all") == ["# A data set"]
+    lines = [f'{{"text": "Document {i}."}}' for i in range(3)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    rows: Any = list(load_text(str(tmp_path), "all"))
+    assert [row["text"] for row in rows] == [f"Document {i}." for i in range(3)]
+    (tmp_path / "text.md").write_text("A text.")
+    assert texts(tmp_path, "all") == ["# A data set", "A text."]
+
+
+def test_hle_biomedical_is_questions_and_answers_of_one_category(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    rows = {
+        "id": [1, 2, 3],
+        "question": ["What beats?", "What is 1 + 1?", "What breathes?"],
+        "answer": ["The heart.", "2", "The lungs."],
+        "category": ["Biology/Medicine", "Math", "Biology/Medicine"],
+    }
+
+    def load(name: str, split: str) -> Dataset:
+        assert (name, split) == ("cais/hle", "test")
+        return Dataset.from_dict(rows)
+
+    monkeypatch.setattr(module, "load_dataset", load)
+    want = ["What beats?\nThe heart.", "What breathes?\nThe lungs."]
+    assert texts(Path("hle-biomedical"), "all") == want
 
 
 def test_html_is_read_as_a_reader_sees_it(tmp_path: Path):

@@ -15,6 +15,7 @@ from sae_lens_scale.experiments.activations import ActivationCache, Activations
 from sae_lens_scale.experiments.records import RunRecord
 from sae_lens_scale.experiments.settings import RunSettings
 from sae_lens_scale.experiments.training import GridTrainer, train_run
+from sae_lens_scale.saes.mixture import MixtureSAE
 
 SIZES: dict[str, dict[str, Any]] = {
     "scale": {"d_sae": 64, "num_experts": 8, "experts_per_token": 2, "k": 4},
@@ -276,3 +277,67 @@ def test_other_schedules_and_whitening_train(cache: ActivationCache):
     assert record.curve[-1]["fvu"] == pytest.approx(record.in_domain["fvu"], rel=1e-3)
     with pytest.raises(ValueError, match="covariance_whitening"):
         train_run(settings(sae={**SIZES["scale"], **sae, "d_sae": 64}), cache)
+
+
+def test_further_measures_are_those_of_the_SAE_on_held_out_tokens(
+    cache: ActivationCache, tmp_path: Path
+):
+    run = settings("scale", sae={**SIZES["scale"], "experts_per_token": 3})
+    record = train_run(run, cache, tmp_path, keep_weights=True)
+    sae = SAE.load_from_disk(tmp_path / record.name)
+    assert isinstance(sae, MixtureSAE)
+    x = torch.cat(list(cache.in_domain.batches(100)))
+    fired = (sae.encode(x) != 0).float()
+    alive = fired.any(dim=0)
+    assert 2 <= alive.sum() < len(alive)
+    found = record.measures
+    directions = torch.nn.functional.normalize(sae.W_dec.detach(), dim=-1)
+    cosines = (directions @ directions.T).fill_diagonal_(-1)
+    largest = cosines.amax(dim=-1).mean().item()
+    among_alive = cosines[alive][:, alive].amax(dim=-1).mean().item()
+    of_all = found["redundancy"]
+    assert of_all["mean_max_cosine"] == pytest.approx(largest, abs=1e-5)
+    assert of_all["alive"]["num_latents"] == alive.sum()
+    assert of_all["alive"]["mean_max_cosine"] == pytest.approx(among_alive, abs=1e-5)
+    common = fired @ fired.T
+    pairs = common[~torch.eye(len(x), dtype=torch.bool)]
+    similarity = found["activation_similarity"]
+    assert similarity["similarity"] == pytest.approx(pairs.mean().item() / 4, rel=1e-5)
+    counts = (pairs.long().bincount(minlength=5) // 2).tolist()
+    assert found["overlap_histogram"]["pairs"] == counts
+    selected = torch.nn.functional.one_hot(sae.route(x).indices, 8).sum(dim=1)
+    assert found["expert_usage"]["counts"] == selected.sum(dim=0).tolist()
+    together = (selected.T @ selected).fill_diagonal_(0)
+    strongest = found["expert_coactivation"]["strongest"][0]
+    assert strongest["tokens"] == together.max()
+    within = [
+        (rows @ rows.T)[~torch.eye(8, dtype=torch.bool)].mean().item()
+        for rows in directions.split(8)
+    ]
+    intra = found["expert_similarity"]["intra"]["mean_cosine"]
+    assert intra == pytest.approx(sum(within) / 8, abs=1e-5)
+    assert found["scaling_factors"] == sae.cfg.metadata.omega
+
+
+def test_a_collapsed_SAE_has_a_record(cache: ActivationCache, tmp_path: Path):
+    def collapse(trainer: GridTrainer, _: Activations) -> None:
+        trainer.sae.b_gate.data.fill_(-100)
+
+    record = train_run(settings("gated"), cache, tmp_path, customize=collapse)
+    assert record == RunRecord.read(tmp_path / f"{record.name}.json")
+    assert record.in_domain["l0"] == 0
+    assert record.measures["redundancy"]["alive"] is None
+    assert "activation_similarity" not in record.measures
+
+
+@pytest.mark.parametrize("architecture", ["scale", "topk"])
+def test_a_run_that_diverges_ends_at_once(architecture: str, cache: ActivationCache):
+    steps = []
+
+    def count(trainer: GridTrainer, _: Activations) -> None:
+        trainer.after_step.append(steps.append)
+
+    run = settings(architecture, lr=1e38, lr_warm_up_fraction=0.0)
+    with pytest.raises(ValueError, match="the loss is not finite at training step"):
+        train_run(run, cache, customize=count)
+    assert len(steps) < 5

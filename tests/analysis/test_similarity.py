@@ -24,8 +24,8 @@ from sae_lens.saes.topk_sae import (
     TopKTrainingSAEConfig,
 )
 
-from sae_lens_scale.analysis import activation_similarity as module
-from sae_lens_scale.analysis.activation_similarity import (
+from sae_lens_scale.analysis import similarity as module
+from sae_lens_scale.analysis.similarity import (
     OverlapHistogram,
     activation_similarity,
     overlap_histogram,
