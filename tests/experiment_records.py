@@ -25,6 +25,7 @@ def write_records(folder: Path, preset: str, seeds: tuple[int, ...] = (0, 1)) ->
             "activation_similarity": {"similarity": 0.1 + 0.01 * run.seed},
             "overlap_histogram": {"pairs": rng.integers(1, 9, k + 1).tolist()},
             "loss_recovered": {
+                "contexts": 16,
                 "in_domain": {"score": 1 - fvu},
                 "other_domain": {"score": 1 - 2 * fvu},
             },

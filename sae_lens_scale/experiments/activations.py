@@ -137,6 +137,11 @@ class Activations:
     def to(self, device: str | torch.device) -> "Activations":
         """The same in one piece in a device's memory, where reading costs nothing."""
         first = self._parts[0]
+        if (
+            len(self._parts) == 1
+            and first.device == torch.empty(0, device=device).device
+        ):
+            return self
         # Part by part: there may be no room for all of them twice.
         whole = torch.empty(len(self), self.d_in, dtype=first.dtype, device=device)
         start = 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -167,11 +167,11 @@ def _evaluate(options: argparse.Namespace) -> str:
     )
     evaluated = f"{len(records)} records in {folder / 'runs'} were evaluated"
     without = sum(
-        "loss_recovered" not in record.measures
+        record.measures.get("loss_recovered", {}).get("contexts") != options.contexts
         for record in read_records(folder / "runs")
     )
     if without:
-        evaluated += f", {without} have no weights (experiment run --keep_weights)"
+        evaluated += f", {without} could not be: experiment run --keep_weights"
     return evaluated
 
 
@@ -247,14 +247,16 @@ def _changed(run: RunSettings, changes: dict[str, Any]) -> RunSettings:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Whole numbers may be written as 1e6; other values stay as they are."""
-    if kind is float and type(value) is int:
+    """Numbers as their setting's type, however they are written: 1e6 may be an int."""
+    number = type(value) in (int, float)
+    if number and float in (get_args(kind) or (kind,)):
         return float(value)
-    if kind is not int or not isinstance(value, float):
-        return value
-    if not value.is_integer():
-        raise ValueError(f"{name} must be a whole number, got {value}")
-    return int(value)
+    if number and kind is int and float(value).is_integer():
+        return int(value)
+    if kind in (int, float):
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"{name} must be a {whole}number, got {value!r}")
+    return value
 
 
 def _parse_change(change: str) -> tuple[str, list[Any]]:

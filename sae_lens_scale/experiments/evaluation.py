@@ -205,8 +205,8 @@ def _require_same_settings(record: RunRecord, settings: CacheSettings) -> None:
         # Nothing is evaluated on what SAEs train on.
         if name != "train_tokens" and known.get(name, value) != value:
             raise ValueError(
-                f"{record.name} was trained with {name}={known[name]!r}, and cannot be "
-                f"evaluated with {value!r}"
+                f"the activations of {record.name} were of {name}={known[name]!r}, and it "
+                f"cannot be evaluated with {value!r} (--cache {name}=…)"
             )
 
 

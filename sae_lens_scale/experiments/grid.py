@@ -66,10 +66,8 @@ def run_grid(
     if missing:
         _require_the_text_of(output, cache)
     if keep_weights:
-        kept = {run.name for run in missing}
-        without = [
-            n for n in settings if n not in kept and not Path(output, n).is_dir()
-        ]
+        finished = set(settings) - {run.name for run in missing}
+        without = sorted(n for n in finished if not Path(output, n).is_dir())
         if without:
             tqdm.write(
                 f"{len(without)} runs were trained without keeping their weights; to train "

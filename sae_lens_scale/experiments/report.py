@@ -105,7 +105,8 @@ def _read_comparable(folder: str | Path) -> pd.DataFrame:
         if len(contexts) > 1:
             raise ValueError(
                 f"the losses that {folder} compares must be of as many contexts, got "
-                f"{' and '.join(f'{n:g}' for n in contexts)}: evaluate the rest again"
+                f"{' and '.join(f'{n:g}' for n in contexts)}: evaluate all with one number "
+                "(experiment evaluate --contexts)"
             )
     return runs
 
@@ -145,12 +146,13 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             found["gated"] = l1_table(without_k)
             if table := gated_comparison(without_k, runs):
                 found["gated-comparison"] = table
-        if _first(runs, OURS):
-            for name, metric in (
-                ("comparison", "fvu"),
-                ("comparison-other-domain", "fvu_other_domain"),
-            ):
-                found[name] = comparison(runs, metric)
+        for name, metric in (
+            ("comparison", "fvu"),
+            ("comparison-other-domain", "fvu_other_domain"),
+        ):
+            measured = measured_runs(runs, metric)
+            if _first(measured, OURS):
+                found[name] = comparison(measured, metric)
         counted = measured_runs(runs, "measures.flops_per_token.training.total")
         if len(counted):
             found["flops"] = flops_table(counted)
@@ -209,7 +211,7 @@ def draw(
 
     Raises:
         ValueError: If a name is unknown, or the records do not suffice for a figure that was
-            named, or for any, and as :func:`preset_runs` does.
+            named, and as :func:`preset_runs` does.
     """
     # Here and not above: matplotlib comes with an extra that only pictures need.
     from sae_lens_scale.analysis import plots
@@ -275,20 +277,17 @@ def draw(
     if unknown:
         raise ValueError(f"figures are {', '.join(figures)}, got {unknown}")
     Path(images).mkdir(parents=True, exist_ok=True)
-    drawn, lacking = [], []
+    drawn = []
     for name in figures if names is None else names:
         plot, runs, options = figures[name]
         try:
             figure = plot(runs, **options)
         except ValueError as error:
-            lacking.append(f"{name} cannot be drawn: {error}")
-            if names is not None:
-                raise ValueError(lacking[-1]) from error
-            continue
+            if names is None:
+                continue
+            raise ValueError(f"{name} cannot be drawn: {error}") from error
         drawn.append(Path(images, f"{name}.png"))
         figure.savefig(drawn[-1], dpi=130)
-    if not drawn:
-        raise ValueError("; ".join(lacking))
     return drawn
 
 

@@ -20,7 +20,7 @@ _HELD_OUT_ONE_IN = 20
 _ANARCHISM = Path("usr/share/doc/anarchism/html")
 _SUFFIXES = (".txt", ".md", ".html")
 # Files of a data set, and the page about it, which is no text of it.
-_DATA_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet")
+_DATA_SUFFIXES = {".arrow", ".csv", ".json", ".jsonl", ".parquet"}
 _CARD = "README.md"
 
 
@@ -122,7 +122,7 @@ def _read_files(path: Path) -> list[str]:
         if file.is_file() and (file.suffix in _SUFFIXES or file == path)
     ]
     if all(file.name == _CARD for file in files) and any(
-        file.suffix in _DATA_SUFFIXES for file in found
+        set(file.suffixes) & _DATA_SUFFIXES for file in found
     ):
         return []
     return [text for text in map(_read_file, files) if text]

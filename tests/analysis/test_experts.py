@@ -16,6 +16,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from sae_lens_scale import ScaleSAE, ScaleSAEConfig
+from sae_lens_scale.analysis import experts as module
 from sae_lens_scale.analysis.experts import (
     ExpertUsage,
     SetSimilarity,
@@ -162,8 +163,12 @@ def test_a_switch_sae_selects_no_pairs():
     assert (summary.pairs, summary.pairs_used, summary.strongest) == (10, 0, [])
 
 
+@pytest.mark.parametrize("block", [5, 8192])
 @pytest.mark.parametrize("make", [scale_sae, switch_sae])
-def test_similarity_within_experts_is_that_of_loops_over_pairs(make: Any):
+def test_similarity_within_experts_is_that_of_loops_over_pairs(
+    make: Any, block: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "_BLOCK", block)
     sae = make(dtype="float32")
     sae.W_dec.data[14] = sae.W_dec.data[17] * 2  # Duplicates within expert 1,
     sae.W_dec.data[3] = sae.W_dec.data[50]  # of two experts,

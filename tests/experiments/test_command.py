@@ -96,11 +96,11 @@ def test_evaluate_says_what_has_no_weights(
     monkeypatch.setattr(
         command_module, "evaluate_records", lambda *_, **__: records[1:]
     )
-    command = ["experiment", "evaluate", "--preset", "smollm2"]
+    command = ["experiment", "evaluate", "--preset", "smollm2", "--contexts", "16"]
     assert main([*command, "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out == (
-        f"{len(records) - 1} records in {tmp_path / 'runs'} were evaluated, 1 have no "
-        "weights (experiment run --keep_weights)\n"
+        f"{len(records) - 1} records in {tmp_path / 'runs'} were evaluated, 1 could not "
+        "be: experiment run --keep_weights\n"
     )
 
 
@@ -117,6 +117,7 @@ def test_evaluate_says_what_has_no_weights(
             "run --set training_tokens=1.5",
             "training_tokens must be a whole number, got",
         ),
+        ("run --set lr=high", "lr must be a number, got 'high'"),
         ("run --set k=8.5", "k must be a whole number, got 8.5"),
         ("cache --cache train_tokens=1e-3", "train_tokens must be a whole number, got"),
         ("run --workers 0", "--workers must be positive, got 0"),
@@ -164,7 +165,10 @@ def test_changes_reach_settings_and_fields_of_SAEs():
     assert run.lr_factors == {"omega": 2, "W_router": 0.1}
     # However a number is written, it is the same run.
     short, long = (
-        select_runs([SCALE], [f"training_tokens={tokens}", f"k={k}", f"lr={lr}"])
+        select_runs(
+            [SCALE],
+            [f"training_tokens={tokens}", f"k={k}", f"lr={lr}", f"lr_end={lr}"],
+        )
         for tokens, k, lr in (("1e6", "2.0", "1"), ("1000000", "2", "1.0"))
     )
     assert short == long

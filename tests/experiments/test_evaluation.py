@@ -102,9 +102,7 @@ def test_an_SAE_is_evaluated_on_what_it_was_measured_on(
     folder = tmp_path / "runs"
     shutil.copytree(runs, folder)
     hook = replace(SETTINGS, hook_name="blocks.1.hook_resid_pre")
-    with pytest.raises(
-        ValueError, match=f"trained with hook_name='{SETTINGS.hook_name}'"
-    ):
+    with pytest.raises(ValueError, match=f"were of hook_name='{SETTINGS.hook_name}'"):
         evaluate_records(folder, hook, texts=TEXTS, **options)
     # Installed packages change, and with them what settings do not say.
     other = {**TEXTS, "in_domain": small_corpus().select(range(20, 40))}

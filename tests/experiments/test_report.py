@@ -81,6 +81,17 @@ def test_tables_need_no_scale_sae(tmp_path: Path):
     assert not {"comparison", "length-comparison"} & set(found)
 
 
+def test_tables_need_no_other_domain(tmp_path: Path):
+    write_records(tmp_path, "smollm2", seeds=(0,))
+    for path in tmp_path.glob("*.json"):
+        record = RunRecord.read(path)
+        record.other_domain = None
+        record.write(tmp_path)
+    found = tables(tmp_path, "smollm2")
+    assert "comparison" in found
+    assert not {"comparison-other-domain", "fvu-other-domain"} & set(found)
+
+
 def test_draw_draws_every_figure(records_folder: Path, tmp_path: Path):
     drawn = draw(records_folder, "smollm2", tmp_path / "images")
     assert len(drawn) == 21
@@ -130,19 +141,15 @@ def test_draw_leaves_out_what_records_do_not_suffice_for(tmp_path: Path):
     assert not names & {"figure-3a", "figure-5b", "learning-curves"}
     assert all(path.exists() for path in drawn)
     write_records(tmp_path / "none", "smollm2-recipe", seeds=(0,))
-    with pytest.raises(
-        ValueError, match="figure-2 cannot be drawn.*; figure-10 cannot"
-    ):
-        draw(tmp_path / "none", "smollm2", tmp_path)
+    assert draw(tmp_path / "none", "smollm2", tmp_path) == []
 
 
 def test_losses_of_different_numbers_of_contexts_are_not_compared(tmp_path: Path):
     write_records(tmp_path, "smollm2-decompositions", seeds=(0,))
-    for contexts, path in enumerate(sorted(tmp_path.glob("*.json"))[:2], 16):
-        record = RunRecord.read(path)
-        record.measures["loss_recovered"]["contexts"] = contexts
-        record.write(tmp_path)
-    with pytest.raises(ValueError, match="as many contexts, got 16 and 17: evaluate"):
+    record = RunRecord.read(min(tmp_path.glob("*.json")))
+    record.measures["loss_recovered"]["contexts"] = 64
+    record.write(tmp_path)
+    with pytest.raises(ValueError, match="as many contexts, got 16 and 64: evaluate"):
         tables(tmp_path, "smollm2")
 
 

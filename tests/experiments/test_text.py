@@ -1,5 +1,6 @@
 """Texts by name."""
 
+import gzip
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def test_the_page_about_a_data_set_is_no_text_of_it(tmp_path: Path):
     (tmp_path / "README.md").write_text("# A data set")
     assert texts(tmp_path, "all") == ["# A data set"]
     lines = [f'{{"text": "Document {i}."}}' for i in range(3)]
-    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    with gzip.open(tmp_path / "texts.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines))
     rows: Any = list(load_text(str(tmp_path), "all"))
     assert [row["text"] for row in rows] == [f"Document {i}." for i in range(3)]
     (tmp_path / "text.md").write_text("A text.")
