@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
+from .settings import set_number_types
+
 Split = Literal["train", "in_domain", "other_domain"]
 
 MANIFEST = "manifest.json"
@@ -48,6 +50,7 @@ class CacheSettings:
     context_size: int = 256
 
     def __post_init__(self) -> None:
+        set_number_types(self)
         for name in ("train_tokens", "test_tokens", "other_tokens", "context_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -137,11 +140,8 @@ class Activations:
     def to(self, device: str | torch.device) -> "Activations":
         """The same in one piece in a device's memory, where reading costs nothing."""
         first = self._parts[0]
-        if (
-            len(self._parts) == 1
-            and first.device == torch.empty(0, device=device).device
-        ):
-            return self
+        if len(self._parts) == 1:
+            return Activations([first[: len(self)].to(device)])
         # Part by part: there may be no room for all of them twice.
         whole = torch.empty(len(self), self.d_in, dtype=first.dtype, device=device)
         start = 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
@@ -233,30 +233,9 @@ def _settable(run: RunSettings) -> set[str]:
 
 def _changed(run: RunSettings, changes: dict[str, Any]) -> RunSettings:
     own, of_sae = get_type_hints(type(run)), run.sae_fields()
-    sae = {
-        name: _typed(name, value, of_sae[name])
-        for name, value in changes.items()
-        if name not in own and name in of_sae
-    }
-    changed = {
-        name: _typed(name, value, own[name])
-        for name, value in changes.items()
-        if name in own
-    }
+    sae = {n: v for n, v in changes.items() if n not in own and n in of_sae}
+    changed = {n: v for n, v in changes.items() if n in own}
     return replace(run, **{"sae": {**run.sae, **sae}, **changed})
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Numbers as their setting's type, however they are written: 1e6 may be an int."""
-    number = type(value) in (int, float)
-    if number and float in (get_args(kind) or (kind,)):
-        return float(value)
-    if number and kind is int and float(value).is_integer():
-        return int(value)
-    if kind in (int, float):
-        whole = "whole " if kind is int else ""
-        raise ValueError(f"{name} must be a {whole}number, got {value!r}")
-    return value
 
 
 def _parse_change(change: str) -> tuple[str, list[Any]]:
@@ -285,7 +264,7 @@ def _cache_settings(options: argparse.Namespace) -> CacheSettings:
             raise ValueError(
                 f"--cache must set one of {', '.join(sorted(known))}, got {change!r}"
             )
-        settings = replace(settings, **{name: _typed(name, values[0], known[name])})
+        settings = replace(settings, **{name: values[0]})
     return settings
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -78,6 +78,15 @@ class RunSettings:
     variant: str = ""
 
     def __post_init__(self) -> None:
+        set_number_types(self)
+        kinds = self.sae_fields()
+        sae = {n: typed_number(n, v, kinds.get(n)) for n, v in self.sae.items()}
+        object.__setattr__(self, "sae", sae)
+        factors = {
+            name: typed_number(f"lr_factors[{name!r}]", value, float)
+            for name, value in self.lr_factors.items()
+        }
+        object.__setattr__(self, "lr_factors", factors)
         if self.initialization not in ("activations", "default"):
             raise ValueError(
                 "initialization must be 'activations' or 'default', got "
@@ -121,7 +130,7 @@ class RunSettings:
             SAELens's config of the architecture.
 
         Raises:
-            ValueError: If the architecture is unknown, or a field is not one of its own.
+            ValueError: If a field is not one of the architecture's own.
         """
         cls, fixed = self._config_class()
         unknown = sorted(set(self.sae) - set(self.sae_fields()))
@@ -175,6 +184,47 @@ class RunSettings:
                 parts.append(f"{letter}{self.sae[name]}")
         stem = "".join(c if c.isalnum() or c == "." else "-" for c in "-".join(parts))
         return f"{stem}-s{self.seed}-{digest}"
+
+
+def set_number_types(settings: Any) -> None:
+    """
+    Make numbers the types of a dataclass' fields, so that equal settings have one name.
+
+    Args:
+        settings: The dataclass, which may be frozen.
+
+    Raises:
+        ValueError: If a field that is a number is given anything else.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value = typed_number(name, getattr(settings, name), kind)
+        object.__setattr__(settings, name, value)
+
+
+def typed_number(name: str, value: Any, kind: Any) -> Any:
+    """
+    A number as a type, however it is written: 1e6 may be an int.
+
+    Args:
+        name: Of the setting, for the message.
+        value: What it is given.
+        kind: Its type.
+
+    Returns:
+        The number, or what is none as it is.
+
+    Raises:
+        ValueError: If the type is a number's and the value is not of it.
+    """
+    number = type(value) in (int, float)
+    if number and float in (get_args(kind) or (kind,)):
+        return float(value)
+    if number and kind is int and float(value).is_integer():
+        return int(value)
+    if kind in (int, float):
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"{name} must be a {whole}number, got {value!r}")
+    return value
 
 
 def _without_defaults(cls: Any, values: dict[str, Any]) -> dict[str, Any]:

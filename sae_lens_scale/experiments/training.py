@@ -34,6 +34,8 @@ from .settings import RunSettings
 
 _NORM_ESTIMATE_TOKENS = 100_000
 _INITIALIZATION_TOKENS = 12_800
+# On a GPU a look at the loss waits for it.
+_STEPS_BETWEEN_LOOKS = 100
 # Shares of the training tokens after which the curve has a point: dense early on, where
 # architectures that differ in speed meet, and enough points while the learning rate decays.
 _CURVE = sorted(
@@ -61,6 +63,7 @@ class GridTrainer(SAETrainer[Any, Any]):
         super().__init__(cfg, sae, data_provider)
         self.after_step: list[Callable[[GridTrainer], None]] = []
         self.stopwatch = Stopwatch(cfg.device)
+        self._loss = torch.zeros(())
         apply_lr_factors(self.optimizer, sae, lr_factors)
         for group in self.optimizer.param_groups:
             group["fused"] = True
@@ -68,15 +71,26 @@ class GridTrainer(SAETrainer[Any, Any]):
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         output = super().step(batch)
-        # Mixtures have looked at theirs before the optimizer's step; SAELens's SAEs go on.
-        if not output.loss.isfinite():
-            raise ValueError(
-                f"the loss is not finite at training step {self.n_training_steps}, got "
-                f"{output.loss.item()}"
-            )
+        self._loss = output.loss.detach()
+        if self.n_training_steps % _STEPS_BETWEEN_LOOKS == 0:
+            self._require_finite_loss()
         for call in self.after_step:
             call(self)
         return output
+
+    @override
+    def fit(self) -> TrainingSAE[Any]:
+        trained = super().fit()
+        self._require_finite_loss()
+        return trained
+
+    def _require_finite_loss(self) -> None:
+        """Mixtures look at each of theirs, SAELens's SAEs at none, and it stays what it is."""
+        if not self._loss.isfinite():
+            raise ValueError(
+                f"the loss is not finite at training step {self.n_training_steps}, got "
+                f"{self._loss.item()}"
+            )
 
 
 class Stopwatch:

@@ -24,7 +24,7 @@ def test_tokens_are_read_across_shards(lengths: tuple[int, ...]):
     fewer = Activations(parts(*lengths), tokens=8).to("cpu")
     assert torch.equal(torch.cat(list(fewer.batches(5))), torch.cat(parts(10))[:8])
     # There may be no room for it twice.
-    assert fewer.to("cpu") is fewer
+    assert fewer.to("cpu")._parts[0].data_ptr() == fewer._parts[0].data_ptr()
     assert [len(batch) for batch in activations.batches(4)] == [4, 4, 2]
     assert torch.equal(torch.cat(list(activations.batches(3))), torch.cat(parts(10)))
 

@@ -73,11 +73,34 @@ def test_the_config_is_SAELenss_own():
         ({"lr_decay_fraction": -0.1}, "must be shares of the steps"),
         ({"initialization": "nonsense"}, "initialization must be"),
         ({"curve_tokens": -1}, "curve_tokens must be at least 0"),
+        ({"training_tokens": 1e4 + 0.5}, "training_tokens must be a whole number"),
+        ({"seed": "0"}, "seed must be a whole number, got '0'"),
+        ({"sae": {"d_sae": 64.5}}, "d_sae must be a whole number, got 64.5"),
+        ({"lr_factors": {"W_router": "0.1"}}, r"lr_factors\['W_router'\] must be a"),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         replace(SCALE, **change).sae_config(12)
+
+
+def test_a_number_has_one_name_however_it_is_written():
+    floats = RunSettings(
+        "scale",
+        {"d_sae": 64.0, "num_experts": 8, "k": 4.0, "aux_loss_coefficient": 1},
+        lr=1,
+        lr_factors={"b_dec": 1},
+        training_tokens=1e6,  # type: ignore[reportArgumentType]
+    )
+    ints = RunSettings(
+        "scale",
+        {"d_sae": 64, "num_experts": 8, "k": 4, "aux_loss_coefficient": 1.0},
+        lr=1.0,
+        lr_factors={"b_dec": 1.0},
+        training_tokens=1_000_000,
+    )
+    assert floats.name == ints.name
+    assert type(floats.sae["k"]) is type(floats.training_tokens) is int
 
 
 def test_a_mixture_of_one_expert_is_for_full_to_decide():
