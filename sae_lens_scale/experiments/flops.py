@@ -33,6 +33,9 @@ Without training there is no backward pass, a Gated SAE needs encoder 2 M and de
 omega is part of the encoder, and a mixture decodes k latents (its ``forward``;
 ``decode(encode(x))`` multiplies d_sae-wide activations where it runs on a GPU).
 
+The Multi-TopK loss adds its m = min(4 k, A) - k latents to the decoder and 3 m to the backward
+pass (2 m if not sparse).
+
 The dead-latent loss, with m dead latents in the expert that has most of them, adds e m to
 a mixture's encoder and to its decoder and 3 e m to its backward pass (2 e m if not sparse),
 and, with "learned", N and (1 + b) N; to TopK's decoder M and to its backward pass 2 M.
@@ -53,7 +56,10 @@ from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 
 from sae_lens_scale.saes import ScaleTrainingSAEConfig
 from sae_lens_scale.saes.mixture_config import MixtureSAEConfig
-from sae_lens_scale.saes.mixture_training import MixtureTrainingSAEConfig
+from sae_lens_scale.saes.mixture_training import (
+    MULTI_TOPK_FACTOR,
+    MixtureTrainingSAEConfig,
+)
 
 _DENSE = (
     TopKSAEConfig,
@@ -149,6 +155,9 @@ def _mixture(cfg: MixtureSAEConfig, most_dead: int) -> _Products:
     if not sparse:
         decoder = cfg.d_sae
         backward = experts * learns + factors * active + 2 * cfg.d_sae
+    if cfg.multi_topk_coefficient:
+        runners_up = min(MULTI_TOPK_FACTOR * k, active) - k
+        decoder, backward = decoder + runners_up, backward + (2 + sparse) * runners_up
     decomposition = None
     if isinstance(cfg, ScaleTrainingSAEConfig) and cfg.feature_scaling:
         decomposition = cfg.decomposition

@@ -6,7 +6,7 @@ the code that it judges. Equations are those of the Scale SAE paper (Xu et al., 
 Redundancy: Diverse and Specialized Multi-Expert Sparse Autoencoder").
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -171,6 +171,13 @@ def mse_loss(sae: ReferenceSAE, x: Float[torch.Tensor, "tokens d_in"]) -> torch.
     """Squared error, summed over d_in and averaged over tokens (equation 2.2)."""
     errors = decode(sae, encode(sae, x)) - x
     return sum(((error**2).sum() for error in errors), x.new_zeros(())) / len(x)
+
+
+def multi_topk_loss(
+    sae: ReferenceSAE, x: Float[torch.Tensor, "tokens d_in"]
+) -> torch.Tensor:
+    """The same with 4 k latents: Multi-TopK, Gao et al. 2024, section 5.3.1."""
+    return mse_loss(replace(sae, k=4 * sae.k), x)
 
 
 def load_balance_loss(

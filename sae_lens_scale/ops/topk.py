@@ -11,6 +11,7 @@ def select_topk(
     gates: Float[torch.Tensor, "*batch experts_per_token"],
     k: int,
     topk_over: TopKOver,
+    sorted: bool = False,
 ) -> Int[torch.Tensor, "*batch k"]:
     """
     Find each token's ``k`` largest candidates.
@@ -25,13 +26,14 @@ def select_topk(
         gates: Gates of the selected experts, ``[..., experts_per_token]``.
         k: How many latents to keep; all of them where there are fewer.
         topk_over: What the candidates are ranked by.
+        sorted: Whether the largest come first.
 
     Returns:
-        Positions ``slot * expert_size + offset`` among a token's candidates, in any order,
-        ``[..., min(k, experts_per_token * expert_size)]``.
+        Positions ``slot * expert_size + offset`` among a token's candidates, in any order
+        unless ``sorted``, ``[..., min(k, experts_per_token * expert_size)]``.
     """
     ranking = pre_acts
     if topk_over == "gated_activations":
         ranking = pre_acts * gates.unsqueeze(-1)
     ranking = ranking.flatten(-2)
-    return ranking.topk(min(k, ranking.shape[-1]), dim=-1, sorted=False).indices
+    return ranking.topk(min(k, ranking.shape[-1]), dim=-1, sorted=sorted).indices

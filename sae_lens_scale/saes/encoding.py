@@ -82,6 +82,19 @@ class Kept(NamedTuple):
     indices: torch.Tensor
 
 
+class RunnersUp(NamedTuple):
+    """
+    The latents that come next after those that TopK keeps; all ``[..., runners_up]``.
+
+    Attributes:
+        coefficients: What would multiply their decoder rows.
+        selection: These latents, as ops want them.
+    """
+
+    coefficients: torch.Tensor
+    selection: Selection
+
+
 class Encoding(NamedTuple):
     """
     All that encoding a batch computes, compactly.
@@ -98,6 +111,7 @@ class Encoding(NamedTuple):
         selection: The same latents, as ops want them.
         candidates: Pre-activations of all latents of the selected experts, before any
             norms, ``[..., experts_per_token, expert_size]``; only on request.
+        runners_up: The latents next in rank; only on request, and if there are any.
     """
 
     inputs: Inputs
@@ -108,6 +122,7 @@ class Encoding(NamedTuple):
     coefficients: torch.Tensor
     selection: Selection
     candidates: torch.Tensor | None
+    runners_up: RunnersUp | None
 
 
 class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
@@ -142,7 +157,9 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         )
         self.b_router = nn.Parameter(torch.zeros(cfg.d_in, **like))
 
-    def _encode(self, x: torch.Tensor, with_candidates: bool = False) -> Encoding:
+    def _encode(
+        self, x: torch.Tensor, with_candidates: bool = False, runners_up: int = 0
+    ) -> Encoding:
         """
         Encode, compactly.
 
@@ -150,7 +167,10 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             x: Activations of the language model, ``[..., d_in]``.
             with_candidates: Whether to return all candidates. Their gradient makes a
                 backward pass as dense as the forward pass.
+            runners_up: How many latents to encode beyond those that TopK keeps; as many as
+                there are candidates left, at most.
         """
+        k = self.cfg.k + runners_up
         inputs = self._process_inputs(x)
         routing = self._route(inputs.x)
         norms = None
@@ -161,16 +181,16 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             products = self._products(inputs.sae_in, routing.indices)
             candidates = self._candidates(products, inputs, routing.indices)
             candidates = self._hook_pre_acts(candidates, routing.indices)
-            kept = self._kept(self._topk(candidates, routing, norms), routing)
+            kept = self._kept(self._topk(candidates, routing, norms, k), routing)
             pre_acts = candidates.flatten(-2).gather(-1, kept.positions)
-            selection, means = self._selection(kept), products.mean(dim=-1)
+            selection, means = self._selection(kept.indices), products.mean(dim=-1)
         else:
             candidates = None
             with torch.no_grad():
                 products = self._products(inputs.sae_in, routing.indices)
-                positions = self._topk_of_products(products, inputs, routing, norms)
+                positions = self._topk_of_products(products, inputs, routing, norms, k)
             kept = self._kept(positions, routing)
-            selection = self._selection(kept)
+            selection = self._selection(kept.indices)
             pre_acts, means = self._kept_pre_acts(
                 products, kept, selection, inputs, routing.indices
             )
@@ -180,15 +200,24 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         if norms is not None:
             values = coefficients * norms[kept.indices]
             pre_acts = pre_acts * norms[kept.indices]
+        indices, rest = kept.indices, None
+        if indices.shape[-1] > self.cfg.k:
+            cut = [self.cfg.k, indices.shape[-1] - self.cfg.k]
+            coefficients, next_coefficients = coefficients.split(cut, dim=-1)
+            indices, next_indices = indices.split(cut, dim=-1)
+            rest = RunnersUp(next_coefficients, self._selection(next_indices))
+            selection = self._selection(indices)
+            values, pre_acts = values[..., : self.cfg.k], pre_acts[..., : self.cfg.k]
         return Encoding(
             inputs=inputs,
             routing=routing,
             mean_products=means,
-            latents=SparseLatents(values, kept.indices),
+            latents=SparseLatents(values, indices),
             pre_acts=pre_acts,
             coefficients=coefficients,
             selection=selection,
             candidates=candidates,
+            runners_up=rest,
         )
 
     def _candidates(
@@ -202,7 +231,11 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         return scaled + take(self._by_expert(self.b_enc), expert_indices)
 
     def _topk(
-        self, pre_acts: torch.Tensor, routing: Routing, norms: torch.Tensor | None
+        self,
+        pre_acts: torch.Tensor,
+        routing: Routing,
+        norms: torch.Tensor | None,
+        k: int,
     ) -> torch.Tensor:
         with torch.no_grad():
             if norms is not None:
@@ -210,8 +243,10 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             return select_topk(
                 pre_acts,
                 routing.weights.to(pre_acts.dtype),
-                self.cfg.k,
+                k,
                 self.cfg.topk_over,
+                # Runners-up stand behind the survivors.
+                sorted=k > self.cfg.k,
             )
 
     def _topk_of_products(
@@ -220,6 +255,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         inputs: Inputs,
         routing: Routing,
         norms: torch.Tensor | None,
+        k: int,
     ) -> torch.Tensor:
         """Positions of the kept candidates, of which no more than needed exist at once."""
         batch = products.shape[:-2]
@@ -236,6 +272,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
                 self._candidates(p, inputs._replace(x=x), indices),
                 routing._replace(indices=indices, weights=weights),
                 norms,
+                k,
             )
             for p, x, indices, weights in zip(*parts, strict=True)
         ]
@@ -247,8 +284,8 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         indices = routing.indices.gather(-1, slots) * size + offsets
         return Kept(positions, slots, offsets, indices)
 
-    def _selection(self, kept: Kept) -> Selection:
-        indices = kept.indices.reshape(-1, kept.indices.shape[-1])
+    def _selection(self, indices: torch.Tensor) -> Selection:
+        indices = indices.reshape(-1, indices.shape[-1])
         selection = Selection(indices, self.cfg.d_sae, pool=self._gradient_memory)
         if torch.is_grad_enabled() and self.W_dec.requires_grad:
             # Encoder and decoder gradients will both need it.

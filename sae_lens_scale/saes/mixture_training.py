@@ -25,13 +25,22 @@ from typing_extensions import override
 
 from sae_lens_scale.dead_latents import dead_latent_loss, dead_offsets
 from sae_lens_scale.initialization import geometric_median, spherical_kmeans
-from sae_lens_scale.ops import decoder_norm, grouped_encode, select_latents, take
+from sae_lens_scale.ops import (
+    decoder_norm,
+    grouped_encode,
+    select_latents,
+    sparse_decode,
+    take,
+)
 from sae_lens_scale.routing import load_balance_loss, routed_load
 
 from .encoding import Encoding, is_hooked
 from .files import replacing_files, require_tensors
 from .mixture import MixtureSAE
 from .mixture_config import MixtureSAEConfig
+
+# Of Gao et al. 2024, section 5.3.1.
+MULTI_TOPK_FACTOR = 4
 
 
 @dataclass
@@ -44,6 +53,7 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
             activations as a sparse tensor.
         load_balance_coefficient (float): Weight alpha of the load-balancing loss.
         aux_loss_coefficient (float): Weight of the dead-latent loss.
+        multi_topk_coefficient (float): Weight of the Multi-TopK loss.
     """
 
     rescale_acts_by_decoder_norm: bool = True
@@ -51,11 +61,16 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
     load_balance_coefficient: float = 0.03
     # Gao et al.'s value; 1, as in SAELens's TopK, measured worse (docs/defaults.md).
     aux_loss_coefficient: float = 1 / 32
+    multi_topk_coefficient: float = 0.0
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("load_balance_coefficient", "aux_loss_coefficient"):
+        for name in (
+            "load_balance_coefficient",
+            "aux_loss_coefficient",
+            "multi_topk_coefficient",
+        ):
             value = getattr(self, name)
             if not _is_finite_number(value) or value < 0:
                 raise ValueError(
@@ -66,16 +81,14 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
             raise ValueError(
                 f"decoder_init_norm must be a finite number above 0 or None, got {norm!r}"
             )
-        if self.aux_loss_coefficient and self.normalize_activations in (
-            "layer_norm",
-            "constant_norm_rescale",
-        ):
-            raise ValueError(
-                "aux_loss_coefficient must be 0 with "
-                f"normalize_activations={self.normalize_activations!r}, got "
-                f"{self.aux_loss_coefficient}: dead latents would be fitted in "
-                "normalised space to a residual in the original one"
-            )
+        if self.normalize_activations in ("layer_norm", "constant_norm_rescale"):
+            for name in ("aux_loss_coefficient", "multi_topk_coefficient"):
+                if value := getattr(self, name):
+                    raise ValueError(
+                        f"{name} must be 0 with normalize_activations="
+                        f"{self.normalize_activations!r}, got {value}: latents would be "
+                        "fitted in normalised space to a residual in the original one"
+                    )
 
     @override
     @classmethod
@@ -131,9 +144,9 @@ class MixtureTrainingSAE(
         return feature_acts, hidden_pre
 
     def _encode_widely(
-        self, x: torch.Tensor
+        self, x: torch.Tensor, runners_up: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor, Encoding]:
-        encoding = self._encode(x, with_candidates=True)
+        encoding = self._encode(x, with_candidates=True, runners_up=runners_up)
         candidates, experts = encoding.candidates, encoding.routing.indices
         assert candidates is not None
         if self.cfg.rescale_acts_by_decoder_norm:
@@ -162,12 +175,14 @@ class MixtureTrainingSAE(
         """
         # Hooks are written for dense activations.
         if self.cfg.use_sparse_activations and not is_hooked(self.hook_sae_acts_post):
-            encoding = self._encode(step_input.sae_in)
+            encoding = self._encode(step_input.sae_in, runners_up=self._runners_up)
             feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
             hidden_pre = encoding.pre_acts
             sae_out = self._decode_encoding(encoding)
         else:
-            feature_acts, hidden_pre, encoding = self._encode_widely(step_input.sae_in)
+            feature_acts, hidden_pre, encoding = self._encode_widely(
+                step_input.sae_in, self._runners_up
+            )
             sae_out = self.decode(feature_acts)
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         losses = {"mse_loss": mse_loss}
@@ -222,7 +237,7 @@ class MixtureTrainingSAE(
         """
         if encoding is None:
             with self._keep_run_time_norm_state():
-                encoding = self._encode(step_input.sae_in)
+                encoding = self._encode(step_input.sae_in, runners_up=self._runners_up)
         cfg = self.cfg
         losses: dict[str, torch.Tensor] = {}
         if cfg.load_balance_coefficient:
@@ -237,7 +252,31 @@ class MixtureTrainingSAE(
                 cfg.aux_loss_coefficient
                 * self._dead_latent_loss(step_input, encoding, sae_out)
             )
+        if cfg.multi_topk_coefficient:
+            losses["multi_topk_loss"] = (
+                cfg.multi_topk_coefficient
+                * self._multi_topk_loss(step_input, encoding, sae_out)
+            )
         return losses
+
+    @property
+    def _runners_up(self) -> int:
+        """How many latents beyond k a training step needs."""
+        if not self.cfg.multi_topk_coefficient:
+            return 0
+        return (MULTI_TOPK_FACTOR - 1) * self.cfg.k
+
+    def _multi_topk_loss(
+        self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor
+    ) -> torch.Tensor:
+        """The squared error of a TopK that keeps several times as many latents."""
+        if encoding.runners_up is not None:
+            coefficients, selection = encoding.runners_up
+            recons = sparse_decode(
+                coefficients.reshape(selection.indices.shape), self.W_dec, selection
+            )
+            sae_out = sae_out + recons.view_as(sae_out)
+        return self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
 
     def _dead_latent_loss(
         self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor

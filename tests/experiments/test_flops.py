@@ -112,6 +112,10 @@ def count_per_token(
         {**SCALE, "rescale_acts_by_decoder_norm": False},
         {**SCALE, "gate": "softmax", "topk_over": "gated_activations"},
         {**SCALE, "use_sparse_activations": False},
+        {**SCALE, "k": 2, "multi_topk_coefficient": 0.5},
+        # Of 12 candidates 7 are left, not 15.
+        {**SCALE, "multi_topk_coefficient": 0.5},
+        {**SCALE, "multi_topk_coefficient": 0.5, "use_sparse_activations": False},
         {
             **SCALE,
             "use_sparse_activations": False,

@@ -59,6 +59,10 @@ def check_training(sae: Any, x: torch.Tensor, dead: torch.Tensor | None) -> None
                 oracle, x, set(dead.nonzero().flatten().tolist())
             )
         )
+    if cfg.multi_topk_coefficient:
+        want["multi_topk_loss"] = (
+            cfg.multi_topk_coefficient * reference.multi_topk_loss(oracle, x)
+        )
     assert output.losses.keys() == want.keys()
     for name, loss in output.losses.items():
         assert_close(loss, want[name])
@@ -142,6 +146,31 @@ def test_ScaleTrainingSAE_agrees_with_the_oracle_at_the_edges(
     check_encode_decode(sae, x.clone().requires_grad_())
     check_training(sae, x, dead=draw(60, seed=3) > 0)
     check_training(sae, x, dead=None)
+
+
+@pytest.mark.parametrize("make", [scale_sae, switch_sae])
+@pytest.mark.parametrize("k", [1, 2, 5, 6, 12])
+@pytest.mark.parametrize("topk_over", TOPK_OVER)
+@pytest.mark.parametrize("use_sparse_activations", [True, False])
+def test_the_MultiTopK_loss_is_that_of_four_times_as_many_latents(
+    make: Any, k: int, topk_over: str, use_sparse_activations: bool
+):
+    # Of 24 and 12 candidates: fewer than 4 k are left, or none.
+    sae = make(
+        k=k,
+        topk_over=topk_over,
+        use_sparse_activations=use_sparse_activations,
+        multi_topk_coefficient=0.6,
+        gate="softmax",
+    )
+    check_training(sae, draw(9, 10), dead=draw(60, seed=3) > 0)
+    check_training(sae, draw(1, 10), dead=None)
+    other = draw(4, 10, seed=5)
+    output = sae.training_forward_pass(step_input(other))
+    alone = sae.calculate_aux_loss(
+        step_input(other), output.feature_acts, output.hidden_pre, output.sae_out
+    )
+    assert_close(alone["multi_topk_loss"], output.losses["multi_topk_loss"])
 
 
 @pytest.mark.parametrize("use_sparse_activations", [True, False])

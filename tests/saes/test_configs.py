@@ -137,7 +137,10 @@ def test_k_may_reach_the_candidates_and_no_further(config_class: Any):
 
 
 @pytest.mark.parametrize("config_class", TRAINING)
-@pytest.mark.parametrize("name", ["load_balance_coefficient", "aux_loss_coefficient"])
+@pytest.mark.parametrize(
+    "name",
+    ["load_balance_coefficient", "aux_loss_coefficient", "multi_topk_coefficient"],
+)
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1", None])
 def test_coefficients_that_make_no_sense_are_refused(
     config_class: Any, name: str, value: Any
@@ -148,13 +151,16 @@ def test_coefficients_that_make_no_sense_are_refused(
 
 @pytest.mark.parametrize("config_class", TRAINING)
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
-def test_dead_latent_loss_with_run_time_normalisation_is_refused(
+def test_losses_of_residuals_with_run_time_normalisation_are_refused(
     config_class: Any, norm: Any
 ):
     settings = {"d_in": 8, "d_sae": 64, "num_experts": 4, "k": 3}
     with pytest.raises(ValueError, match=f"aux_loss_coefficient must be 0 .*{norm}"):
         config_class(**settings, normalize_activations=norm)
-    config_class(**settings, normalize_activations=norm, aux_loss_coefficient=0)
+    settings |= {"normalize_activations": norm, "aux_loss_coefficient": 0}
+    config_class(**settings)
+    with pytest.raises(ValueError, match=f"multi_topk_coefficient must be 0 .*{norm}"):
+        config_class(**settings, multi_topk_coefficient=0.125)
 
 
 @pytest.mark.parametrize("value", [1, "False", None])

@@ -24,7 +24,7 @@ for name in ("sparse_decode", "sampled_products", "latent_sums", "grouped_produc
     setattr(triton_kernels, name, count)
 results = {}
 for make in (scale_sae, switch_sae):
-    sae = make(dtype="float32")
+    sae = make(dtype="float32", multi_topk_coefficient=0.5)
     x, dead = torch.load(sys.argv[1])
     output = sae.training_forward_pass(step_input(x.float(), dead))
     results[make.__name__] = {
@@ -56,7 +56,7 @@ def test_training_through_the_gpu_kernels_agrees_with_plain_pytorch(tmp_path: Pa
     calls, results = torch.load(tmp_path / "out.pt")
     assert len(calls) == 4, "these kernels alone were used"
     for make in (scale_sae, switch_sae):
-        sae, got = make(), results[make.__name__]
+        sae, got = make(multi_topk_coefficient=0.5), results[make.__name__]
         output = sae.training_forward_pass(step_input(x, dead))
         want = {
             "sae_out": output.sae_out,

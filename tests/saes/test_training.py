@@ -150,14 +150,18 @@ def test_diagnostics_come_on_logging_steps_only():
     assert sae.log_histograms()["router/load"].tolist() == pytest.approx(load.tolist())
 
 
-@pytest.mark.parametrize("off", ["load_balance_coefficient", "aux_loss_coefficient"])
+@pytest.mark.parametrize(
+    "off",
+    ["load_balance_coefficient", "aux_loss_coefficient", "multi_topk_coefficient"],
+)
 def test_a_coefficient_of_zero_turns_its_loss_off(off: str):
-    sae = fresh("scale", **{off: 0.0})
+    sae = fresh("scale", **{"multi_topk_coefficient": 0.1, off: 0.0})
     dead = torch.ones(128, dtype=torch.bool)
     losses = sae.training_forward_pass(step_input(draw(50, 16), dead)).losses
     names = {
         "load_balance_coefficient": "load_balance_loss",
         "aux_loss_coefficient": "auxiliary_reconstruction_loss",
+        "multi_topk_coefficient": "multi_topk_loss",
     }
     assert set(losses) == {"mse_loss", *names.values()} - {names[off]}
 
