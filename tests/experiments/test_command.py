@@ -227,9 +227,12 @@ def test_the_main_presets_match_active_latents(name: str, d_in: int):
         "Scale 256/8 1 shared",
         "Scale 256/8 1 shared early decay",
         "Scale 256/8 1 shared early decay revival",
+        "Scale 512/16 Multi-TopK",
         "Switch 32",
         "Switch 32 revival",
+        "Switch 32 Multi-TopK",
         "Switch 32 softmax",
+        "Switch 32 softmax Multi-TopK",
         "Switch 32 authors",
         f"TopK {d_in}",
         f"Gated {d_in}",
@@ -265,6 +268,17 @@ def test_revival_looks_after_dead_latents_sooner(base: str, label: str):
     assert sooner.dead_after_tokens == 0.4 * plain.dead_after_tokens
     weights = [run.sae["aux_loss_coefficient"] for run in (plain, sooner)]
     assert weights == [1 / 8, 1 / 4]
+
+
+@pytest.mark.parametrize("base", ["smollm2", "paper"])
+def test_the_finest_Scale_SAE_shares_more_experts_at_large_k(base: str):
+    runs = [r for r in PRESETS[base].runs if r.label == "Scale 512/16 Multi-TopK"]
+    shared = {run.sae["k"]: run.sae["num_shared_experts"] for run in runs}
+    assert len(shared) == len(runs) and set(shared) == {
+        run.sae["k"] for run in PRESETS[base].runs if run.architecture == "topk"
+    }
+    assert all(n == (6 if k >= 64 else 2) for k, n in shared.items())
+    assert {run.sae["multi_topk_coefficient"] for run in runs} == {1 / 8}
 
 
 def test_no_preset_trains_the_same_under_two_names():
