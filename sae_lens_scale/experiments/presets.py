@@ -161,6 +161,7 @@ class _Experiment:
                 self.run("scale", {"k": k, **_BEST_SCALE}, variant=_BEST_VARIANT),
                 best := self.run("scale", {"k": k, **_BEST_SCALE}, **_EARLY_DECAY),
                 _with_revival(best),
+                _with_multi_topk(best),
                 self.fine_scale(k),
                 switch := self.run("switch", {"k": k, "num_experts": 32}),
                 _with_revival(switch),

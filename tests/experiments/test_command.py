@@ -227,6 +227,7 @@ def test_the_main_presets_match_active_latents(name: str, d_in: int):
         "Scale 256/8 1 shared",
         "Scale 256/8 1 shared early decay",
         "Scale 256/8 1 shared early decay revival",
+        "Scale 256/8 1 shared early decay Multi-TopK",
         "Scale 512/16 Multi-TopK",
         "Switch 32",
         "Switch 32 revival",
