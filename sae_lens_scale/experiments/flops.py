@@ -27,14 +27,14 @@ Gated                    encoder 3 M, decoder 2 M:   8 M: the gate's own product
                          own reconstruction
 ======================== =========================== ==============================
 
+The Multi-TopK loss adds its m = min(4 k, A) - k latents to the decoder and 3 m to the backward
+pass (2 m if not sparse).
+
 A router whose gates are 1 and whose loads are not balanced has no backward pass.
 
 Without training there is no backward pass, a Gated SAE needs encoder 2 M and decoder M,
 omega is part of the encoder, and a mixture decodes k latents (its ``forward``;
 ``decode(encode(x))`` multiplies d_sae-wide activations where it runs on a GPU).
-
-The Multi-TopK loss adds its m = min(4 k, A) - k latents to the decoder and 3 m to the backward
-pass (2 m if not sparse).
 
 The dead-latent loss, with m dead latents in the expert that has most of them, adds e m to
 a mixture's encoder and to its decoder and 3 e m to its backward pass (2 e m if not sparse),

@@ -22,11 +22,13 @@ _BEST_VARIANT = "1 shared"
 # In the long runs the best Scale SAE gains by a learning rate that falls for longer, for
 # k = 16 and more.
 _EARLY_DECAY = {"variant": f"{_BEST_VARIANT} early decay", "lr_decay_fraction": 0.5}
-# Finer experts, for the best Scale SAE of all. At large k it gains by more that are shared.
+# Finer experts, for the best Scale SAE of all. At k = 64 it gains by more that are shared and
+# by a shorter memory of gradients.
 _FINE_SCALE = {"num_experts": 512, "experts_per_token": 16}
 _SHARED_OF_FINE = 2
 _LARGE_K = 64
 _SHARED_AT_LARGE_K = 6
+_BETA1_AT_LARGE_K = 0.8
 # Gao et al.'s.
 _MULTI_TOPK = 1 / 8
 _L1_COEFFICIENTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -137,7 +139,7 @@ class _Experiment:
         }
         if k >= _LARGE_K:
             sae["num_shared_experts"] = _SHARED_AT_LARGE_K
-            changes["adam_beta1"] = 0.8
+            changes["adam_beta1"] = _BETA1_AT_LARGE_K
         run = _with_revival(self.run("scale", sae, **changes))
         return _with_multi_topk(replace(run, variant=""))
 

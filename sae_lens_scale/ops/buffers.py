@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-# More than a training step has gradients that are as large as weights: two of encoder and
-# decoder, and two of their dead latents.
+# More than a training step has gradients that are as large as weights: of encoder and
+# decoder, of their dead latents, and of runners-up, which autograd adds up one by one.
 _MOST_BUFFERS = 4
 
 

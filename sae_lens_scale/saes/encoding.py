@@ -67,7 +67,8 @@ class Inputs(NamedTuple):
 
 class Kept(NamedTuple):
     """
-    Which of a token's candidates TopK keeps; all ``[..., k]``.
+    Which of a token's candidates are encoded further: those that TopK keeps and, where they
+    are wanted, the runners-up; all ``[..., k + runners_up]``.
 
     Attributes:
         positions: Their positions among a token's candidates.
@@ -196,10 +197,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             )
         gates = routing.weights.to(pre_acts.dtype).gather(-1, kept.slots)
         # ReLU before the gate: -inf * 0 would be NaN.
-        coefficients = values = pre_acts.relu() * gates
-        if norms is not None:
-            values = coefficients * norms[kept.indices]
-            pre_acts = pre_acts * norms[kept.indices]
+        coefficients = pre_acts.relu() * gates
         indices, rest = kept.indices, None
         if indices.shape[-1] > self.cfg.k:
             cut = [self.cfg.k, indices.shape[-1] - self.cfg.k]
@@ -207,7 +205,11 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             indices, next_indices = indices.split(cut, dim=-1)
             rest = RunnersUp(next_coefficients, self._selection(next_indices))
             selection = self._selection(indices)
-            values, pre_acts = values[..., : self.cfg.k], pre_acts[..., : self.cfg.k]
+            pre_acts = pre_acts[..., : self.cfg.k]
+        values = coefficients
+        if norms is not None:
+            values = coefficients * norms[indices]
+            pre_acts = pre_acts * norms[indices]
         return Encoding(
             inputs=inputs,
             routing=routing,

@@ -86,8 +86,8 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
                 if value := getattr(self, name):
                     raise ValueError(
                         f"{name} must be 0 with normalize_activations="
-                        f"{self.normalize_activations!r}, got {value}: latents would be "
-                        "fitted in normalised space to a residual in the original one"
+                        f"{self.normalize_activations!r}, got {value}: what is decoded in "
+                        "normalised space would meet errors in the original one"
                     )
 
     @override
@@ -175,13 +175,13 @@ class MixtureTrainingSAE(
         """
         # Hooks are written for dense activations.
         if self.cfg.use_sparse_activations and not is_hooked(self.hook_sae_acts_post):
-            encoding = self._encode(step_input.sae_in, runners_up=self._runners_up)
+            encoding = self._encode(step_input.sae_in, runners_up=self._num_runners_up)
             feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
             hidden_pre = encoding.pre_acts
             sae_out = self._decode_encoding(encoding)
         else:
             feature_acts, hidden_pre, encoding = self._encode_widely(
-                step_input.sae_in, self._runners_up
+                step_input.sae_in, self._num_runners_up
             )
             sae_out = self.decode(feature_acts)
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
@@ -237,7 +237,9 @@ class MixtureTrainingSAE(
         """
         if encoding is None:
             with self._keep_run_time_norm_state():
-                encoding = self._encode(step_input.sae_in, runners_up=self._runners_up)
+                encoding = self._encode(
+                    step_input.sae_in, runners_up=self._num_runners_up
+                )
         cfg = self.cfg
         losses: dict[str, torch.Tensor] = {}
         if cfg.load_balance_coefficient:
@@ -260,7 +262,7 @@ class MixtureTrainingSAE(
         return losses
 
     @property
-    def _runners_up(self) -> int:
+    def _num_runners_up(self) -> int:
         """How many latents beyond k a training step needs."""
         if not self.cfg.multi_topk_coefficient:
             return 0
@@ -270,6 +272,9 @@ class MixtureTrainingSAE(
         self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor
     ) -> torch.Tensor:
         """The squared error of a TopK that keeps several times as many latents."""
+        cfg = self.cfg
+        candidates = cfg.experts_per_token * cfg.expert_size
+        assert encoding.runners_up is not None or cfg.k == candidates
         if encoding.runners_up is not None:
             coefficients, selection = encoding.runners_up
             recons = sparse_decode(

@@ -176,8 +176,9 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
             that stopped firing reconstruct what the others left unexplained. 0 turns it
             off.
         multi_topk_coefficient (float): Weight of the Multi-TopK loss (Gao et al. 2024,
-            section 5.3.1), the squared error of a TopK that keeps 4 k latents, or as many as
-            there are; 1/8 there. More latents learn from each token. 0 turns it off.
+            section 5.3.1, where it is 1/8), the squared error of a TopK that keeps 4 k
+            latents, or as many as there are. More latents learn from each token. 0 turns it
+            off.
         decoder_init_norm (float | None): Norm of the decoder rows at the start of
             training. Use None to disable. Inherited from TrainingSAEConfig.
         d_in (int): Input dimension (dimensionality of the activations being encoded).

@@ -279,7 +279,15 @@ def test_the_finest_Scale_SAE_shares_more_experts_at_large_k(base: str):
         run.sae["k"] for run in PRESETS[base].runs if run.architecture == "topk"
     }
     assert all(n == (6 if k >= 64 else 2) for k, n in shared.items())
-    assert {run.sae["multi_topk_coefficient"] for run in runs} == {1 / 8}
+    betas = {run.sae["k"]: run.adam_beta1 for run in runs}
+    assert all(beta == (0.8 if k >= 64 else 0.9) for k, beta in betas.items())
+    # What its label does not say: early decay and revival.
+    plain = next(r for r in PRESETS[base].runs if r.label == "Scale 256/8 1 shared")
+    for run in runs:
+        assert run.sae["multi_topk_coefficient"] == 1 / 8
+        assert run.sae["aux_loss_coefficient"] == 1 / 4
+        assert run.dead_after_tokens == 0.4 * plain.dead_after_tokens
+        assert run.lr_decay_fraction == 0.5 and run.lr == plain.lr
 
 
 def test_no_preset_trains_the_same_under_two_names():

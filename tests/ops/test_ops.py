@@ -99,6 +99,7 @@ def test_select_topk_finds_the_largest_candidates_of_all_experts_together(
     )
     want = ranking.argsort(descending=True)[..., : min(k, 12)]
     assert torch.equal(positions.sort().values, want.sort().values)
+    assert torch.equal(select_topk(pre, gates, k, topk_over, sorted=True), want)
 
 
 def test_select_topk_of_equal_candidates_selects_no_candidate_twice():

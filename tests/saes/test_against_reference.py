@@ -134,6 +134,9 @@ def test_ScaleTrainingSAE_agrees_with_the_oracle_for_inputs_of_any_shape(
         {"experts_per_token": 3, "num_shared_experts": 1},
         {"experts_per_token": 3, "num_shared_experts": 2, "gate": "softmax"},
         {"experts_per_token": 5, "num_shared_experts": 3, "gate": "double_softmax"},
+        {"k": 2, "multi_topk_coefficient": 0.6},
+        {"k": 2, "multi_topk_coefficient": 0.6, "rescale_acts_by_decoder_norm": False},
+        {"k": 2, "multi_topk_coefficient": 0.6, "apply_b_dec_to_input": False},
     ],
     ids=str,
 )
@@ -171,6 +174,9 @@ def test_the_MultiTopK_loss_is_that_of_four_times_as_many_latents(
         step_input(other), output.feature_acts, output.hidden_pre, output.sae_out
     )
     assert_close(alone["multi_topk_loss"], output.losses["multi_topk_loss"])
+    # Whoever watches pre-activations has all candidates computed.
+    sae.hook_sae_acts_pre.add_hook(lambda acts, hook: acts)
+    check_training(sae, other, dead=draw(60, seed=3) > 0)
 
 
 @pytest.mark.parametrize("use_sparse_activations", [True, False])

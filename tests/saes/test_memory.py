@@ -52,6 +52,7 @@ def make(architecture: str, experts_per_token: int = 1, **settings: Any) -> Any:
         ("scale", {"experts_per_token": 2, "decomposition": "identity"}),
         ("scale", {"experts_per_token": 2, "rescale_acts_by_decoder_norm": False}),
         ("switch", {}),
+        ("scale", {"experts_per_token": 2, "multi_topk_coefficient": 0.125}),
     ],
     ids=str,
 )
@@ -76,7 +77,8 @@ def test_a_training_step_needs_memory_for_active_latents_only(
     numpy_peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     active = sae.cfg.experts_per_token * sae.cfg.expert_size
-    bound = 3 * TOKENS * (active + K + D_IN) * 4
+    learning = 4 * K if sae.cfg.multi_topk_coefficient else K
+    bound = 3 * TOKENS * (active + learning + D_IN) * 4
     # Dead latents bring gradients of the weights' size, for each of the two.
     bound += 3 * 2 * D_IN * D_SAE * 4 if share_dead else 0
     dense = TOKENS * D_SAE * 4

@@ -151,12 +151,14 @@ def test_freezing_a_parameter_leaves_the_gradients_of_the_others_alone(
 
 @both_architectures
 def test_metadata_tells_how_an_export_was_trained(architecture: str):
-    cfg = make(architecture, load_balance_coefficient=0.5).cfg
+    sae = make(architecture, load_balance_coefficient=0.5, multi_topk_coefficient=0.125)
+    cfg = sae.cfg
     details = {
         "decoder_init_norm": 0.1,
         "use_sparse_activations": True,
         "load_balance_coefficient": 0.5,
         "aux_loss_coefficient": 1 / 32,
+        "multi_topk_coefficient": 0.125,
     }
     if architecture == "scale":
         details |= {"feature_scaling": True, "decomposition": "mean"}

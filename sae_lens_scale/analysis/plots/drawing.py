@@ -54,6 +54,10 @@ _PALETTE = {
     "#999933": "<",
     "#999999": "*",
     "#882255": "p",
+    "#44AA99": "d",
+    "#AA4499": "H",
+    "#117733": "8",
+    "#8A6D00": "4",
 }
 # Whose colours these are: by first word, and Scale SAEs by their e.
 _OWNERS = ["Scale 2", "Scale 4", "Scale 8", "Switch", "TopK", "Gated", "Full"]
