@@ -167,7 +167,7 @@ class _Experiment:
                 self.fine_scale(k),
                 switch := self.run("switch", {"k": k, "num_experts": 32}),
                 _with_revival(switch),
-                _with_multi_topk(switch),
+                switch_multi_topk := _with_multi_topk(switch),
                 softmax := self.softmax_switch({"k": k}, variant="softmax"),
                 _with_multi_topk(softmax),
                 self.softmax_switch(
@@ -179,8 +179,21 @@ class _Experiment:
                 ),
                 self.run("topk", {"k": k, "d_sae": self.d_in}),
             ]
-        # The ceiling, at two k: a run takes about five times as long as a Scale SAE's.
-        runs += [self.run("full", {"k": k}) for k in (32, 64)]
+            if k >= _LARGE_K:
+                # Scale SAE has it there, too.
+                runs.append(
+                    replace(
+                        switch_multi_topk,
+                        adam_beta1=_BETA1_AT_LARGE_K,
+                        variant=f"{switch_multi_topk.variant} beta {_BETA1_AT_LARGE_K}",
+                    )
+                )
+        # The ceiling, at few k: a run takes about five times as long as a Scale SAE's.
+        for k in (8, 32, 64):
+            runs += [
+                full := self.run("full", {"k": k}),
+                _with_multi_topk(full),
+            ]
         runs += [
             self.run("gated", {"d_sae": self.d_in, "l1_coefficient": l1})
             for l1 in _L1_COEFFICIENTS

@@ -23,7 +23,7 @@ from .tables import (
 )
 
 # What labels of the SAEs start with between which the comparison puts the others.
-_SAME_COST, _SAME_WIDTH = "TopK", "Full"
+_SAME_COST, _SAME_WIDTH = "TopK", "Full TopK"
 _FVU = "{:.4f}".format
 _SHARE = "{:.2%}".format
 # Tables of the main grid: name, column of the records, how to write its numbers.
@@ -156,9 +156,10 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         counted = measured_runs(runs, "measures.flops_per_token.training.total")
         if len(counted):
             found["flops"] = flops_table(counted)
-        ends = [_first(runs, start) for start in (_SAME_COST, _SAME_WIDTH)]
-        if all(ends):
-            found["gap"] = gap_closed(runs, *ends)
+        if _first(runs, _SAME_WIDTH):
+            found["comparison-of-ceiling"] = comparison(runs, kind=_SAME_WIDTH)
+            if same_cost := _first(runs, _SAME_COST):
+                found["gap"] = gap_closed(runs, same_cost, _SAME_WIDTH)
     for name, metric, form in _METRICS:
         measured = measured_runs(runs, metric)
         if len(measured):

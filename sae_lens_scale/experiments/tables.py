@@ -200,7 +200,9 @@ def flops_table(runs: pd.DataFrame) -> str:
     return _lines([f"k = {k:g}", *_FLOPS], rows)
 
 
-def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> str:
+def comparison(
+    runs: pd.DataFrame, metric: str = "fvu", columns: str = "k", kind: str = OURS
+) -> str:
     """
     How much lower the error of the best Scale SAE is than that of others.
 
@@ -208,6 +210,7 @@ def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> s
         runs: What :func:`.records.read` returned, or some of its rows.
         metric: The error.
         columns: What to compare at each value of: ``k`` or ``settings.training_tokens``.
+        kind: How labels start of which the best is compared, if not Scale SAE's.
 
     Returns:
         A table in Markdown: for each value the best one's label, and by how much its mean error is
@@ -215,15 +218,11 @@ def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> s
         in parentheses seed by seed; a single seed is marked with an asterisk.
 
     Raises:
-        ValueError: If no run is of a Scale SAE.
+        ValueError: If no run is of that kind.
     """
     means = _means(runs, metric, columns)
-    ours = [label for label in means.index if label.startswith(OURS)]
-    if not ours:
-        raise ValueError(f"runs must have a {OURS} SAE, got {[*means.index]}")
-    means = means.dropna(axis="columns", how="all", subset=ours)
-    best = means.loc[ours].idxmin()
-    rows = [["best Scale SAE", *best]]
+    best = _best_of(means, kind)
+    rows = [[f"best {kind} SAE", *best]]
 
     def lower(error: float, other: float) -> float:
         return 1 - error / other
@@ -236,7 +235,7 @@ def comparison(runs: pd.DataFrame, metric: str = "fvu", columns: str = "k") -> s
         ]
         if set(row) != {"-"}:
             rows.append([f"lower than {label}", *row])
-    return _lines(["", *_headers(means)], rows)
+    return _lines(["", *_headers(means.reindex(columns=best.index))], rows)
 
 
 def gap_closed(
@@ -248,38 +247,47 @@ def gap_closed(
     Args:
         runs: What :func:`.records.read` returned, or some of its rows.
         floor: Label of the SAE of the same cost.
-        ceiling: Label of the SAE of the same width.
+        ceiling: How the labels start of SAEs of the same width, of which at each k the best counts.
         metric: The error.
 
     Returns:
-        A table in Markdown, of the seeds that all three have, and in parentheses seed by seed, a
-        single seed marked with an asterisk; 100 % is as good as the ceiling.
+        A table in Markdown: for each k the best SAE of the same width, and for the other labels the
+        share of the seeds that all three have, and in parentheses seed by seed, a single seed marked
+        with an asterisk; 100 % is as good as the ceiling.
 
     Raises:
         ValueError: If a label is missing.
     """
     means = _means(runs, metric)
-    for label in (floor, ceiling):
-        if label not in means.index:
-            raise ValueError(f"runs must have {label!r}, got {[*means.index]}")
-    means = means.dropna(axis="columns", subset=[floor, ceiling])
-    means = means.dropna(axis="index", how="all")
+    if floor not in means.index:
+        raise ValueError(f"runs must have {floor!r}, got {[*means.index]}")
+    means = means.dropna(axis="columns", subset=[floor])
+    best = _best_of(means, ceiling)
+    means = means.reindex(columns=best.index).dropna(axis="index", how="all")
     paired = _paired(runs, metric)
 
     def closed(high: float, low: float, error: float) -> float:
         return (high - error) / (high - low)
 
-    rows = [
-        [
-            label,
-            *(
-                _percent(closed, paired(value, floor, ceiling, label), 0)
-                for value in means.columns
-            ),
+    rows = [["of the gap to", *best]]
+    for label in means.index.drop(floor):
+        row = [
+            "-"
+            if label == name
+            else _percent(closed, paired(value, floor, name, label), 0)
+            for value, name in best.items()
         ]
-        for label in means.index.difference([floor, ceiling], sort=False)
-    ]
+        if set(row) != {"-"}:
+            rows.append([label, *row])
     return _lines(["", *_headers(means)], rows)
+
+
+def _best_of(means: pd.DataFrame, kind: str) -> pd.Series:
+    """Of the labels that start so, the one with the lowest mean in each column that any has."""
+    labels = [label for label in means.index if label.startswith(kind)]
+    if not labels:
+        raise ValueError(f"runs must have a {kind} SAE, got {[*means.index]}")
+    return means.loc[labels].dropna(axis="columns", how="all").idxmin()
 
 
 def _percent(

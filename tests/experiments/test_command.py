@@ -232,12 +232,14 @@ def test_the_main_presets_match_active_latents(name: str, d_in: int):
         "Switch 32",
         "Switch 32 revival",
         "Switch 32 Multi-TopK",
+        "Switch 32 Multi-TopK beta 0.8",
         "Switch 32 softmax",
         "Switch 32 softmax Multi-TopK",
         "Switch 32 authors",
         f"TopK {d_in}",
         f"Gated {d_in}",
         f"Full TopK {32 * d_in}",
+        f"Full TopK {32 * d_in} Multi-TopK",
     }
 
 

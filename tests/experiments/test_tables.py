@@ -84,7 +84,18 @@ def test_comparisons_are_of_the_seeds_that_all_have(records_folder: Path):
     assert line(table, "Switch 32")[0] == f"{(0.2 - 0.16) / (0.2 - 0.08):.0%}*"
     assert line(table, "Switch 32")[1:] == ["-", "-", "-"]
     # Of the seed that the floor lacks.
-    assert line(table, "Switch 32 softmax") == ["-", "-", "-", "-"]
+    assert "| Switch 32 softmax |" not in table
+
+
+def test_comparison_of_another_kind_has_the_columns_that_it_has(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["label"].isin(["Switch 32", "TopK 576"])]
+    runs = runs.loc[~((runs["label"] == "Switch 32") & (runs["k"] > 8))]
+    table = comparison(runs, kind="Switch")
+    assert table.startswith("|  | k = 8 |\n")
+    assert line(table, "best Switch SAE") == ["Switch 32"]
+    lower = f"{1 - 0.165 / 0.205:.1%} (20.0, 19.0)"
+    assert line(table, "lower than TopK 576") == [lower]
 
 
 def test_comparison_with_other_scale_saes_leaves_the_best_itself_out(
@@ -121,6 +132,21 @@ def test_gap_closed_is_a_share_of_what_lies_between(records_folder: Path):
     assert line(table, "Switch 32")[0] == closed
     with pytest.raises(ValueError, match="must have 'TopK 9'"):
         gap_closed(runs, "TopK 9", "Scale 256/8")
+    with pytest.raises(ValueError, match="must have a Full SAE 9 SAE"):
+        gap_closed(runs, "TopK 576", "Full SAE 9")
+
+
+def test_the_gap_ends_at_the_best_of_the_same_width_at_each_k(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["label"].isin(["Scale 64/2", "Scale 256/8", "TopK 576"])]
+    first = (runs["label"] == "Scale 64/2") & (runs["k"] == 8)
+    table = gap_closed(
+        runs.assign(fvu=runs["fvu"].mask(first, 0.05)), "TopK 576", "Scale"
+    )
+    assert line(table, "of the gap to") == ["Scale 64/2", *["Scale 256/8"] * 3]
+    assert line(table, "Scale 64/2")[0] == line(table, "Scale 256/8")[1] == "-"
+    closed = (0.205 - 0.105) / (0.205 - 0.085)
+    assert line(table, "Scale 64/2")[1].startswith(f"{closed:.0%} (")
 
 
 def test_l1_table_says_what_each_coefficient_makes(records_folder: Path):
@@ -146,7 +172,8 @@ def test_l1_table_leaves_out_what_was_not_measured(tmp_path: Path):
 def test_flops_table_is_of_the_k_that_most_have(records_folder: Path):
     runs = preset_runs(records_folder, "smollm2")
     runs = runs.loc[runs["sae_cfg.k"].notna()]
-    table = flops_table(runs)
+    full = runs["label"].str.startswith("Full")
+    table = flops_table(runs.loc[~full | (runs["k"] == 32)])
     assert table.startswith(
         "| k = 32 | router | encoder | decoder | backward | total |"
     )
@@ -158,16 +185,16 @@ def test_flops_table_is_of_the_k_that_most_have(records_folder: Path):
     assert table.startswith("| k = 32 |")
     assert "TopK 576 |" in table
     assert "Switch 32 |" not in table
-    full = runs["label"].str.startswith("Full")
     assert flops_table(runs.loc[~full]).startswith("| k = 8 |")
 
 
 def test_gated_comparison_is_between_the_k_on_either_side(records_folder: Path):
     runs = preset_runs(records_folder, "smollm2")
     gated = runs.loc[runs["sae_cfg.k"].isna()]
-    others = runs.loc[runs["label"].isin(["Scale 64/2", "Full TopK 18432"])].copy()
+    others = runs.loc[runs["label"].isin(["Scale 64/2", "Full TopK 18432"])]
+    others = others.loc[(others["label"] == "Scale 64/2") | (others["k"] >= 32)]
     # L0 are 200, 100, 50, 25, 12 and 6; 1 / k is a straight line of the logarithms.
-    others["fvu"] = 1 / others["k"]
+    others = others.assign(fvu=1 / others["k"])
     table = gated_comparison(gated, others)
     assert table.startswith("| lower than Gated | L0 = 50.0 | L0 = 25.0 | L0 = 12.0 |")
     want = [f"{1 - 1 / l0 / 0.125:.1%}" for l0 in (50, 25, 12)]

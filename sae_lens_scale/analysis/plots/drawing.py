@@ -58,6 +58,8 @@ _PALETTE = {
     "#AA4499": "H",
     "#117733": "8",
     "#8A6D00": "4",
+    "#DDAA33": "2",
+    "#6699CC": "1",
 }
 # Whose colours these are: by first word, and Scale SAEs by their e.
 _OWNERS = ["Scale 2", "Scale 4", "Scale 8", "Switch", "TopK", "Gated", "Full"]

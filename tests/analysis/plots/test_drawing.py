@@ -92,10 +92,10 @@ def test_more_lines_than_can_be_told_apart_are_refused():
     assert len({r["label"] for r in RUNS}) == 11
     lines = named_lines(draw("3a", labels=None).axes[0]).values()
     assert len({to_hex(line.get_color()) for line in lines}) == 11
-    others = [{**RUNS[0], "label": f"another {i}"} for i in range(6)]
-    draw("3a", [*RUNS, *others[:5]], labels=None)
+    others = [{**RUNS[0], "label": f"another {i}"} for i in range(8)]
+    draw("3a", [*RUNS, *others[:7]], labels=None)
     rows = [*RUNS, *others]
-    with pytest.raises(ValueError, match="16 lines apart, got 17"):
+    with pytest.raises(ValueError, match="18 lines apart, got 19"):
         draw("3a", rows, labels=None)
 
 
