@@ -270,7 +270,7 @@ def gap_closed(
         return (high - error) / (high - low)
 
     rows = [["of the gap to", *best]]
-    for label in means.index.drop(floor):
+    for label in means.index.difference([floor], sort=False):
         row = [
             "-"
             if label == name

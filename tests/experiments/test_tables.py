@@ -136,6 +136,14 @@ def test_gap_closed_is_a_share_of_what_lies_between(records_folder: Path):
         gap_closed(runs, "TopK 576", "Full SAE 9")
 
 
+def test_the_gap_without_a_k_that_both_ends_have_is_no_row(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    floor = (runs["label"] == "TopK 576") & (runs["k"] == 8)
+    ceiling = (runs["label"] == "Full TopK 18432") & (runs["k"] == 32)
+    table = gap_closed(runs.loc[floor | ceiling], "TopK 576", "Full TopK")
+    assert "576" not in table
+
+
 def test_the_gap_ends_at_the_best_of_the_same_width_at_each_k(records_folder: Path):
     runs = preset_runs(records_folder, "smollm2")
     runs = runs.loc[runs["label"].isin(["Scale 64/2", "Scale 256/8", "TopK 576"])]
