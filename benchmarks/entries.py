@@ -2,7 +2,7 @@
 The SAEs that are compared, and what a training step of each has to compute and to move.
 
 FLOPs are those of products with tokens (a multiply-add is two), as each implementation
-computes them: :mod:`sae_lens_scale.experiments.flops` has the formulas. sparsify's forward pass
+computes them: :mod:`reproduction.flops` has the formulas. sparsify's forward pass
 is that of a sparse TopK SAE, d_sae + k for each token and each of d_in; its backward pass is
 sparse in the encoder, too, 4 k.
 
@@ -23,7 +23,7 @@ import torch
 from machine import Run, Stopwatch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig, TrainStepInput
 
-from sae_lens_scale.experiments.flops import flops_per_token
+from reproduction.flops import flops_per_token
 
 Kind = Literal["scale", "switch", "topk", "topk sparse", "sparsify"]
 

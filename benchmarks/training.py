@@ -4,7 +4,7 @@ Where the time of a training run goes: SAELens's runner on the demo's model and 
     python benchmarks/training.py --steps 60
 
 Trains each SAE with SAELens's runner, first as it is, then with a fused Adam (see
-sae_lens_scale.training), under Python's profiler, which needs no change to any code: the
+sae_lens_scale.runner), under Python's profiler, which needs no change to any code: the
 parts are functions of SAELens and torch. Half of the steps have latents that count as dead,
 so that the dead-latent loss, which a long run pays for, is paid for here too.
 """
@@ -24,10 +24,10 @@ from machine import context, markdown, read_json, write_json
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from simple_parsing import parse
 
-from sae_lens_scale.experiments.demo import DemoConfig, runner_config, sae_configs
-from sae_lens_scale.experiments.language_model import load_language_model
-from sae_lens_scale.experiments.text import load_text
-from sae_lens_scale.training import InterruptibleTrainingRunner
+from reproduction.demo import DemoConfig, runner_config, sae_configs
+from sae_lens_scale.loading.language_model import load_language_model
+from sae_lens_scale.loading.text import load_text
+from sae_lens_scale.runner import InterruptibleTrainingRunner
 
 # File and function of each part of a step; whatever else a step does is bookkeeping.
 PARTS = {

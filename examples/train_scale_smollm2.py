@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from simple_parsing import parse
 
-from sae_lens_scale.experiments.demo import DemoConfig, run_demo
+from reproduction.demo import DemoConfig, run_demo
 
 if __name__ == "__main__":
     # Neither is news to a reader of the demo.

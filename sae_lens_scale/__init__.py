@@ -15,7 +15,6 @@ from sae_lens.registry import (
     register_sae_training_class,
 )
 
-from .routing import Routing
 from .saes import (
     ScaleSAE,
     ScaleSAEConfig,
@@ -26,6 +25,7 @@ from .saes import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
 )
+from .saes.mixture.routing import Routing
 
 __version__ = "0.1.0"
 

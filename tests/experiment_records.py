@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from sae_lens_scale.experiments.presets import PRESETS
-from sae_lens_scale.experiments.records import RunRecord
+from reproduction.presets import PRESETS
+from reproduction.records import RunRecord
 
 _FVU = {"Scale 64/2": 0.10, "Scale 256/8": 0.08, "Switch 32": 0.16, "TopK 576": 0.20}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from reference import ReferenceSAE
 from sae_lens.saes.sae import SAE, TrainStepInput
 
 from sae_lens_scale import (
@@ -14,8 +15,7 @@ from sae_lens_scale import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
 )
-from sae_lens_scale.experiments.corpus import docstring_corpus
-from sae_lens_scale.ops.reference import ReferenceSAE
+from sae_lens_scale.loading.docstrings import docstring_corpus
 
 
 def randomize(sae: Any, seed: int = 0) -> None:

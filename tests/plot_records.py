@@ -13,7 +13,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sae_lens_scale.analysis import plots
+from reproduction import figures as plots
 
 Row = dict[str, Any]
 # Of a line: x, and there the mean over seeds and its standard deviation.

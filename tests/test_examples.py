@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sae_lens.saes.sae import SAE
 
+from reproduction.demo import DemoConfig, runner_config, sae_configs
 from sae_lens_scale.cli import main
-from sae_lens_scale.experiments.demo import DemoConfig, runner_config, sae_configs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset
 from helpers import small_corpus
 
-from sae_lens_scale.experiments.activations import CacheSettings
+from reproduction.activations import CacheSettings
 
 SETTINGS = CacheSettings(
     model="tiny",

@@ -39,8 +39,8 @@ from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import str_to_dtype
 
-from sae_lens_scale.feature_scaling import scaled_encoder
 from sae_lens_scale.saes import ScaleSAEConfig, SwitchSAEConfig
+from sae_lens_scale.saes.mixture.feature_scaling import scaled_encoder
 
 from .authors_files import (
     WEIGHTS_SUFFIXES,

@@ -1,21 +1,21 @@
 """Pure-PyTorch operations of mixture-of-experts SAEs; nothing here knows SAELens.
 
 Every operation has a slow counterpart written straight from the formula in
-:mod:`sae_lens_scale.ops.reference`, which the tests hold it to.
+:mod:`reference`, which the tests hold it to.
 """
 
-from .bilinear import Selection
+from .autograd import Selection
 from .buffers import BufferPool
 from .decode import decode_dense, decoder_norm
 from .encoder_products import encoder_products
-from .grouped import grouped_decode, grouped_encode
-from .latent_products import (
+from .grouped_products import grouped_decode, grouped_encode
+from .select import select_latents, take
+from .sparse_products import (
     latent_sums,
     sampled_products,
     sparse_decode,
     transposed_latent_sums,
 )
-from .select import select_latents, take
 from .topk import select_topk
 from .types import DecompositionName, GateName, SparseLatents, TopKOver
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from .bilinear import BilinearProduct, Selection
+from .autograd import BilinearProduct, Selection
 
 # How many times faster than on its own an activation is decoded in a dense product: 838 ms
 # for 100 million of them, against 8 ms for 131 thousand and 60 ms to find these (2 x86

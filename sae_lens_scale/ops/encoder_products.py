@@ -6,8 +6,8 @@ import torch
 from einops import reduce
 from jaxtyping import Float
 
-from .bilinear import Selection, eagerly, one_by_one
-from .latent_products import sampled_products, sparse_decode, transposed_latent_sums
+from .autograd import Selection, eagerly, one_by_one
+from .sparse_products import sampled_products, sparse_decode, transposed_latent_sums
 
 
 class _EncoderProducts(torch.autograd.Function):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 
-from .bilinear import eagerly
+from .autograd import eagerly
 from .buffers import BufferPool
 
 

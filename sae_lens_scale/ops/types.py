@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 
-from .bilinear import eagerly, one_by_one
+from .autograd import eagerly, one_by_one
 from .buffers import zeros
 
 GateName = Literal["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]

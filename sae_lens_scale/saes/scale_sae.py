@@ -14,17 +14,17 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import nn
 from typing_extensions import override
 
-from sae_lens_scale.feature_scaling import (
+from sae_lens_scale.ops import DecompositionName, GateName, TopKOver, take
+from sae_lens_scale.saes.mixture.feature_scaling import (
     low_pass_products,
     scale_pre_acts,
     scaled_encoder,
 )
-from sae_lens_scale.ops import DecompositionName, GateName, TopKOver, take
 
-from .encoding import Encoding, Inputs
-from .mixture import MixtureSAE
-from .mixture_config import MixtureSAEConfig, require_choice
-from .mixture_training import Metrics, MixtureTrainingSAE, MixtureTrainingSAEConfig
+from .mixture.config import MixtureSAEConfig, require_choice
+from .mixture.encoding import Encoding, Inputs
+from .mixture.inference import MixtureSAE
+from .mixture.training import Metrics, MixtureTrainingSAE, MixtureTrainingSAEConfig
 
 
 @dataclass

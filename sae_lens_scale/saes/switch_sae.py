@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from .mixture import MixtureSAE
-from .mixture_config import MixtureSAEConfig
-from .mixture_training import MixtureTrainingSAE, MixtureTrainingSAEConfig
+from .mixture.config import MixtureSAEConfig
+from .mixture.inference import MixtureSAE
+from .mixture.training import MixtureTrainingSAE, MixtureTrainingSAEConfig
 
 
 @dataclass

@@ -39,7 +39,7 @@ from sae_lens.training._interruption import InterruptedException
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sae_lens_scale.training import InterruptibleTrainingRunner
+from sae_lens_scale.runner import InterruptibleTrainingRunner
 
 both_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 

@@ -18,7 +18,7 @@ from sae_lens import (
     TrainingSAEConfig,
 )
 
-from sae_lens_scale.saes.encoding import is_hooked
+from sae_lens_scale.saes.mixture.encoding import is_hooked
 
 HOOK = "blocks.0.hook_resid_post"
 LAST = "blocks.1.hook_resid_post"

@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import pytest
+import reference
 import torch
 from helpers import (
     assert_close,
@@ -14,8 +15,6 @@ from helpers import (
     step_input,
     switch_sae,
 )
-
-from sae_lens_scale.ops import reference
 
 GATES = ["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
 TOPK_OVER = ["activations", "gated_activations"]

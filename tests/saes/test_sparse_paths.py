@@ -9,7 +9,7 @@ from helpers import assert_close, gradients, scale_sae, step_input, switch_sae
 from typing_extensions import override
 
 from sae_lens_scale import ScaleTrainingSAE
-from sae_lens_scale.saes.encoding import is_hooked
+from sae_lens_scale.saes.mixture.encoding import is_hooked
 
 X = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 both = pytest.mark.parametrize("make", [scale_sae, switch_sae])

@@ -9,7 +9,7 @@ from helpers import scale_sae, step_input, switch_sae
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
 from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
-from sae_lens_scale.initialization import geometric_median
+from sae_lens_scale.saes.mixture.initialization import geometric_median
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,172 @@
+"""
+Caching of activations, computed once for all the SAEs that train on them.
+
+The model reads a text as in SAELens's own training (its ActivationsStore makes the
+contexts), and its activations are written in the order of the text, in shards.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from sae_lens import HookedSAETransformer
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from sae_lens_scale.analysis.contexts import excluded_ids
+from sae_lens_scale.files import replacing_files
+from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
+from sae_lens_scale.loading.text import load_text
+
+from .activations import (
+    MANIFEST,
+    ActivationCache,
+    CacheSettings,
+    Split,
+    SplitSettings,
+    map_shard,
+    read_manifest,
+)
+from .token_store import token_store
+
+_SHARD_POSITIONS = 2**15
+
+
+def cache_activations(
+    settings: CacheSettings,
+    folder: str | Path,
+    *,
+    model: HookedSAETransformer | None = None,
+    texts: Mapping[Split, Dataset | IterableDataset] | None = None,
+    prompts_per_batch: int = 16,
+    device: str = "cpu",
+) -> ActivationCache:
+    """
+    Run the language model, and keep its activations in bfloat16 and the tokens they are of.
+
+    What is there already is not computed again: after an interruption it goes on with the
+    next shard, and a finished cache can be made longer. Special tokens are left out, as in
+    training with ``exclude_special_tokens``.
+
+    Args:
+        settings: What to cache.
+        folder: Folder of the cache.
+        model: The language model, by default loaded by its name when it is needed.
+        texts: The texts, likewise.
+        prompts_per_batch: Contexts that the model reads at once.
+        device: Where the model runs.
+
+    Returns:
+        The cache.
+
+    Raises:
+        ValueError: If the folder holds something else, or a text is too short.
+    """
+    for name, split in settings.splits().items():
+        path = Path(folder, name)
+        manifest = read_manifest(path)
+        if manifest is not None:
+            split.require_fit(path, manifest)
+            if manifest["tokens"] >= split.tokens:
+                continue
+        if model is None:
+            model = load_language_model(settings.model, device)
+        text = (texts or {}).get(name) or load_text(split.text, split.text_split)
+        _cache_split(split, path, model, text, prompts_per_batch, device)
+    return ActivationCache.open(folder, settings)
+
+
+def _cache_split(
+    split: SplitSettings,
+    folder: Path,
+    model: HookedSAETransformer,
+    text: Dataset | IterableDataset,
+    prompts_per_batch: int,
+    device: str,
+) -> None:
+    excluded = excluded_ids(model, True)
+    known = read_manifest(folder) or {}
+    manifest = {
+        **asdict(split),
+        "tokens": 0,
+        "dtype": "bfloat16",
+        # What was begun on another machine goes on as it began.
+        "autocast_lm": known.get("autocast_lm", True)
+        if known
+        else fast_bfloat16(device),
+        "d_in": _width(model, split.hook_name),
+        "excluded_token_ids": excluded.tolist(),
+        "versions": {n: version(n) for n in ("torch", "sae-lens", "transformer-lens")},
+    }
+    if not known:
+        _write_manifest(folder, manifest)
+    store = token_store(
+        model,
+        text,
+        split.hook_name,
+        split.context_size,
+        manifest["d_in"],
+        manifest["autocast_lm"],
+    )
+    per_shard = max(1, _SHARD_POSITIONS // split.context_size)
+    rows = 0
+    with tqdm(total=split.tokens, desc=f"Activations of {folder.name}") as bar:
+        for i in count():
+            contexts = list(islice(store.iterable_sequences, per_shard))
+            if not contexts:
+                raise ValueError(
+                    f"{split.text} ({split.text_split}) ends after {rows:,} tokens, "
+                    f"but {split.tokens:,} are wanted"
+                )
+            tokens = torch.stack(contexts)
+            token_ids = tokens.flatten()
+            keep = ~torch.isin(token_ids, excluded)
+            file = folder / f"{i:05}.safetensors"
+            if file.exists():
+                # The text itself is not kept, but this much of it is known.
+                before = map_shard(file)["token_ids"].long()
+                if not torch.equal(before, token_ids[keep]):
+                    raise ValueError(f"{file} was made from another text")
+            else:
+                activations = torch.cat(
+                    [
+                        store.get_activations(part.to(device)).bfloat16()
+                        for part in tokens.split(prompts_per_batch)
+                    ]
+                )
+                shard = {
+                    "activations": activations.flatten(0, 1)[keep],
+                    "token_ids": token_ids[keep].int(),
+                }
+                with replacing_files(folder) as temporary:
+                    save_file(shard, temporary / file.name)
+            new = int(keep.sum())
+            rows += new
+            bar.update(new)
+            if rows >= split.tokens:
+                break
+    _write_manifest(folder, {**manifest, "tokens": rows})
+
+
+def _width(model: HookedSAETransformer, hook_name: str) -> int:
+    if hook_name not in model.hook_dict:
+        raise ValueError(f"hook_name must be a hook of the model, got {hook_name!r}")
+    _, cache = model.run_with_cache(
+        torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device),
+        names_filter=[hook_name],
+        stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),
+        prepend_bos=False,
+    )
+    return cache[hook_name].shape[2:].numel()
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    with replacing_files(folder) as temporary:
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))

@@ -1,0 +1,206 @@
+"""What is measured on every SAE of a grid."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAE
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from sae_lens_scale.analysis.experts import (
+    expert_coactivation,
+    expert_similarity,
+    expert_usage,
+    scaling_factors,
+)
+from sae_lens_scale.analysis.redundancy import feature_redundancy
+from sae_lens_scale.analysis.similarity import (
+    activation_similarity,
+    active_latents,
+    overlap_histogram,
+)
+from sae_lens_scale.saes.mixture.inference import MixtureSAE
+
+from .activations import Activations
+
+_BATCH = 1024
+# Tokens among which all pairs are compared.
+_SIMILARITY_TOKENS = 8192
+
+
+@dataclass
+class Reconstruction:
+    """
+    How well an SAE reconstructs activations.
+
+    Attributes:
+        mse: Squared error, summed over d_in, mean over tokens, in the activations' own units.
+        fvu: That, divided by the variance (summed and averaged likewise).
+        explained_variance: 1 - fvu.
+        l0: Latents that a token activates, mean over tokens.
+        alive: Share of latents that fired on any token.
+        tokens: Number of tokens.
+    """
+
+    mse: float
+    fvu: float
+    explained_variance: float
+    l0: float
+    alive: float
+    tokens: int
+
+
+@torch.no_grad()
+def reconstruction_error(
+    sae: SAE[Any],
+    activations: Iterable[torch.Tensor],
+    scaler: ActivationScaler | None = None,
+) -> dict[str, float]:
+    """
+    Error of an SAE's reconstruction.
+
+    Args:
+        sae: An SAE, in training or not.
+        activations: Batches of raw activations, ``[tokens, d_in]`` in float32.
+        scaler: What an SAE in training has its activations scaled by.
+
+    Returns:
+        ``mse`` and ``fvu``; see :class:`Reconstruction`.
+
+    Raises:
+        ValueError: If there are no tokens, or all are the same.
+    """
+    scaler = scaler or ActivationScaler()
+    spread, error = _Spread(), torch.zeros((), dtype=torch.float64)
+    for batch in activations:
+        batch = batch.to(sae.device)
+        output = scaler.unscale(sae(scaler.scale(batch)))
+        error += (output - batch).square().sum(dim=-1).sum(dtype=torch.float64).cpu()
+        spread.add(batch)
+    total = spread.variance()
+    if not total > 0:
+        raise ValueError("activations must differ from token to token, to be explained")
+    mse = error.item() / spread.tokens
+    return {"mse": mse, "fvu": mse / total}
+
+
+@torch.no_grad()
+def variance(activations: Activations) -> float:
+    """
+    Variance of activations, summed over d_in: the mse of a reconstruction of fvu 1.
+
+    Args:
+        activations: Held-out activations.
+
+    Returns:
+        Mean over tokens of the squared distance from the mean.
+    """
+    spread = _Spread()
+    for batch in activations.batches(_BATCH):
+        spread.add(batch)
+    return spread.variance()
+
+
+class _Spread:
+    """Sums of activations and of their squares."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._total: torch.Tensor | float = 0.0
+        self._squares: torch.Tensor | float = 0.0
+
+    def add(self, batch: torch.Tensor) -> None:
+        exact = batch.double()
+        self._total = self._total + exact.sum(dim=0)
+        self._squares = self._squares + exact.square().sum()
+        self.tokens += len(batch)
+
+    def variance(self) -> float:
+        if not isinstance(self._total, torch.Tensor):
+            raise ValueError("activations must hold at least one token, got none")
+        around_mean = self._squares - self._total.square().sum() / self.tokens
+        return float(around_mean) / self.tokens
+
+
+@torch.no_grad()
+def firing_counts(sae: SAE[Any], activations: Activations) -> torch.Tensor:
+    """
+    On how many tokens each latent fires.
+
+    Args:
+        sae: An SAE for raw activations.
+        activations: Held-out activations.
+
+    Returns:
+        ``[d_sae]``, int64.
+    """
+    counts = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.device)
+    for _, latents in active_latents(sae, activations.batches(_BATCH)):
+        counts += latents.bincount(minlength=sae.cfg.d_sae)
+    return counts
+
+
+def reconstruction(
+    sae: SAE[Any], activations: Activations, counts: torch.Tensor
+) -> Reconstruction:
+    """
+    How well an SAE reconstructs activations, and with how many latents.
+
+    Args:
+        sae: An SAE for raw activations.
+        activations: Held-out activations.
+        counts: Their :func:`firing_counts`.
+
+    Returns:
+        Results over all tokens.
+    """
+    error = reconstruction_error(sae, activations.batches(_BATCH))
+    return Reconstruction(
+        **error,
+        explained_variance=1 - error["fvu"],
+        l0=counts.sum().item() / len(activations),
+        alive=(counts > 0).double().mean().item(),
+        tokens=len(activations),
+    )
+
+
+def further_measures(
+    sae: SAE[Any], activations: Activations, counts: torch.Tensor
+) -> dict[str, Any]:
+    """
+    What else the figures show of an SAE, by name.
+
+    Args:
+        sae: An SAE for raw activations.
+        activations: Held-out activations.
+        counts: Their :func:`firing_counts`.
+
+    Returns:
+        Results that JSON can hold. Of a collapsed SAE those that need latents that fire are
+        left out.
+    """
+    drawn = activations.sample(_SIMILARITY_TOKENS)
+    sample = drawn.split(_BATCH)
+    num_experts = sae.cfg.num_experts if isinstance(sae, MixtureSAE) else 1
+    alive = counts > 0
+    redundancy = feature_redundancy(
+        sae.W_dec, alive=alive if alive.sum() > 1 else None, num_experts=num_experts
+    )
+    measures: dict[str, Any] = {
+        "redundancy": asdict(redundancy),
+        "overlap_histogram": asdict(overlap_histogram(sae, sample)),
+    }
+    # Without a k, similarity is relative to the mean L0: a collapsed SAE has none.
+    if hasattr(sae.cfg, "k") or firing_counts(sae, Activations([drawn])).any():
+        similarity = activation_similarity(sae, sample)
+        measures["activation_similarity"] = asdict(similarity)
+    if isinstance(sae, MixtureSAE) and num_experts > 1:
+        usage = expert_usage(sae, activations.batches(_BATCH))
+        measures["expert_usage"] = asdict(usage)
+        _, pairs = expert_coactivation(sae, activations.batches(_BATCH))
+        measures["expert_coactivation"] = asdict(pairs)
+        measures["expert_similarity"] = asdict(expert_similarity(sae))
+    if sae.cfg.metadata.omega:
+        measures["scaling_factors"] = scaling_factors(sae)
+    return measures

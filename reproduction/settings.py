@@ -1,0 +1,232 @@
+"""What decides an SAE of an experiment."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from sae_lens_scale.saes.mixture.config import MixtureSAEConfig
+
+_LABELS = {
+    "scale": "Scale",
+    "switch": "Switch",
+    "topk": "TopK",
+    "gated": "Gated",
+    "full": "Full TopK",
+}
+# A TopK SAE by the sparse compute of a mixture, of one expert.
+_ONE_EXPERT = {"num_experts": 1, "gate": "uniform", "load_balance_coefficient": 0.0}
+_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"full": ("switch", _ONE_EXPERT)}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """
+    What decides an SAE.
+
+    Args:
+        architecture (str): Any that SAELens knows, such as "scale", "switch", "topk" or
+            "gated"; or "full", a TopK SAE computed as a Switch SAE with one expert, which
+            is equal and, when it is wide, many times as fast.
+        sae (dict[str, Any]): Fields of the SAE's training config; d_sae at least. d_in
+            comes from the activations, and normalize_activations is
+            "expected_average_only_in" unless it is given.
+        lr (float): Learning rate.
+        lr_factors (dict[str, float]): What the learning rate of some parameters is
+            multiplied by, by their names, such as ``{"W_router": 0.1}``.
+        lr_scheduler_name (str): SAELens's name of the schedule.
+        lr_warm_up_fraction (float): Share of the steps in which the learning rate rises.
+        lr_decay_fraction (float): Share of the steps in which it falls to 0.
+        lr_end (float | None): Where cosine schedules end; a tenth of lr by default.
+        adam_beta1 (float): Adam's first beta.
+        adam_beta2 (float): Adam's second beta.
+        batch_size (int): Tokens per step.
+        training_tokens (int): Tokens to train on, in whole steps; more than are cached
+            are read in epochs.
+        dead_after_tokens (int): A latent that has not fired for as many is dead.
+        initialization ("activations" | "default"): Whether to start from activations:
+            mixtures with ``initialize_from_activations``, other SAEs with b_dec at their
+            geometric median; or as SAELens does.
+        tokens_per_expert (int): Tokens for each expert in that initialisation.
+        autocast (bool): Whether to train in bfloat16 where torch's autocast would.
+        curve_tokens (int): Held-out tokens of the learning curve; 0 for no curve.
+        seed (int): Seed of the initial weights and of the order of the tokens.
+        variant (str): A name for what these settings do not show.
+    """
+
+    architecture: str
+    sae: dict[str, Any] = field(default_factory=dict)
+    lr: float = 1.6e-3
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    lr_scheduler_name: str = "constant"
+    lr_warm_up_fraction: float = 0.05
+    lr_decay_fraction: float = 0.2
+    lr_end: float | None = None
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    batch_size: int = 2_048
+    training_tokens: int = 2_000_000
+    dead_after_tokens: int = 200_000
+    initialization: Literal["activations", "default"] = "activations"
+    tokens_per_expert: int = 200
+    autocast: bool = False
+    curve_tokens: int = 10_000
+    seed: int = 0
+    variant: str = ""
+
+    def __post_init__(self) -> None:
+        set_number_types(self)
+        kinds = self.sae_fields()
+        sae = {n: typed_number(n, v, kinds.get(n)) for n, v in self.sae.items()}
+        object.__setattr__(self, "sae", sae)
+        factors = {
+            name: typed_number(f"lr_factors[{name!r}]", value, float)
+            for name, value in self.lr_factors.items()
+        }
+        object.__setattr__(self, "lr_factors", factors)
+        if self.initialization not in ("activations", "default"):
+            raise ValueError(
+                "initialization must be 'activations' or 'default', got "
+                f"{self.initialization!r}"
+            )
+        for name in ("batch_size", "dead_after_tokens", "tokens_per_expert"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.curve_tokens < 0:
+            raise ValueError(
+                f"curve_tokens must be at least 0, got {self.curve_tokens}"
+            )
+        if self.training_tokens < self.batch_size:
+            raise ValueError(
+                f"training_tokens must be at least batch_size={self.batch_size}, got "
+                f"{self.training_tokens}"
+            )
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        shares = (self.lr_warm_up_fraction, self.lr_decay_fraction)
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(
+                "lr_warm_up_fraction and lr_decay_fraction must be shares of the steps, "
+                f"got {shares[0]} and {shares[1]}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Number of training steps."""
+        return self.training_tokens // self.batch_size
+
+    def sae_config(self, d_in: int, device: str = "cpu") -> TrainingSAEConfig:
+        """
+        The SAE's training config.
+
+        Args:
+            d_in: Width of the activations.
+            device: Where it trains.
+
+        Returns:
+            SAELens's config of the architecture.
+
+        Raises:
+            ValueError: If a field is not one of the architecture's own.
+        """
+        cls, fixed = self._config_class()
+        unknown = sorted(set(self.sae) - set(self.sae_fields()))
+        if unknown or "d_sae" not in self.sae:
+            raise ValueError(
+                f"sae must have d_sae and no field that {self.architecture!r} has not, "
+                f"got {unknown or sorted(self.sae)}"
+            )
+        defaults = {"normalize_activations": "expected_average_only_in"}
+        values = {**defaults, **self.sae, **fixed, "d_in": d_in, "device": device}
+        return cls(**values)
+
+    def sae_fields(self) -> dict[str, Any]:
+        """Fields that ``sae`` may have, and their types."""
+        cls, fixed = self._config_class()
+        own = {"d_in", "device", "metadata", *fixed}
+        names = [f.name for f in fields(cls) if f.init and f.name not in own]
+        types = get_type_hints(cls)
+        return {name: types[name] for name in names}
+
+    def _config_class(self) -> tuple[type[TrainingSAEConfig], dict[str, Any]]:
+        name, fixed = _ALIASES.get(self.architecture, (self.architecture, {}))
+        try:
+            return get_sae_training_class(name)[1], fixed
+        except KeyError:
+            raise ValueError(f"architecture {self.architecture!r} is unknown") from None
+
+    @property
+    def label(self) -> str:
+        """For people, such as "Scale 64/2"; the same for all k and seeds."""
+        cfg = self.sae_config(1_000_000)
+        size = str(cfg.d_sae)
+        if isinstance(cfg, MixtureSAEConfig) and self.architecture != "full":
+            size = str(cfg.num_experts)
+            if self.architecture != "switch":
+                size += f"/{cfg.experts_per_token}"
+        name = _LABELS.get(self.architecture, self.architecture)
+        return " ".join(filter(None, (name, size, self.variant)))
+
+    @property
+    def name(self) -> str:
+        """Names the run's files: what people look for, and a hash of all settings."""
+        # What says no more than the defaults does not count.
+        given = _without_defaults(type(self), vars(self))
+        given["sae"] = _without_defaults(self._config_class()[0], self.sae)
+        text = json.dumps(given, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        parts = [self.label.lower()]
+        for letter, name in (("k", "k"), ("l", "l1_coefficient")):
+            if name in self.sae:
+                parts.append(f"{letter}{self.sae[name]}")
+        stem = "".join(c if c.isalnum() or c == "." else "-" for c in "-".join(parts))
+        return f"{stem}-s{self.seed}-{digest}"
+
+
+def set_number_types(settings: Any) -> None:
+    """
+    Make numbers the types of a dataclass' fields, so that equal settings have one name.
+
+    Args:
+        settings: The dataclass, which may be frozen.
+
+    Raises:
+        ValueError: If a field that is a number is given anything else.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value = typed_number(name, getattr(settings, name), kind)
+        object.__setattr__(settings, name, value)
+
+
+def typed_number(name: str, value: Any, kind: Any) -> Any:
+    """
+    A number as a type, however it is written: 1e6 may be an int.
+
+    Args:
+        name: Of the setting, for the message.
+        value: What it is given.
+        kind: Its type.
+
+    Returns:
+        The number, or what is none as it is.
+
+    Raises:
+        ValueError: If the type is a number's and the value is not of it.
+    """
+    number = type(value) in (int, float)
+    if number and float in (get_args(kind) or (kind,)):
+        return float(value)
+    if number and kind is int and float(value).is_integer():
+        return int(value)
+    if kind in (int, float):
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"{name} must be a {whole}number, got {value!r}")
+    return value
+
+
+def _without_defaults(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    defaults = {f.name: f.default for f in fields(cls)}
+    return {name: value for name, value in values.items() if value != defaults[name]}

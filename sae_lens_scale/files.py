@@ -1,0 +1,62 @@
+"""Writing of files, whole or not at all."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing_files(folder: str | Path) -> Iterator[Path]:
+    """
+    A folder to write into, whose files replace those of ``folder`` once all are written.
+
+    Whatever stops the writing, ``folder`` keeps the files that it had.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        yield Path(temporary)
+        for file in Path(temporary).iterdir():
+            os.replace(file, folder / file.name)
+
+
+def dump_json(value: Any) -> str:
+    """
+    Strict JSON.
+
+    Args:
+        value: What to write; NaN and infinity, which are no JSON, become null.
+
+    Returns:
+        Indented text.
+    """
+    return json.dumps(_strict(value), indent=1, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """
+    Write a file whole or not at all; a device or a pipe stays one.
+
+    Args:
+        path: The file, in a folder that is made if it is missing.
+        text: What to write.
+    """
+    if path.exists() and not path.is_file():
+        # Such as /dev/stderr: not to be replaced by a file.
+        path.write_text(text)
+        return
+    with replacing_files(path.parent) as folder:
+        (folder / path.name).write_text(text)

@@ -1,0 +1,34 @@
+"""A language model by name, and the precision that it runs in."""
+
+import torch
+from sae_lens import HookedSAETransformer
+
+from sae_lens_scale.loading.smollm2 import load_smollm2
+
+
+def load_language_model(name: str, device: str) -> HookedSAETransformer:
+    """SmolLM2 from PyPI for "smollm2"; any other name through TransformerLens."""
+    if name == "smollm2":
+        return load_smollm2(device=device)
+    return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
+
+
+def fast_bfloat16(device: str | torch.device) -> bool:
+    """
+    Whether products in bfloat16 are worth it, for SAELens's ``autocast_lm``.
+
+    Args:
+        device: Where the products are computed; of several GPUs the current one is asked.
+
+    Returns:
+        False where they take many times as long as in float32, as on x86 CPUs without
+        AVX-512, and on GPUs that emulate them.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        # torch's own criterion (its inductor asks the same), of no public name.
+        known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return bool(torch.backends.mkldnn.is_available() and known and known())
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return True

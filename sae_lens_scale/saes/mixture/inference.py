@@ -1,0 +1,238 @@
+"""What Scale SAE and Switch SAE share, for inference."""
+
+from abc import ABC
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import _disable_hooks
+from typing_extensions import override
+
+from sae_lens_scale.files import replacing_files
+from sae_lens_scale.ops import BufferPool, decode_dense, decoder_norm, sparse_decode
+from sae_lens_scale.saes.mixture.routing import Routing
+
+from .encoding import T_MIXTURE_CONFIG, Encoding, MixtureEncoder, is_hooked
+from .files import require_tensors
+
+
+class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
+    """
+    An SAE whose latents are divided among experts that a router selects.
+
+    ``hook_expert_weights`` and ``hook_expert_indices`` show, and may edit, the gates
+    and indices of the selected experts, both ``[..., experts_per_token]``. An expert
+    that an edit selects twice counts twice: its latents take two of the k places each,
+    and what they have in both adds up.
+    ``hook_sae_acts_pre`` is d_sae wide, as in any SAE of SAELens; latents whose
+    expert was not selected have no pre-activation and show -inf.
+    """
+
+    @override
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Feature activations, gates included.
+
+        Args:
+            x: Activations of the language model, ``[..., d_in]``.
+
+        Returns:
+            ``[..., d_sae]``, at most k of them non-zero.
+
+        Raises:
+            ValueError: If the last dimension of ``x`` is not d_in.
+        """
+        latents = self._encode(x).latents
+        return self.hook_sae_acts_post(latents.to_dense(self.cfg.d_sae))
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Reconstruct, without d_sae-wide activations unless somebody hooks them.
+
+        Args:
+            x: Activations of the language model, ``[..., d_in]``.
+
+        Returns:
+            The reconstruction, in the shape of ``x``; ``x`` with the effect of whatever
+            hooks edit, if ``use_error_term``.
+        """
+        sae_out = self._reconstruct(x)
+        if self.use_error_term:
+            with torch.no_grad():
+                with _disable_hooks(self):
+                    clean = self._reconstruct(x)
+                error = self.hook_sae_error(x - clean)
+            sae_out = sae_out + error
+        return self.hook_sae_output(sae_out)
+
+    def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        overridden = any(
+            getattr(getattr(self, name), "__func__", None)
+            is not getattr(MixtureSAE, name)
+            for name in ("encode", "decode")
+        )
+        if overridden or is_hooked(self.hook_sae_acts_post):
+            return self.decode(self.encode(x))
+        return self._decode_encoding(self._encode(x))
+
+    @override
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """
+        Reconstruction from feature activations; linear in them, up to normalisation.
+
+        Args:
+            feature_acts: ``[..., d_sae]``, dense or sparse COO.
+
+        Returns:
+            ``[..., d_in]``.
+
+        Raises:
+            ValueError: If the last dimension of ``feature_acts`` is not d_sae.
+        """
+        # Norms would stretch a last dimension of 1 to d_sae without an error.
+        if feature_acts.shape[-1:] != (self.cfg.d_sae,):
+            raise ValueError(
+                f"the last dimension of feature_acts must be d_sae={self.cfg.d_sae}, "
+                f"got shape {tuple(feature_acts.shape)}"
+            )
+        if feature_acts.is_sparse:
+            feature_acts = feature_acts.to_dense()
+        if self.cfg.rescale_acts_by_decoder_norm:
+            feature_acts = feature_acts * (1 / decoder_norm(self.W_dec))
+        recons = decode_dense(feature_acts.reshape(-1, self.cfg.d_sae), self.W_dec)
+        return self._finish_decoding(
+            recons.view(*feature_acts.shape[:-1], self.cfg.d_in)
+        )
+
+    def _decode_encoding(self, encoding: Encoding) -> torch.Tensor:
+        """What decode returns for the same activations, from their compact form."""
+        coefficients = encoding.coefficients
+        recons = sparse_decode(
+            coefficients.reshape(encoding.selection.indices.shape),
+            self.W_dec,
+            encoding.selection,
+        )
+        return self._finish_decoding(
+            recons.view(*coefficients.shape[:-1], self.cfg.d_in)
+        )
+
+    def _finish_decoding(self, recons: torch.Tensor) -> torch.Tensor:
+        recons = self.hook_sae_recons(recons + self.b_dec)
+        recons = self.run_time_activation_norm_fn_out(recons)
+        return self.reshape_fn_out(recons, self.d_head)
+
+    def route(self, x: torch.Tensor) -> Routing:
+        """
+        The experts that each token selects, for analysis.
+
+        Args:
+            x: Activations of the language model, ``[..., d_in]``.
+
+        Returns:
+            Gates, indices and probabilities; fires the hooks that encode fires.
+
+        Raises:
+            ValueError: If the last dimension of ``x`` is not d_in.
+        """
+        with self._keep_run_time_norm_state():
+            return self._route(self._process_inputs(x).x)
+
+    @override
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # What moves or converts the parameters leaves this memory without a use.
+        self._gradient_memory = BufferPool()
+        return super()._apply(*args, **kwargs)
+
+    def _fold_encoder(self) -> None:
+        """Make W_enc the encoder that is applied; for folds that need it to be."""
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        self.W_router.data *= scaling_factor
+        self.b_router.data /= scaling_factor
+
+    @override
+    @torch.no_grad()
+    def fold_and_get_W_dec_norm(self) -> torch.Tensor:
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            raise NotImplementedError(
+                "folding decoder norms would change which latents TopK selects when "
+                "rescale_acts_by_decoder_norm is False"
+            )
+        self._fold_encoder()
+        return super().fold_and_get_W_dec_norm()
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(
+        self,
+        mean: torch.Tensor,
+        whitening_matrix: torch.Tensor,
+        unwhitening_matrix: torch.Tensor,
+    ) -> None:
+        if self.cfg.rescale_acts_by_decoder_norm:
+            # Unwhitening changes the decoder norms that TopK ranks by. Folded first,
+            # they stay as they were.
+            self.fold_W_dec_norm()
+            self.cfg.rescale_acts_by_decoder_norm = False
+        self._fold_encoder()
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+        # The router sees (x - mean) M - b_router = (x - (b_router M^-1 + mean)) M.
+        dtype = torch.promote_types(self.W_router.dtype, whitening_matrix.dtype)
+        mean, whitening_matrix, unwhitening_matrix = (
+            t.to(self.device, dtype)
+            for t in (mean, whitening_matrix, unwhitening_matrix)
+        )
+        self.W_router.data.copy_(whitening_matrix @ self.W_router.data.to(dtype))
+        self.b_router.data.copy_(
+            self.b_router.data.to(dtype) @ unwhitening_matrix + mean
+        )
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        # safetensors refuses views that are not contiguous. Entries are rebound,
+        # never changed in place: they share memory with the live parameters.
+        super().process_state_dict_for_saving(state_dict)
+        for name, tensor in state_dict.items():
+            state_dict[name] = tensor.contiguous()
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """
+        Save weights and config. Files that ``path`` has already stay until the new ones
+        are complete; these then replace them, one right after the other.
+
+        Args:
+            path: Folder, made if it is missing.
+
+        Returns:
+            Paths of the weights and of the config.
+        """
+        with replacing_files(path) as temporary:
+            weights, cfg = super().save_model(temporary)
+        return Path(path) / weights.name, Path(path) / cfg.name
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """
+        Check that a file's tensors are those of this SAE, before any is loaded.
+
+        Args:
+            state_dict: What the file holds; subclasses adapt it in place.
+
+        Raises:
+            ValueError: If tensors are missing, unknown, of another shape or not of
+                floating point; the message names all of them.
+        """
+        super().process_state_dict_for_loading(state_dict)
+        require_tensors(self.cfg, state_dict, self._shapes_to_load(state_dict))
+
+    def _shapes_to_load(self, state_dict: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """What a file has to hold, given what it does hold."""
+        return self._shapes()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self.named_parameters()}

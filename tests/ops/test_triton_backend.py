@@ -1,0 +1,366 @@
+"""
+The GPU kernels against the formulas.
+
+They run on a GPU where there is one, else in Triton's interpreter. That accepts more than
+Triton's compiler does, so they are also compiled for a GPU, which needs none.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sae_lens_scale.ops import triton_backend as triton_kernels
+
+Run = Callable[..., Any]
+
+TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+    # One unit in the last place: the interpreter truncates.
+    torch.bfloat16: {"rtol": 1e-2, "atol": 1e-3},
+}
+TYPE_NAMES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
+
+
+def _on_gpu(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+    copies = [tensor.cuda() for tensor in tensors]
+    result = function(*copies)
+    for tensor, copy in zip(tensors, copies, strict=True):
+        tensor.copy_(copy)
+    return result.cpu() if isinstance(result, torch.Tensor) else result
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Calls a function of the module with CPU tensors, to which it may write."""
+    if torch.cuda.is_available():
+        yield _on_gpu
+        return
+    # Whether to interpret is decided when Triton is imported, which has happened here. The
+    # other process gets and returns tensors in memory that both share.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            yield lambda *call: process.submit(*call).result()
+
+
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, stored column by column."""
+    return tensor.mT.contiguous().mT
+
+
+def surrounded_by_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, as the middle of a larger tensor."""
+    return torch.nn.functional.pad(tensor, (1, 300) * tensor.ndim, value=torch.nan)[
+        (slice(1, -300),) * tensor.ndim
+    ]
+
+
+LAYOUTS = [as_it_is, transposed, surrounded_by_nan]
+
+
+def cases(
+    sizes: list[Any], empty_sizes: list[Any], dtypes: list[torch.dtype]
+) -> list[tuple[Any, torch.dtype, Callable[[torch.Tensor], torch.Tensor]]]:
+    """All combinations; for what is empty, one."""
+    return [
+        *product(sizes, dtypes, LAYOUTS),
+        *product(empty_sizes, dtypes[:1], LAYOUTS[:1]),
+    ]
+
+
+selections = pytest.mark.parametrize(
+    ("shape", "dtype", "layout"),
+    cases(
+        # tokens, k, num_latents, width
+        [(1, 1, 1, 1), (1, 9, 4, 300), (3, 1, 5, 257), (6, 17, 30, 20)],
+        [(0, 4, 5, 8), (3, 0, 5, 8), (3, 4, 5, 0)],
+        [torch.float32, torch.bfloat16, torch.float64],
+    ),
+)
+
+
+def random_numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def random_indices(tokens: int, k: int, num_latents: int) -> torch.Tensor:
+    """Some latents twice; neither the first nor the last, where there are others."""
+    unused = int(num_latents > 2)
+    return torch.randint(unused, num_latents - unused, (k, tokens)).T
+
+
+def random_weights(num_latents: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """NaN for the latents that :func:`random_indices` does not select."""
+    weights = random_numbers(num_latents, width, dtype=dtype)
+    if num_latents > 2:
+        weights[[0, -1]] = torch.nan
+    return weights
+
+
+@selections
+def test_sparse_decode_sums_the_selected_rows(
+    run: Run,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    layout: Callable[[torch.Tensor], torch.Tensor],
+):
+    torch.manual_seed(0)
+    tokens, k, num_latents, width = shape
+    values = layout(random_numbers(tokens, k, dtype=dtype))
+    weights = layout(random_weights(num_latents, width, dtype))
+    indices = random_indices(tokens, k, num_latents)
+    rows = weights.double()[indices]
+    expected = (values.double().unsqueeze(-1) * rows).sum(1).to(dtype)
+    out = run(triton_kernels.sparse_decode, values, weights, indices)
+    assert_close(out, expected, **TOLERANCES[dtype])
+
+
+@selections
+def test_sampled_products_are_dot_products_with_the_selected_rows(
+    run: Run,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    layout: Callable[[torch.Tensor], torch.Tensor],
+):
+    torch.manual_seed(0)
+    tokens, k, num_latents, width = shape
+    rows = layout(random_numbers(tokens, width, dtype=dtype))
+    weights = layout(random_weights(num_latents, width, dtype))
+    indices = random_indices(tokens, k, num_latents)
+    selected = weights.double()[indices]
+    expected = (selected * rows.double().unsqueeze(1)).sum(-1).to(dtype)
+    out = run(triton_kernels.sampled_products, rows, weights, indices)
+    assert_close(out, expected, **TOLERANCES[dtype])
+
+
+def check_latent_sums(
+    run: Run,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    indices: torch.Tensor,
+    num_latents: int,
+):
+    dtype, width = rows.dtype, rows.shape[1]
+    products = values.double().unsqueeze(-1) * rows.double().unsqueeze(1)
+    expected = products.new_zeros(num_latents, width)
+    expected.index_add_(0, indices.flatten(), products.flatten(0, 1))
+    order = indices.flatten().argsort(stable=True).repeat_interleave(2)[::2]
+    memory = torch.full((num_latents, width + 2), torch.nan, dtype=dtype)
+    arguments = values, rows, indices, order, memory[:, 1:-1]
+    run(triton_kernels.latent_sums, *arguments)
+    sums = memory[:, 1:-1]
+    assert_close(sums, expected.to(dtype), equal_nan=True, **TOLERANCES[dtype])
+    assert memory[:, [0, -1]].isnan().all()
+
+
+@selections
+def test_latent_sums_write_every_row_of_memory_that_holds_nan(
+    run: Run,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    layout: Callable[[torch.Tensor], torch.Tensor],
+):
+    torch.manual_seed(0)
+    tokens, k, num_latents, width = shape
+    values = layout(random_numbers(tokens, k, dtype=dtype))
+    rows = layout(random_numbers(tokens, width, dtype=dtype))
+    indices = random_indices(tokens, k, num_latents)
+    check_latent_sums(run, values, rows, indices, num_latents)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [512],
+        [128],
+        [129, 1],
+        [0, 129, 1, 128, 257, 0, 256, 127, 130, 0],
+        [385, 383],
+        [100, 30, 200, 2, 1, 1],
+    ],
+)
+def test_latent_sums_add_up_the_pieces_of_popular_latents(
+    run: Run, counts: list[int], k: int
+):
+    torch.manual_seed(0)
+    latents = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    indices = latents[torch.randperm(len(latents))].view(-1, k)
+    values = random_numbers(*indices.shape, dtype=torch.float32)
+    rows = random_numbers(len(indices), 5, dtype=torch.float32)
+    # Stays with the latents of its token.
+    rows[0] = torch.inf
+    check_latent_sums(run, values, rows, indices, len(counts))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout"),
+    cases(
+        # pairs of each expert, width of rows, width of products
+        [
+            ([4], 16, 16),
+            ([2, 0, 66, 0, 1, 64, 129], 33, 20),
+            ([0, 0, 3], 70, 130),
+            ([0, 1], 1, 1),
+        ],
+        [([0, 0], 8, 8), ([2, 2], 0, 8), ([2, 2], 8, 0)],
+        [torch.float32, torch.float16, torch.bfloat16],
+    ),
+)
+def test_grouped_products_multiply_each_row_by_its_expert(
+    run: Run,
+    shape: tuple[list[int], int, int],
+    dtype: torch.dtype,
+    layout: Callable[[torch.Tensor], torch.Tensor],
+):
+    torch.manual_seed(0)
+    counts, width_in, width_out = shape
+    experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    order = torch.randperm(len(experts))
+    # Not contiguous.
+    row_indices, order = torch.stack([order // 2, order], dim=1).unbind(1)
+    rows = layout(random_numbers(len(experts) // 2 + 1, width_in, dtype=dtype))
+    weights = layout(random_numbers(len(counts), width_in, width_out, dtype=dtype))
+    expected = rows.new_empty(len(experts), width_out)
+    for pair, row, expert in zip(order, row_indices, experts, strict=True):
+        expected[pair] = rows[row].double() @ weights[expert].double()
+    arguments = rows, row_indices, weights, order, experts
+    out = run(triton_kernels.grouped_products, *arguments)
+    assert_close(out, expected, **TOLERANCES[dtype])
+
+
+def test_tensors_of_different_dtypes_are_multiplied_in_the_wider_one(run: Run):
+    torch.manual_seed(0)
+    narrow = random_numbers(4, 8, dtype=torch.bfloat16)
+    wide = random_numbers(2, 8, 6, dtype=torch.float32)
+    indices = torch.tensor([[0, 3], [2, 1]])
+    order = torch.arange(4)
+    experts = torch.tensor([0, 0, 1, 1])
+    out = run(triton_kernels.sampled_products, wide[:, :, 0], narrow, indices)
+    expected = narrow.double()[indices] @ wide[:, :, 0].double().unsqueeze(-1)
+    tolerance = TOLERANCES[torch.bfloat16]
+    assert_close(out, expected.squeeze(-1).bfloat16(), **tolerance)
+    out = run(triton_kernels.grouped_products, narrow, order, wide, order, experts)
+    expected = (narrow.double().unsqueeze(1) @ wide.double()[experts]).squeeze(1)
+    assert_close(out, expected.bfloat16(), **tolerance)
+
+
+@pytest.mark.parametrize("name", ["rows", "weights"])
+def test_grouped_products_of_float64_are_refused(name: str):
+    tensors = {"rows": torch.zeros(1, 2), "weights": torch.zeros(1, 2, 3)}
+    tensors[name] = tensors[name].double()
+    index = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"{name} .*not torch.float64"):
+        triton_kernels.grouped_products(
+            tensors["rows"], index, tensors["weights"], index, index
+        )
+
+
+def test_supported_is_what_the_kernels_compute_with(run: Run):
+    assert run(triton_kernels.supports, torch.zeros(1))
+    assert not run(triton_kernels.supports, torch.zeros(1, dtype=torch.float64))
+    # Not interpreted here.
+    assert not triton_kernels.supports(torch.zeros(1))
+
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def launches(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32
+) -> list[Launch]:
+    """Kernels and arguments of all launches of all functions, with nothing computed."""
+    recorded: list[Launch] = []
+    monkeypatch.setattr(
+        triton_kernels,
+        "_launch",
+        lambda kernel, _, *args, **constants: recorded.append(
+            (kernel, args, constants)
+        ),
+    )
+    values, rows = torch.zeros(200, 3, dtype=dtype), torch.zeros(200, 64, dtype=dtype)
+    weights = torch.zeros(9, 64, dtype=dtype)
+    indices = torch.zeros(200, 3, dtype=torch.int64)
+    order = torch.arange(600)
+    triton_kernels.sparse_decode(values, weights, indices)
+    triton_kernels.sampled_products(rows, weights, indices)
+    triton_kernels.latent_sums(values, rows, indices, order, weights)
+    experts = weights.view(3, 64, 3)
+    triton_kernels.grouped_products(rows, order // 3, experts, order, order // 200)
+    return recorded
+
+
+def test_launching_needs_no_number_from_the_gpu(monkeypatch: pytest.MonkeyPatch):
+    # Tensors without data: whatever asks for a number, or for a size that depends on one,
+    # raises.
+    with FakeTensorMode():
+        assert len(launches(monkeypatch)) == 5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "instruction"),
+    [
+        (torch.float32, "highest", "fma.rn.f32"),
+        (torch.float32, "high", "tf32"),
+        (torch.bfloat16, "highest", "bf16"),
+    ],
+)
+def test_kernels_compile_for_a_gpu(
+    dtype: torch.dtype,
+    precision: str,
+    instruction: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        recorded = launches(monkeypatch, dtype)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for kernel, args, constants in recorded:
+        names = kernel.arg_names
+        options = {"num_warps": constants.pop("num_warps", 4), "enable_fp_fusion": True}
+        source = ASTSource(
+            kernel,
+            {
+                name: TYPE_NAMES[arg.dtype] if isinstance(arg, torch.Tensor) else "i32"
+                for name, arg in zip(names, args, strict=False)
+            }
+            | dict.fromkeys(constants, "constexpr"),
+            {(names.index(name),): value for name, value in constants.items()},
+        )
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", 80, 32), options=options
+        )
+        assert "cubin" in compiled.asm
+    products = compiled.asm["ptx"]
+    assert instruction in products
+    assert ("tf32" in products) == (instruction == "tf32")

@@ -1,0 +1,212 @@
+"""Tables of made-up records."""
+
+from pathlib import Path
+
+import pytest
+from experiment_records import write_records
+
+from reproduction.report import preset_runs
+from reproduction.tables import (
+    cells,
+    comparison,
+    flops_table,
+    gap_closed,
+    gated_comparison,
+    l1_table,
+    markdown,
+)
+
+
+def line(table: str, start: str) -> list[str]:
+    (row,) = (x for x in table.splitlines() if x.startswith(f"| {start} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
+def test_cells_are_means_and_sample_deviations_over_seeds(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    mean, std, size = cells(runs, "fvu").loc["Scale 64/2", 8]
+    assert (mean, std) == (pytest.approx(0.105), pytest.approx(0.01 / 2**0.5))
+    assert size == 2
+
+
+def test_a_single_run_is_marked_and_a_missing_one_is_a_dash(tmp_path: Path):
+    write_records(tmp_path, "smollm2", seeds=(0,))
+    runs = preset_runs(tmp_path, "smollm2")
+    runs = runs.loc[~((runs["label"] == "TopK 576") & (runs["k"] == 8))]
+    runs = runs.loc[runs["sae_cfg.k"].notna()]
+    table = markdown(cells(runs, "fvu"), "{:.2f}".format, "")
+    assert line(table, "TopK 576") == ["-", "0.20*", "0.20*", "0.20*"]
+
+
+def test_rows_stand_in_the_order_of_the_preset(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    assert [*cells(runs, "fvu").index][:4] == [
+        "Scale 64/2",
+        "Scale 128/4",
+        "Scale 256/8",
+        "Scale 256/8 1 shared",
+    ]
+
+
+def test_columns_stand_in_order_whatever_the_first_row_lacks(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["sae_cfg.k"].notna()]
+    lacks = (runs["label"] == "Scale 64/2") & (runs["k"] < 32)
+    frame = cells(runs.loc[~lacks], "fvu")
+    assert [*frame.columns] == [8, 16, 32, 64]
+    assert frame.loc["Scale 64/2"].isna().tolist() == [True, True, False, False]
+
+
+def test_comparison_names_the_best_scale_sae_and_how_much_lower_it_is(
+    records_folder: Path,
+):
+    table = comparison(preset_runs(records_folder, "smollm2"))
+    assert line(table, "best Scale SAE")[:4] == ["Scale 256/8"] * 4
+    # Seed by seed 1 - 0.08 / 0.2 and 1 - 0.09 / 0.21.
+    lower = f"{1 - 0.085 / 0.205:.1%} (60.0, 57.1)"
+    assert line(table, "lower than TopK 576")[:4] == [lower] * 4
+
+
+def test_comparisons_are_of_the_seeds_that_all_have(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["sae_cfg.k"].notna()]
+    # Seed 1 is 0.01 worse everywhere.
+    second = runs["seed"] == 1
+    runs = runs.loc[~((runs["label"] == "TopK 576") & second)]
+    runs = runs.loc[~((runs["label"] == "Switch 32") & (runs["k"] > 8))]
+    runs = runs.loc[~((runs["label"] == "Switch 32 softmax") & ~second)]
+    table = comparison(runs)
+    assert line(table, "lower than TopK 576")[0] == f"{1 - 0.08 / 0.2:.1%}*"
+    lower = f"{1 - 0.085 / 0.125:.1%} (33.3, 30.8)"
+    assert line(table, "lower than Switch 32 authors")[0] == lower
+    assert line(table, "lower than Switch 32")[1:] == ["-", "-", "-"]
+    table = gap_closed(runs, "TopK 576", "Scale 256/8")
+    assert line(table, "Switch 32")[0] == f"{(0.2 - 0.16) / (0.2 - 0.08):.0%}*"
+    assert line(table, "Switch 32")[1:] == ["-", "-", "-"]
+    # Of the seed that the floor lacks.
+    assert "| Switch 32 softmax |" not in table
+
+
+def test_comparison_of_another_kind_has_the_columns_that_it_has(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["label"].isin(["Switch 32", "TopK 576"])]
+    runs = runs.loc[~((runs["label"] == "Switch 32") & (runs["k"] > 8))]
+    table = comparison(runs, kind="Switch")
+    assert table.startswith("|  | k = 8 |\n")
+    assert line(table, "best Switch SAE") == ["Switch 32"]
+    lower = f"{1 - 0.165 / 0.205:.1%} (20.0, 19.0)"
+    assert line(table, "lower than TopK 576") == [lower]
+
+
+def test_comparison_with_other_scale_saes_leaves_the_best_itself_out(
+    records_folder: Path,
+):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["label"].isin(["Scale 64/2", "Scale 256/8", "TopK 576"])]
+    first = (runs["label"] == "Scale 64/2") & (runs["k"] == 8)
+    table = comparison(runs.assign(fvu=runs["fvu"].mask(first, 0.05)))
+    assert line(table, "best Scale SAE") == ["Scale 64/2", *["Scale 256/8"] * 3]
+    lower = f"{1 - 0.085 / 0.105:.1%} (20.0, 18.2)"
+    assert line(table, "lower than Scale 64/2") == ["-", *[lower] * 3]
+
+
+def test_comparison_of_lengths_has_a_column_for_each(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2-length")
+    table = comparison(runs, columns="settings.training_tokens")
+    tokens = [f"{n} tokens" for n in ("250,000", "500,000", "1,000,000", "2,000,000")]
+    assert line(table, "")[:4] == tokens
+    lower = f"{1 - 0.125 / 0.205:.1%} (40.0, 38.1)"
+    assert line(table, "lower than TopK 576")[:4] == [lower] * 4
+
+
+def test_comparison_needs_a_scale_sae(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    with pytest.raises(ValueError, match="must have a Scale SAE"):
+        comparison(runs.loc[runs["label"] == "TopK 576"])
+
+
+def test_gap_closed_is_a_share_of_what_lies_between(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    table = gap_closed(runs, "TopK 576", "Scale 256/8")
+    closed = f"{(0.205 - 0.165) / (0.205 - 0.085):.0%} (33, 33)"
+    assert line(table, "Switch 32")[0] == closed
+    with pytest.raises(ValueError, match="must have 'TopK 9'"):
+        gap_closed(runs, "TopK 9", "Scale 256/8")
+    with pytest.raises(ValueError, match="must have a Full SAE 9 SAE"):
+        gap_closed(runs, "TopK 576", "Full SAE 9")
+
+
+def test_the_gap_without_a_k_that_both_ends_have_is_no_row(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    floor = (runs["label"] == "TopK 576") & (runs["k"] == 8)
+    ceiling = (runs["label"] == "Full TopK 18432") & (runs["k"] == 32)
+    table = gap_closed(runs.loc[floor | ceiling], "TopK 576", "Full TopK")
+    assert "576" not in table
+
+
+def test_the_gap_ends_at_the_best_of_the_same_width_at_each_k(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["label"].isin(["Scale 64/2", "Scale 256/8", "TopK 576"])]
+    first = (runs["label"] == "Scale 64/2") & (runs["k"] == 8)
+    table = gap_closed(
+        runs.assign(fvu=runs["fvu"].mask(first, 0.05)), "TopK 576", "Scale"
+    )
+    assert line(table, "of the gap to") == ["Scale 64/2", *["Scale 256/8"] * 3]
+    assert line(table, "Scale 64/2")[0] == line(table, "Scale 256/8")[1] == "-"
+    closed = (0.205 - 0.105) / (0.205 - 0.085)
+    assert line(table, "Scale 64/2")[1].startswith(f"{closed:.0%} (")
+
+
+def test_l1_table_says_what_each_coefficient_makes(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["label"] == "Gated 576"]
+    table = l1_table(runs)
+    assert table.startswith("| Gated 576 | L1 = 0.5 | L1 = 1 | L1 = 2 |")
+    assert line(table, "L0")[:2] == ["200.0 ± 0.0", "100.0 ± 0.0"]
+    assert line(table, "FVU")[0] == "0.1250 ± 0.0071"
+    assert line(table, "loss recovered")[0] == "0.8750 ± 0.0071"
+
+
+def test_l1_table_leaves_out_what_was_not_measured(tmp_path: Path):
+    write_records(tmp_path, "smollm2", seeds=(0,))
+    runs = preset_runs(tmp_path, "smollm2")
+    runs = runs.loc[runs["label"] == "Gated 576"]
+    first = runs["sae_cfg.l1_coefficient"] == 0.5
+    table = l1_table(runs.assign(loss_recovered=runs["loss_recovered"].where(first)))
+    assert line(table, "loss recovered") == ["0.8800*", *["-"] * 5]
+    assert "loss recovered" not in l1_table(runs.drop(columns="loss_recovered"))
+
+
+def test_flops_table_is_of_the_k_that_most_have(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    runs = runs.loc[runs["sae_cfg.k"].notna()]
+    full = runs["label"].str.startswith("Full")
+    table = flops_table(runs.loc[~full | (runs["k"] == 32)])
+    assert table.startswith(
+        "| k = 32 | router | encoder | decoder | backward | total |"
+    )
+    assert line(table, "Switch 32") == ["0.04", "0.66", "0.04", "0.15", "0.88"]
+    assert table.count("Scale 256/8 |") == 1
+    missing = {"Switch 32": 32, "TopK 576": 8, "Scale 64/2": 8}
+    has = runs["label"].map(missing) != runs["k"]
+    table = flops_table(runs.loc[has & runs["k"].isin([8, 32])])
+    assert table.startswith("| k = 32 |")
+    assert "TopK 576 |" in table
+    assert "Switch 32 |" not in table
+    at_every_k = runs.groupby("label")["k"].transform("nunique") == 4
+    assert flops_table(runs.loc[at_every_k]).startswith("| k = 8 |")
+
+
+def test_gated_comparison_is_between_the_k_on_either_side(records_folder: Path):
+    runs = preset_runs(records_folder, "smollm2")
+    gated = runs.loc[runs["sae_cfg.k"].isna()]
+    others = runs.loc[runs["label"].isin(["Scale 64/2", "Full TopK 18432"])]
+    others = others.loc[(others["label"] == "Scale 64/2") | (others["k"] >= 32)]
+    # L0 are 200, 100, 50, 25, 12 and 6; 1 / k is a straight line of the logarithms.
+    others = others.assign(fvu=1 / others["k"])
+    table = gated_comparison(gated, others)
+    assert table.startswith("| lower than Gated | L0 = 50.0 | L0 = 25.0 | L0 = 12.0 |")
+    want = [f"{1 - 1 / l0 / 0.125:.1%}" for l0 in (50, 25, 12)]
+    assert line(table, "Scale 64/2") == want
+    assert line(table, "Full TopK 18432") == [want[0], "-", "-"]
+    assert gated_comparison(gated.assign(l0=7.0), others) == ""
