@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from sae_lens import HookedSAETransformer
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -34,7 +35,6 @@ from .activations import (
     map_shard,
     read_manifest,
 )
-from .token_store import token_store
 
 _SHARD_POSITIONS = 2**15
 
@@ -170,3 +170,47 @@ def _width(model: HookedSAETransformer, hook_name: str) -> int:
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     with replacing_files(folder) as temporary:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def token_store(
+    model: HookedSAETransformer,
+    text: Dataset | IterableDataset,
+    hook_name: str,
+    context_size: int,
+    d_in: int = 1,
+    autocast_lm: bool = False,
+) -> ActivationsStore:
+    """
+    SAELens's store, for its ``iterable_sequences`` and ``get_activations``.
+
+    Args:
+        model: The language model.
+        text: What it reads.
+        hook_name: Hook of the activations.
+        context_size: Tokens per context, BOS included.
+        d_in: Width of the activations, if they are wanted.
+        autocast_lm: Whether they are computed in bfloat16; the residual stream stays in
+            float32.
+
+    Returns:
+        The store, at the start of the text.
+    """
+    return ActivationsStore(
+        model=model,
+        dataset=text,
+        streaming=False,
+        hook_name=hook_name,
+        hook_head_index=None,
+        context_size=context_size,
+        d_in=d_in,
+        # Of no concern to what is used of it.
+        n_batches_in_buffer=1,
+        total_training_tokens=1,
+        store_batch_size_prompts=1,
+        train_batch_size_tokens=context_size,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+        autocast_lm=autocast_lm,
+    )

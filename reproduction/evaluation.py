@@ -1,120 +1,24 @@
-"""What is measured on finished runs with the language model, loaded once for all."""
+"""Loss recovered of finished runs: the language model is loaded once for all of them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import SAE
 from tqdm.auto import tqdm
-from transformer_lens.hook_points import HookPoint
 
 from sae_lens_scale.analysis.contexts import excluded_ids
-from sae_lens_scale.analysis.evaluation import LossRecovered
+from sae_lens_scale.analysis.evaluation import LossRecovered, loss_recovered
 from sae_lens_scale.loading.language_model import load_language_model
 from sae_lens_scale.loading.text import load_text
 
 from .activations import CacheSettings, Split, SplitSettings, text_hash
+from .caching import token_store
 from .records import RunRecord, read_records
-from .token_store import token_store
-
-
-class LossMeter:
-    """
-    Loss Recovered of many SAEs of one hook on the same tokens.
-
-    The numbers are those of :func:`.loss_recovered`. What does not depend on the SAE is
-    computed once, so that each of them costs one forward pass in place of three.
-
-    Args:
-        model: The language model.
-        hook_name: Hook of the SAEs.
-        batches: Token ids, each ``[contexts, tokens]``.
-
-    Raises:
-        ValueError: If zeros at the hook do not change the loss.
-    """
-
-    def __init__(
-        self,
-        model: HookedSAETransformer,
-        hook_name: str,
-        batches: list[torch.Tensor],
-    ):
-        self._model, self._hook_name = model, hook_name
-        self._batches = [batch.to(model.cfg.device) for batch in batches]
-        self._special = excluded_ids(model, True).to(model.cfg.device)
-        self._predictions = 0
-        for batch in self._batches:
-            self._predictions += int((~torch.isin(batch[:, :-1], self._special)).sum())
-        self._without_sae = self._cross_entropy(lambda x, _: x)
-        self._with_ablation = self._cross_entropy(lambda x, _: torch.zeros_like(x))
-        if self._with_ablation == self._without_sae:
-            raise ValueError(
-                f"zeros at {hook_name} must change the model's loss, got "
-                f"{self._without_sae} with and without"
-            )
-
-    def is_of_text(self, without_sae: float) -> bool:
-        """
-        Whether a loss is the language model's own on these tokens.
-
-        Args:
-            without_sae: The loss.
-        """
-        # Another CPU shows in the fifth decimal, other documents in the first or second.
-        return abs(without_sae - self._without_sae) < 1e-3
-
-    def measure(self, sae: SAE[Any]) -> LossRecovered:
-        """
-        Splice an SAE in.
-
-        Args:
-            sae: An SAE for raw activations of the hook.
-
-        Returns:
-            What it costs.
-        """
-
-        def replace(x: torch.Tensor, special: torch.Tensor) -> torch.Tensor:
-            output = sae(x.to(sae.device)).to(x)
-            return torch.where(special.unsqueeze(-1), x, output)
-
-        with_sae = self._cross_entropy(replace)
-        lost = self._with_ablation - self._without_sae
-        return LossRecovered(
-            score=(self._with_ablation - with_sae) / lost,
-            with_sae=with_sae,
-            without_sae=self._without_sae,
-            with_ablation=self._with_ablation,
-            predictions=self._predictions,
-        )
-
-    @torch.no_grad()
-    def _cross_entropy(
-        self, replace: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    ) -> float:
-        total = 0.0
-        for batch in self._batches:
-            special = torch.isin(batch, self._special)
-
-            def replace_here(
-                x: torch.Tensor, special: torch.Tensor = special, **_: HookPoint
-            ) -> torch.Tensor:
-                return replace(x, special)
-
-            losses = self._model.run_with_hooks(
-                batch,
-                return_type="loss",
-                loss_per_token=True,
-                fwd_hooks=[(self._hook_name, replace_here)],
-            )
-            total += losses[~special[:, :-1]].double().sum().item()
-        return total / self._predictions
 
 
 def evaluate_records(
@@ -149,8 +53,8 @@ def evaluate_records(
     Raises:
         FileNotFoundError: If there is no such folder.
         ValueError: If a text is too short, or not the one that other records of the folder
-            were evaluated on; or if a run's activations were of other settings, or its
-            held-out text of other documents.
+            were evaluated on; if a run's activations were of other settings, or its
+            held-out text of other documents; or as :func:`.loss_recovered` does.
     """
     if contexts < 1:
         raise ValueError(f"contexts must be positive, got {contexts}")
@@ -166,7 +70,7 @@ def evaluate_records(
     for record in pending:
         _require_same_settings(record, settings)
     model = model or load_language_model(settings.model, device)
-    meters: dict[Split, LossMeter] = {}
+    tokens: dict[Split, Sequence[torch.Tensor]] = {}
     for name, split in settings.splits().items():
         if name == "train":
             continue
@@ -182,22 +86,36 @@ def evaluate_records(
         _require_text_of(
             pending, name, split, chain(rows, sequences), excluded_ids(model, True)
         )
-        batches = torch.stack(rows).split(prompts_per_batch)
-        meters[name] = LossMeter(model, split.hook_name, list(batches))
-        for record in finished:
+        tokens[name] = torch.stack(rows).split(prompts_per_batch)
+    for record in tqdm(pending, desc="Loss recovered", unit="SAE"):
+        sae = SAE.load_from_disk(Path(output, record.name), device=device)
+        results = {name: loss_recovered(model, sae, of) for name, of in tokens.items()}
+        _require_loss_of(finished, settings, results)
+        record.measures["loss_recovered"] = {
+            "contexts": contexts,
+            **{name: asdict(result) for name, result in results.items()},
+        }
+        record.write(output)
+    return pending
+
+
+def _require_loss_of(
+    records: Sequence[RunRecord],
+    settings: CacheSettings,
+    results: Mapping[Split, LossRecovered],
+) -> None:
+    """Refuse tokens other than those that the records were evaluated on."""
+    for record in records:
+        for name, result in results.items():
             known = record.measures["loss_recovered"].get(name)
-            if known and not meters[name].is_of_text(known["without_sae"]):
+            # Another CPU shows in the fifth decimal, other documents in the first or second.
+            if known and abs(known["without_sae"] - result.without_sae) >= 1e-3:
+                split = settings.splits()[name]
                 raise ValueError(
                     f"{record.name} was evaluated on another text than the {split.text} "
                     f"({split.text_split}) of today: use another folder, or the packages "
                     "that were installed then"
                 )
-    for record in tqdm(pending, desc="Loss recovered", unit="SAE"):
-        sae = SAE.load_from_disk(Path(output, record.name), device=device)
-        results = {name: asdict(meter.measure(sae)) for name, meter in meters.items()}
-        record.measures["loss_recovered"] = {"contexts": contexts, **results}
-        record.write(output)
-    return pending
 
 
 def _require_same_settings(record: RunRecord, settings: CacheSettings) -> None:
@@ -218,7 +136,7 @@ def _require_text_of(
     sequences: Iterable[torch.Tensor],
     excluded: torch.Tensor,
 ) -> None:
-    """Refuse documents other than those that a run's error was measured on."""
+    """Refuse documents other than those on which the error of a run was measured."""
     texts = {r.name: (r.cache or {}).get("texts", {}).get(name) for r in records}
     if not any(texts.values()):
         return

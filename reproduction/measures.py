@@ -1,4 +1,4 @@
-"""What is measured on every SAE of a grid."""
+"""Measures of every SAE of a grid."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -199,8 +199,13 @@ def further_measures(
         usage = expert_usage(sae, activations.batches(_BATCH))
         measures["expert_usage"] = asdict(usage)
         _, pairs = expert_coactivation(sae, activations.batches(_BATCH))
-        measures["expert_coactivation"] = asdict(pairs)
-        measures["expert_similarity"] = asdict(expert_similarity(sae))
+        measures["expert_coactivation"] = _scalars(pairs)
+        measures["expert_similarity"] = _scalars(expert_similarity(sae))
     if sae.cfg.metadata.omega:
         measures["scaling_factors"] = scaling_factors(sae)
     return measures
+
+
+def _scalars(result: Any) -> dict[str, Any]:
+    """A result without its lists, which have an entry for each expert or pair of them."""
+    return {n: x for n, x in asdict(result).items() if not isinstance(x, list)}

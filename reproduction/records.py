@@ -1,48 +1,33 @@
-"""What is known of a training run, on disk and in tables."""
+"""
+Records of training runs: one JSON file a run where a grid works, tables where they are published.
 
+A grid writes each record whole as soon as its run is finished, so that an interruption costs the
+runs that were under way and no other. :func:`write_tables` makes tables of such a folder;
+:func:`read` and :func:`read_curves` take either.
+"""
+
+import csv
 import json
 import math
 import os
 import platform
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pandas as pd
 import torch
 
-_SHORT = {
-    "seed": "settings.seed",
-    **{
-        name: f"sae_cfg.{name}"
-        for name in (
-            "d_sae",
-            "num_experts",
-            "experts_per_token",
-            "feature_scaling",
-            "decomposition",
-            "gate",
-        )
-    },
-    **{name: f"in_domain.{name}" for name in ("mse", "fvu", "l0", "alive")},
-    "mse_other_domain": "other_domain.mse",
-    "fvu_other_domain": "other_domain.fvu",
-    "loss_recovered": "measures.loss_recovered.in_domain.score",
-    "loss_recovered_other_domain": "measures.loss_recovered.other_domain.score",
-    "redundancy": "measures.redundancy.share_above",
-    "redundancy_between_experts": "measures.redundancy.between_experts",
-    "activation_similarity": "measures.activation_similarity.similarity",
-    "expert_counts": "measures.expert_usage.counts",
-    "overlap_histogram": "measures.overlap_histogram.pairs",
-    "intra_expert_similarity": "measures.expert_similarity.intra.mean_cosine",
-    "inter_expert_similarity": "measures.expert_similarity.inter.mean_cosine",
-    "scaling_factors": "measures.scaling_factors",
-}
+from sae_lens_scale.files import dump_json, replacing_files, write_whole
+
+from .columns import COLUMNS
+
+RUNS_FILE, CURVES_FILE, LISTS_FILE = "runs.csv", "curves.csv", "lists.jsonl"
+_WORDS = {"": None, "True": True, "False": False}
+_PATHS = {column.name: column.path for column in COLUMNS}
 _VERSIONS = ("torch", "sae-lens", "transformer-lens", "sae-lens-scale")
 
 
@@ -139,41 +124,81 @@ def read_records(folder: str | Path) -> list[RunRecord]:
 
 def read(folder: str | Path, names: Sequence[str] | None = None) -> pd.DataFrame:
     """
-    Read the records of a folder into a table, one row a run.
+    Read the runs of a folder, one row a run.
 
     Args:
-        folder: Folder of the records.
-        names: Names of the records to read; all by default.
+        folder: Folder of the records, or of the tables made of them.
+        names: Names of the runs to read; all by default.
 
     Returns:
         Columns named by path, such as ``settings.lr``, ``sae_cfg.k`` and
         ``measures.redundancy.share_above``, with lists in single cells; and, by their short
         names, those that figures are drawn of: ``label``, ``seed``, ``k`` (for an SAE
-        without one the mean L0 of its seeds), ``mse``, ``mse_other_domain``, …. What a run
-        lacks is empty.
+        without one the mean L0 of its seeds), ``mse``, ``mse_other_domain``, …. Cells that do
+        not apply to a run are empty.
 
     Raises:
         FileNotFoundError: If there is no such folder.
     """
-    records = [r for r in read_records(folder) if not names or r.name in names]
-    if not records:
-        return pd.DataFrame()
-    frame = pd.json_normalize(
-        [{**asdict(r), "cache": None, "curve": None} for r in records]
-    )
-    frame = frame.drop(columns=["cache", "curve"])
-    short = {name: frame[path] for name, path in _SHORT.items() if path in frame}
-    frame = frame.assign(**short)
-    # What has no k has the mean L0 of the runs that differ in their seed only.
-    l0: dict[str, list[float]] = defaultdict(list)
-    keys = [json.dumps({**r.settings, "seed": 0}, sort_keys=True) for r in records]
-    for key, record in zip(keys, records, strict=True):
-        l0[key].append(record.in_domain["l0"])
-    ks = [
-        record.sae_cfg.get("k", fmean(l0[key]))
-        for key, record in zip(keys, records, strict=True)
+    if Path(folder, RUNS_FILE).exists():
+        frame = _read_csv(Path(folder, RUNS_FILE))
+        lines = Path(folder, LISTS_FILE).read_text().splitlines()
+        frame = frame.merge(pd.DataFrame(map(json.loads, lines)), "left", on="name")
+    else:
+        frame = _rows(read_records(folder))
+    if names is not None and len(frame):
+        frame = frame.loc[frame["name"].isin(names)].reset_index(drop=True)
+    if frame.empty:
+        return frame
+    short = {name: frame[path] for name, path in _PATHS.items() if path in frame}
+    short["k"] = _active_latents(frame)
+    # The copy is in one piece: pandas warns of additions to a frame of many.
+    return pd.concat([frame, pd.DataFrame(short)], axis="columns").copy()
+
+
+def _rows(records: Sequence[RunRecord]) -> pd.DataFrame:
+    return pd.DataFrame(dict(_cells(asdict(record))) for record in records)
+
+
+def _cells(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Paths and values of scalars, and of the lists that have a column."""
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _cells(value, f"{path}.")
+        elif not isinstance(value, list) or path in _PATHS.values():
+            yield path, value
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    # Not by pandas, which rounds floats or not, depending on its version.
+    with path.open(newline="") as file:
+        return pd.DataFrame(
+            {name: _value(text) for name, text in row.items()}
+            for row in csv.DictReader(file)
+        )
+
+
+def _value(text: str) -> bool | float | str | None:
+    if text in _WORDS:
+        return _WORDS[text]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _active_latents(runs: pd.DataFrame) -> pd.Series:
+    """k, and for an SAE without one the mean L0 of the runs that differ in their seed only."""
+    settings = [
+        name
+        for name in runs
+        if str(name).startswith("settings.") and name != "settings.seed"
     ]
-    return frame.assign(k=ks)
+    l0 = runs.groupby(settings, dropna=False)["in_domain.l0"].transform("mean")
+    return runs["sae_cfg.k"].fillna(l0) if "sae_cfg.k" in runs else l0
 
 
 def held_out_variances(runs: pd.DataFrame) -> list[float]:
@@ -217,10 +242,10 @@ def require_one_text(variances: Sequence[float], folder: str | Path) -> None:
 
 def read_curves(folder: str | Path) -> pd.DataFrame:
     """
-    Read the learning curves of all records of a folder, one row a point.
+    Read the learning curves of all runs of a folder, one row a point.
 
     Args:
-        folder: Folder of the records.
+        folder: Folder of the records, or of the tables made of them.
 
     Returns:
         ``name``, ``label``, ``k``, ``seed`` and the point's ``tokens``, ``seconds``,
@@ -229,97 +254,56 @@ def read_curves(folder: str | Path) -> pd.DataFrame:
     Raises:
         FileNotFoundError: If there is no such folder.
     """
+    if Path(folder, CURVES_FILE).exists():
+        curves = _read_csv(Path(folder, CURVES_FILE))
+    else:
+        curves = _points(read_records(folder))
+    if curves.empty:
+        return curves
+    runs = read(folder).reindex(columns=["name", "label", "sae_cfg.k", "seed"])
+    return curves.merge(runs.rename(columns={"sae_cfg.k": "k"}), on="name")
+
+
+def _points(records: Sequence[RunRecord]) -> pd.DataFrame:
     return pd.DataFrame(
-        {
-            "name": record.name,
-            "label": record.label,
-            "k": record.sae_cfg.get("k"),
-            "seed": record.settings["seed"],
-            **point,
-        }
-        for record in read_records(folder)
-        for point in record.curve
+        {"name": record.name, **point} for record in records for point in record.curve
     )
 
 
-def table(
-    records: pd.DataFrame,
-    values: Sequence[str] = ("fvu", "l0", "alive", "dead"),
-    by: Sequence[str] | None = None,
-) -> pd.DataFrame:
+def write_tables(folder: str | Path, output: str | Path) -> list[Path]:
     """
-    Mean and spread over seeds.
+    Write the records of a folder as tables, all of them or none.
 
     Args:
-        records: What :func:`read` returned, or some of its rows.
-        values: Columns of numbers to average.
-        by: Columns that tell settings apart; all runs that agree in them are averaged. By
-            default ``label``, ``k`` and all settings but the seed that differ between runs
-            of the same label and k.
+        folder: Folder of the records.
+        output: Folder of the tables, made if it is missing: ``runs.csv`` with a row for each
+            run, ``curves.csv`` with a row for each point of a learning curve, and
+            ``lists.jsonl`` with the lists of :data:`.COLUMNS`, a line for each run. Floats are
+            written with all their digits.
 
     Returns:
-        A row for each combination of ``by``; columns ``(value, "mean")`` and
-        ``(value, "std")`` (the sample's, NaN for a single run), and ``("runs", "")``.
+        Paths of the three files.
 
     Raises:
-        ValueError: If a column is missing.
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds no records, or is the folder for the tables, too.
     """
-    missing = [name for name in (*values, *(by or ())) if name not in records]
-    if missing:
-        raise ValueError(f"records must have the columns {missing}")
-    if by is None:
-        by = ["label", "k", *_varying(records)]
-        # Neither dictionaries nor empty cells can be grouped by.
-        records = records.assign(**{n: records[n].astype(str) for n in by[2:]})
-    groups = records.groupby(list(by), dropna=False)
-    columns = {
-        (name, statistic): groups[name].agg(statistic)
-        for name in values
-        for statistic in ("mean", "std")
-    }
-    return pd.DataFrame({**columns, ("runs", ""): groups.size()})
-
-
-def _varying(records: pd.DataFrame) -> list[str]:
-    settings = [
-        name
-        for name in records
-        if str(name).startswith(("settings.", "sae_cfg."))
-        # The config says what these are, defaults included; L0 is the Gated SAE's k.
-        and not str(name).startswith("settings.sae.")
-        and name not in ("settings.seed", "sae_cfg.l1_coefficient")
+    if Path(output).resolve() == Path(folder).resolve():
+        raise ValueError(f"tables must be in another folder than records, got {output}")
+    records = read_records(folder)
+    if not records:
+        raise ValueError(f"{folder} has no records")
+    runs = _rows(records)
+    lists = [name for name in runs if runs[name].map(type).eq(list).any()]
+    lines = [
+        json.dumps({"name": run["name"], **run[lists].dropna()}, separators=(",", ":"))
+        for _, run in runs.iterrows()
     ]
-    groups = records[settings].astype(str).groupby([records["label"], records["k"]])
-    most = groups.nunique().to_numpy().max(axis=0, initial=0)
-    return [name for name, n in zip(settings, most, strict=True) if n > 1]
-
-
-def format_table(averages: pd.DataFrame, digits: int = 4) -> str:
-    """
-    A table of means and spreads as text.
-
-    Args:
-        averages: What :func:`table` returned.
-        digits: Digits after the point.
-
-    Returns:
-        Text, a line for each row.
-    """
-
-    def cell(mean: float, std: float) -> str:
-        spread = "" if math.isnan(std) else f" ± {std:.{digits}f}"
-        return f"{mean:.{digits}f}{spread}"
-
-    names = [n for n in averages.columns.get_level_values(0).unique() if n != "runs"]
-    text = pd.DataFrame(
-        {
-            name: list(map(cell, averages[name, "mean"], averages[name, "std"]))
-            for name in names
-        },
-        index=averages.index,
-    )
-    text["runs"] = averages["runs", ""]
-    return text.reset_index().to_string(index=False)
+    with replacing_files(output) as temporary:
+        runs.drop(columns=lists).to_csv(temporary / RUNS_FILE, index=False)
+        _points(records).to_csv(temporary / CURVES_FILE, index=False)
+        (temporary / LISTS_FILE).write_text("\n".join(lines) + "\n")
+    return [Path(output, name) for name in (RUNS_FILE, CURVES_FILE, LISTS_FILE)]
 
 
 def describe_environment(device: str, workers: int) -> dict[str, Any]:

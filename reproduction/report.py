@@ -1,4 +1,4 @@
-"""What the records of an experiment say: tables in Markdown, and the paper's figures."""
+"""Tables and figures of a grid's runs, for documents."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from .columns import COLUMNS
 from .presets import PRESETS
 from .records import held_out_variances, read, read_curves, require_one_text
 from .tables import (
@@ -22,57 +23,28 @@ from .tables import (
     measured_runs,
 )
 
-# What labels of the SAEs start with between which the comparison puts the others.
+# Starts of the labels between which the comparison puts the others.
 _SAME_COST, _SAME_WIDTH = "TopK", "Full TopK"
-_FVU = "{:.4f}".format
-_SHARE = "{:.2%}".format
-# Tables of the main grid: name, column of the records, how to write its numbers.
-_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("fvu", "fvu", _FVU),
-    ("fvu-other-domain", "fvu_other_domain", _FVU),
-    ("loss-recovered", "loss_recovered", _FVU),
-    ("loss-recovered-other-domain", "loss_recovered_other_domain", _FVU),
-    ("alive", "alive", _SHARE),
-    ("redundancy", "redundancy", _SHARE),
-    ("redundancy-between-experts", "redundancy_between_experts", _SHARE),
-    ("activation-similarity", "activation_similarity", _FVU),
-    # Runs may have shared the machine with others, which wall time would show.
-    ("cpu-seconds", "seconds.training_cpu", "{:.0f}".format),
-)
 
 
 def _with_scaling(run: Any) -> str:
     return f"{'with' if run['feature_scaling'] else 'without'} scaling"
 
 
-# Tables of the other grids: name, column, how to write its numbers, names of the rows.
-_ABLATIONS: tuple[
-    tuple[str, str, Callable[[float], str], Callable[[Any], str]], ...
-] = (
-    (
-        "experts",
+# Tables of the other grids: the preset, the metric and the names of the rows.
+_ABLATIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "experts": ("fvu", lambda run: f"{run['label']}, {_with_scaling(run)}"),
+    "scaling": (
         "fvu",
-        _FVU,
-        lambda run: f"{run['label']}, {_with_scaling(run)}",
-    ),
-    (
-        "scaling",
-        "fvu",
-        _FVU,
         lambda run: f"{run['label']}, {run['gate']}, {_with_scaling(run)}",
     ),
-    (
-        "decompositions",
-        "fvu",
-        _FVU,
-        lambda run: f"{run['label']}, {run['decomposition']}",
-    ),
-    ("gates", "fvu", _FVU, lambda run: f"{run['label']}, {run['gate']}"),
-    ("flops", "fvu", _FVU, lambda run: run["label"]),
-    ("time", "fvu", _FVU, lambda run: run["label"]),
-    ("recipe", "fvu", _FVU, lambda run: run["label"]),
-    ("redundancy", "redundancy", _SHARE, lambda run: run["label"]),
-)
+    "decompositions": ("fvu", lambda run: f"{run['label']}, {run['decomposition']}"),
+    "gates": ("fvu", lambda run: f"{run['label']}, {run['gate']}"),
+    "flops": ("fvu", lambda run: run["label"]),
+    "time": ("fvu", lambda run: run["label"]),
+    "recipe": ("fvu", lambda run: run["label"]),
+    "redundancy": ("redundancy", lambda run: run["label"]),
+}
 
 
 def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
@@ -80,7 +52,7 @@ def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
     The records of a preset's runs.
 
     Args:
-        folder: Folder of the records.
+        folder: Folder of the records, or of the tables made of them.
         preset: Name of a preset.
 
     Returns:
@@ -106,7 +78,7 @@ def _read_comparable(folder: str | Path) -> pd.DataFrame:
             raise ValueError(
                 f"the losses that {folder} compares must be of as many contexts, got "
                 f"{' and '.join(f'{n:g}' for n in contexts)}: evaluate all with one number "
-                "(experiment evaluate --contexts)"
+                "(evaluate --contexts)"
             )
     return runs
 
@@ -125,7 +97,7 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
     All tables that the records of an experiment allow.
 
     Args:
-        folder: Folder of the records.
+        folder: Folder of the records, or of the tables made of them.
         base: The presets' base, such as "smollm2".
 
     Returns:
@@ -160,28 +132,25 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             found["comparison-of-ceiling"] = comparison(runs, kind=_SAME_WIDTH)
             if same_cost := _first(runs, _SAME_COST):
                 found["gap"] = gap_closed(runs, same_cost, _SAME_WIDTH)
-    for name, metric, form in _METRICS:
+    forms = {column.name: column.form for column in COLUMNS if column.form}
+    for metric, form in forms.items():
         measured = measured_runs(runs, metric)
         if len(measured):
-            found[name] = markdown(cells(measured, metric), form, "")
-    for ablation, metric, form, row_name in _ABLATIONS:
+            found[metric.replace("_", "-")] = markdown(cells(measured, metric), form)
+    for ablation, (metric, row_name) in _ABLATIONS.items():
         runs = _of_preset(everything, f"{base}-{ablation}")
         runs = runs.assign(row=[row_name(run) for _, run in runs.iterrows()])
         # What it has in common with other grids is no ablation yet.
         if len(set(runs["row"])) > 1 and not set(runs["name"]) <= main:
-            table = markdown(cells(runs, metric, "row"), form, "")
+            table = markdown(cells(runs, metric, "row"), forms[metric])
             found[f"ablation-{ablation}"] = table
     runs = _of_preset(everything, f"{base}-length")
     if not set(runs["name"]) <= main:
-        for name, metric, form in (
-            ("length", "fvu", _FVU),
-            ("length-redundancy", "redundancy", _SHARE),
-        ):
+        for name, metric in (("length", "fvu"), ("length-redundancy", "redundancy")):
             measured = measured_runs(runs, metric)
             if len(measured):
-                found[name] = markdown(
-                    cells(measured, metric, columns=TOKENS), form, ""
-                )
+                table = cells(measured, metric, columns=TOKENS)
+                found[name] = markdown(table, forms[metric])
         if _first(runs, OURS):
             found["length-comparison"] = comparison(runs, columns=TOKENS)
     return found
@@ -201,7 +170,7 @@ def draw(
     Draw the paper's figures, and learning curves, from the records of an experiment.
 
     Args:
-        folder: Folder of the records.
+        folder: Folder of the records, or of the tables made of them.
         base: The presets' base, such as "smollm2".
         images: Folder of the pictures, made if it is missing.
         names: Which figures to draw, such as "figure-3a"; by default all that the records

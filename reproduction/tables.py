@@ -1,4 +1,4 @@
-"""Tables in Markdown of what the records of an experiment say."""
+"""Tables of runs: text for the command line, Markdown for documents."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,6 +21,41 @@ _L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("FVU", "fvu", "{:.4f}".format),
     ("loss recovered", "loss_recovered", "{:.4f}".format),
 )
+
+
+def summary(runs: pd.DataFrame) -> str:
+    """
+    Means and spreads over seeds, as text.
+
+    Args:
+        runs: What :func:`.records.read` returned, or some of its rows.
+
+    Returns:
+        A line for each label, k and combination of those settings (but the seed) that differ
+        between runs of one label and k.
+    """
+    groups = runs.groupby(["label", "k", *_varying(runs)], dropna=False)
+    text = groups[["fvu", "l0", "alive", "dead"]].agg(_mean_and_spread)
+    return text.assign(runs=groups.size()).reset_index().to_string(index=False)
+
+
+def _varying(runs: pd.DataFrame) -> list[str]:
+    settings = [
+        name
+        for name in runs
+        if str(name).startswith(("settings.", "sae_cfg."))
+        # The config says what these are, defaults included; L0 is the Gated SAE's k.
+        and not str(name).startswith("settings.sae.")
+        and name not in ("settings.seed", "sae_cfg.l1_coefficient")
+    ]
+    groups = runs[settings].groupby([runs["label"], runs["k"]])
+    most = groups.nunique(dropna=False).to_numpy().max(axis=0, initial=0)
+    return [name for name, n in zip(settings, most, strict=True) if n > 1]
+
+
+def _mean_and_spread(values: pd.Series) -> str:
+    spread = f" ± {values.std():.4f}" if len(values) > 1 else ""
+    return f"{values.mean():.4f}{spread}"
 
 
 def cells(
@@ -84,21 +119,20 @@ def _paired(
     return of_seeds
 
 
-def markdown(frame: pd.DataFrame, form: Callable[[float], str], corner: str) -> str:
+def markdown(frame: pd.DataFrame, form: Callable[[float], str]) -> str:
     """
     A table of means and spreads in Markdown.
 
     Args:
         frame: What :func:`cells` returned.
         form: How to write a number.
-        corner: What the first column is called.
 
     Returns:
         Lines of a table; a single run is marked with an asterisk.
     """
 
     rows = [[str(row), *_written(frame.loc[row], form)] for row in frame.index]
-    return _lines([corner, *_headers(frame)], rows)
+    return _lines(["", *_headers(frame)], rows)
 
 
 def _headers(frame: pd.DataFrame) -> list[str]:

@@ -1,4 +1,4 @@
-"""``sae-lens-scale experiment``, and the presets that it knows."""
+"""The laboratory's commands, and the presets that they know."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +10,13 @@ from experiment_records import write_records
 from helpers import small_corpus
 from sae_lens import HookedSAETransformer
 
-from reproduction import command as command_module
+from reproduction import __main__ as command_module
+from reproduction.__main__ import main, select_runs
 from reproduction.caching import cache_activations
-from reproduction.command import select_runs
 from reproduction.flops import flops_per_token
 from reproduction.presets import PRESETS
 from reproduction.records import read, read_records
 from reproduction.settings import RunSettings
-from sae_lens_scale.cli import main
 from sae_lens_scale.saes.mixture.config import MixtureSAEConfig
 
 SCALE = RunSettings("scale", {"d_sae": 64, "num_experts": 8, "k": 4})
@@ -45,7 +44,7 @@ def test_a_grid_is_trained_from_the_command_line(
     }
     cache = replace(PRESETS["smollm2"].cache, **changes)
     cache_activations(cache, tmp_path / "activations", model=tiny_model, texts=texts)
-    command = ["experiment", "run", "--preset", "smollm2", "--folder", str(tmp_path)]
+    command = ["run", "--preset", "smollm2", "--folder", str(tmp_path)]
     command += ["--cache", *(f"{name}={value}" for name, value in changes.items())]
     command += ["--only", "topk-576-k8", "--seeds", "0", "3", "--keep_weights"]
     command += ["--set", "training_tokens=640", "batch_size=64", "d_sae=32"]
@@ -71,8 +70,8 @@ def test_a_grid_is_trained_from_the_command_line(
     assert min(read(tmp_path / "runs")["mse_other_domain"].tolist()) > 0
     assert all((tmp_path / "runs" / name / "cfg.json").exists() for name in names)
     # What is there already is found, and nothing is cached or trained.
-    step = ["--preset", "smollm2", "--folder", str(tmp_path), *command[6:12]]
-    assert main(["experiment", "cache", *step]) == 0
+    step = ["--preset", "smollm2", "--folder", str(tmp_path), *command[5:11]]
+    assert main(["cache", *step]) == 0
     lines = capsys.readouterr().out.splitlines()
     hashes = (records[0].cache or {})["texts"]
     assert lines == [
@@ -96,11 +95,11 @@ def test_evaluate_says_what_has_no_weights(
     monkeypatch.setattr(
         command_module, "evaluate_records", lambda *_, **__: records[1:]
     )
-    command = ["experiment", "evaluate", "--preset", "smollm2", "--contexts", "16"]
+    command = ["evaluate", "--preset", "smollm2", "--contexts", "16"]
     assert main([*command, "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out == (
         f"{len(records) - 1} records in {tmp_path / 'runs'} were evaluated, 1 could not "
-        "be: experiment run --keep_weights\n"
+        "be: run --keep_weights\n"
     )
 
 
@@ -134,20 +133,20 @@ def test_errors_are_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     step, *options = command.split()
-    assert main(["experiment", step, "--preset", "smollm2", *options]) == 1
+    assert main([step, "--preset", "smollm2", *options]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
-    assert captured.err.startswith("sae-lens-scale: error: ")
+    assert captured.err.startswith("reproduction: error: ")
     assert captured.err.count("\n") == 1
 
 
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]):
     for command in ([], ["run"], ["run", "--preset", "nonsense"]):
         with pytest.raises(SystemExit) as stop:
-            main(["experiment", *command])
+            main(command)
         assert stop.value.code == 2
-        assert "usage: sae-lens-scale experiment" in capsys.readouterr().err
+        assert "usage: python -m reproduction" in capsys.readouterr().err
 
 
 def test_changes_reach_settings_and_fields_of_SAEs():

@@ -2,8 +2,8 @@
 
 import math
 import shutil
-from copy import deepcopy
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import SAE
 from tiny_cache import SETTINGS, TEXTS
 
-from reproduction.caching import cache_activations
-from reproduction.evaluation import LossMeter, evaluate_records
+from reproduction import evaluation as module
+from reproduction.caching import cache_activations, token_store
+from reproduction.evaluation import evaluate_records
 from reproduction.records import read, read_records
 from reproduction.settings import RunSettings
 from reproduction.training import train_run
@@ -44,22 +45,28 @@ def runs(
     return folder / "runs"
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.architecture)
-def test_the_meter_shows_what_loss_recovered_does(
-    run: RunSettings, runs: Path, tiny_model: HookedSAETransformer
+def test_a_record_gets_what_loss_recovered_says_of_the_first_contexts(
+    runs: Path, tiny_model: HookedSAETransformer, tmp_path: Path
 ):
-    sae = SAE.load_from_disk(runs / run.name)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, 40_000, (5, 24), generator=generator)
-    tokens[:, 0] = tokens[2, 7] = 1
-    batches = list(tokens.split(2))
-    found = LossMeter(tiny_model, SETTINGS.hook_name, batches).measure(sae)
-    wanted = loss_recovered(tiny_model, sae, batches)
-    assert found.predictions == wanted.predictions == 5 * 23 - 5 - 1
-    for name in ("without_sae", "with_ablation", "with_sae"):
-        assert getattr(found, name) == pytest.approx(getattr(wanted, name), abs=1e-5)
-    # A random model's losses hardly differ.
-    assert found.score == pytest.approx(wanted.score, abs=1e-2)
+    folder = tmp_path / "runs"
+    shutil.copytree(runs, folder)
+    options: dict[str, Any] = {"model": tiny_model, "texts": TEXTS, "contexts": 5}
+    evaluate_records(folder, SETTINGS, prompts_per_batch=2, **options)
+    for record in read_records(folder):
+        sae = SAE.load_from_disk(folder / record.name)
+        for name in ("in_domain", "other_domain"):
+            store = token_store(
+                tiny_model,
+                TEXTS[name],
+                SETTINGS.hook_name,
+                SETTINGS.context_size,
+            )
+            tokens = torch.stack([*islice(store.iterable_sequences, 5)])
+            wanted = loss_recovered(tiny_model, sae, [tokens])
+            found = record.measures["loss_recovered"][name]
+            assert found["predictions"] == wanted.predictions > 0
+            for loss in ("without_sae", "with_ablation", "with_sae"):
+                assert found[loss] == pytest.approx(getattr(wanted, loss), abs=1e-5)
     assert not any(point.fwd_hooks for point in tiny_model.hook_dict.values())
 
 
@@ -119,29 +126,20 @@ def test_what_was_evaluated_before_an_interruption_is_kept(
     folder = tmp_path / "runs"
     shutil.copytree(runs, folder)
     options: dict[str, Any] = {"model": tiny_model, "texts": TEXTS, "contexts": 3}
-    measure, calls = LossMeter.measure, []
+    calls = []
 
-    def interrupted(meter: LossMeter, sae: SAE[Any]) -> Any:
-        calls.append(sae)
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
         # Of two SAEs, each on two texts.
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measure(meter, sae)
+        return loss_recovered(*arguments)
 
-    monkeypatch.setattr(LossMeter, "measure", interrupted)
+    monkeypatch.setattr(module, "loss_recovered", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate_records(folder, SETTINGS, **options)
     assert len(evaluate_records(folder, SETTINGS, **options)) == 1
     assert len(calls) == 5
-
-
-def test_the_meter_needs_a_hook_that_matters(tiny_model: HookedSAETransformer):
-    tokens = torch.randint(5, 40_000, (2, 8))
-    model, hook = deepcopy(tiny_model), "blocks.0.attn.hook_z"
-    LossMeter(model, hook, [tokens])
-    dict(model.named_parameters())["blocks.0.attn.W_O"].data.zero_()
-    with pytest.raises(ValueError, match=f"zeros at {hook} must change"):
-        LossMeter(model, hook, [tokens])
 
 
 def test_records_of_another_text_are_not_added_to(

@@ -13,12 +13,12 @@ import pytest
 from reproduction.records import (
     RunRecord,
     describe_environment,
-    format_table,
     read,
     read_curves,
     read_records,
-    table,
+    write_tables,
 )
+from reproduction.tables import summary
 from sae_lens_scale.files import dump_json
 
 
@@ -109,48 +109,100 @@ def test_curves_have_a_row_for_each_point(tmp_path: Path):
     assert set(curves["label"]) == {"A 1"}
 
 
-def test_tables_have_mean_and_spread_over_seeds(tmp_path: Path):
+def test_a_summary_has_mean_and_spread_over_seeds(tmp_path: Path):
     fvus = [0.1, 0.14, 0.15]
     records = [record("A 1", seed, fvu) for seed, fvu in enumerate(fvus)]
     records += [record("A 1", 0, 0.3, k=8), record("B 2", 0, 0.5)]
-    averages = table(read(write(tmp_path, *records)), ["fvu", "dead"])
-    assert list(averages.index) == [("A 1", 8), ("A 1", 32), ("B 2", 32)]
-    row: Any = averages.loc[("A 1", 32)]
-    assert row["fvu", "mean"] == pytest.approx(mean(fvus))
-    assert row["fvu", "std"] == pytest.approx(stdev(fvus))
-    assert row["runs", ""] == 3
-    single: Any = averages.loc[("B 2", 32)]
-    assert math.isnan(single["fvu", "std"])
-    lines = format_table(averages).splitlines()
-    assert lines[0].split() == ["label", "k", "fvu", "dead", "runs"]
-    assert lines[2].split()[3:] == [
-        "0.1300",
-        "±",
-        "0.0265",
-        "0.2500",
-        "±",
-        "0.0000",
-        "3",
+    lines = summary(read(write(tmp_path, *records))).splitlines()
+    assert lines[0].split() == ["label", "k", "fvu", "l0", "alive", "dead", "runs"]
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["A", "1", "8"],
+        ["A", "1", "32"],
+        ["B", "2", "32"],
     ]
-    assert lines[3].split()[3:] == ["0.5000", "0.2500", "1"]
+    assert (mean(fvus), stdev(fvus)) == (
+        pytest.approx(0.13),
+        pytest.approx(0.02646, abs=1e-5),
+    )
+    assert lines[2].split()[3:6] == ["0.1300", "±", "0.0265"]
+    assert lines[2].split()[-4:] == ["0.2500", "±", "0.0000", "3"]
+    assert lines[3].split()[3:] == ["0.5000", "30.0000", "0.5000", "0.2500", "1"]
 
 
-def test_settings_that_differ_are_not_averaged(tmp_path: Path):
-    fast = {"seed": 0, "lr": 2e-3, "lr_factors": {"omega": 2.0}}
+def test_a_summary_does_not_average_settings_that_differ(tmp_path: Path):
+    fast = {"label": "A 1", "seed": 0, "lr": 2e-3, "lr_factors": {"omega": 2.0}}
     folder = write(
         tmp_path,
         record("A 1", 0, 0.1),
         record("A 1", 1, 0.2),
         record("A 1", 0, 0.4, name="fast", settings=fast),
     )
-    averages = table(read(folder), ["fvu"]).reset_index()
-    assert list(averages["settings.lr"]) == ["0.001", "0.002"]
-    assert list(averages["runs", ""]) == [2, 1]
-    assert table(read(folder), ["fvu"], by=["label"])["runs", ""].item() == 3
-    with pytest.raises(ValueError, match=r"must have the columns \['nonsense'\]"):
-        table(read(folder), ["nonsense"])
-    with pytest.raises(ValueError, match="must have the columns"):
-        table(pd.DataFrame())
+    header, *lines = summary(read(folder)).splitlines()
+    assert header.split()[:4] == [
+        "label",
+        "k",
+        "settings.lr",
+        "settings.lr_factors.omega",
+    ]
+    assert [line.split()[3:5] for line in lines] == [["0.001", "NaN"], ["0.002", "2.0"]]
+    assert [line.split()[-1] for line in lines] == ["2", "1"]
+
+
+@pytest.fixture
+def varied(tmp_path: Path) -> Path:
+    """Records that lack different things."""
+    scale = record(
+        "Scale 64/2", 0, 1 / 3, measures={"expert_usage": {"counts": [3, 0]}}
+    )
+    scale.sae_cfg["feature_scaling"] = True
+    scale.settings["lr_factors"] = {"W_router": 0.1}
+    gated = record("Gated 64", 1, 0.1 + 0.2, k=None)
+    gated.measures["expert_similarity"] = {"per_expert": [{"mean_cosine": 0.5}]}
+    diverged = record("Switch 32", 0, math.nan, other_domain={"fvu": 0.3}, curve=[])
+    return write(tmp_path / "runs", scale, gated, diverged)
+
+
+def test_tables_say_what_the_records_do(varied: Path, tmp_path: Path):
+    paths = write_tables(varied, tmp_path / "tables")
+    assert sorted(paths) == sorted((tmp_path / "tables").iterdir())
+    for reader in (read, read_curves):
+        of_records, of_tables = reader(varied), reader(tmp_path / "tables")
+        pd.testing.assert_frame_equal(
+            of_tables, of_records, check_exact=True, check_dtype=False, check_like=True
+        )
+    runs = read(tmp_path / "tables").set_index("name")
+    assert runs.loc["Scale 64-2-32-0", "fvu"] == 1 / 3
+    assert runs.loc["Scale 64-2-32-0", "expert_counts"] == [3, 0]
+    assert runs.loc["Scale 64-2-32-0", "feature_scaling"] is True
+    assert len(read(tmp_path / "tables", ["Scale 64-2-32-0"])) == 1
+    assert not [name for name in runs if "per_expert" in name]
+
+
+def test_tables_are_written_all_or_none(
+    varied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tables = tmp_path / "tables"
+    write_tables(write(tmp_path / "first", record("A 1", 0, 0.1)), tables)
+    before = {path.name: path.read_bytes() for path in tables.iterdir()}
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(json, "dumps", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_tables(varied, tables)
+    assert {path.name: path.read_bytes() for path in tables.iterdir()} == before
+
+
+def test_tables_need_records_and_a_folder_of_their_own(varied: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="must be in another folder than records"):
+        write_tables(varied, varied)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no records"):
+        write_tables(tmp_path / "empty", tmp_path / "tables")
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        write_tables(tmp_path / "nowhere", tmp_path / "tables")
+    assert not (tmp_path / "tables").exists()
 
 
 def test_the_environment_says_who_shared_the_machine():

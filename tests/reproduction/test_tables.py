@@ -34,7 +34,7 @@ def test_a_single_run_is_marked_and_a_missing_one_is_a_dash(tmp_path: Path):
     runs = preset_runs(tmp_path, "smollm2")
     runs = runs.loc[~((runs["label"] == "TopK 576") & (runs["k"] == 8))]
     runs = runs.loc[runs["sae_cfg.k"].notna()]
-    table = markdown(cells(runs, "fvu"), "{:.2f}".format, "")
+    table = markdown(cells(runs, "fvu"), "{:.2f}".format)
     assert line(table, "TopK 576") == ["-", "0.20*", "0.20*", "0.20*"]
 
 

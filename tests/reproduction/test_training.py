@@ -308,12 +308,13 @@ def test_further_measures_are_those_of_the_SAE_on_held_out_tokens(
     selected = torch.nn.functional.one_hot(sae.route(x).indices, 8).sum(dim=1)
     assert found["expert_usage"]["counts"] == selected.sum(dim=0).tolist()
     together = (selected.T @ selected).fill_diagonal_(0)
-    strongest = found["expert_coactivation"]["strongest"][0]
-    assert strongest["tokens"] == together.max()
+    used = found["expert_coactivation"]["pairs_used"]
+    assert used == together.count_nonzero() / 2
     within = [
         (rows @ rows.T)[~torch.eye(8, dtype=torch.bool)].mean().item()
         for rows in directions.split(8)
     ]
+    assert "per_expert" not in found["expert_similarity"]
     intra = found["expert_similarity"]["intra"]["mean_cosine"]
     assert intra == pytest.approx(sum(within) / 8, abs=1e-5)
     assert found["scaling_factors"] == sae.cfg.metadata.omega
