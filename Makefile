@@ -9,14 +9,14 @@ RUN := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 # An environment of its own: what is installed is the text.
 REPRODUCTION := .venv-reproduction
-EXPERIMENT := OMP_WAIT_POLICY=PASSIVE $(REPRODUCTION)/bin/sae-lens-scale experiment
+LABORATORY := OMP_WAIT_POLICY=PASSIVE $(REPRODUCTION)/bin/python -m reproduction
 # Of the shell's $preset: "smollm2-experts" shares the folder of "smollm2".
 FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-matrix lint bench bench-training bench-gates reproduce clean
+.PHONY: install demo test test-matrix lint bench bench-training reproduce clean
 
 install: $(INSTALLED)
 
@@ -63,9 +63,6 @@ bench: $(INSTALLED)
 bench-training: $(INSTALLED)
 	$(RUN) benchmarks/training.py $(ARGS)
 
-bench-gates: $(INSTALLED)
-	$(RUN) benchmarks/gates.py $(ARGS)
-
 # Hours; goes on where it stopped. An ablation: PRESETS=smollm2-experts, see docs/reproduction-earlier.md.
 # The report is of the folder of the first.
 PRESETS ?= smollm2
@@ -73,11 +70,11 @@ WORKERS ?= 2
 
 reproduce: $(REPRODUCTION)/.installed
 	for preset in $(PRESETS); do \
-		$(EXPERIMENT) cache --preset $$preset $(FOLDER_OF) && \
-		$(EXPERIMENT) run --preset $$preset $(FOLDER_OF) --workers $(WORKERS) --keep_weights && \
-		$(EXPERIMENT) evaluate --preset $$preset $(FOLDER_OF) --contexts 16 || exit; \
+		$(LABORATORY) cache --preset $$preset $(FOLDER_OF) && \
+		$(LABORATORY) run --preset $$preset $(FOLDER_OF) --workers $(WORKERS) --keep_weights && \
+		$(LABORATORY) evaluate --preset $$preset $(FOLDER_OF) --contexts 16 || exit; \
 	done
-	preset=$(firstword $(PRESETS)); $(EXPERIMENT) report --preset $$preset $(FOLDER_OF) \
+	preset=$(firstword $(PRESETS)); $(LABORATORY) report --preset $$preset $(FOLDER_OF) \
 		--images outputs/reproduction/$${preset%%-*}/figures $(ARGS)
 
 clean:
