@@ -14,8 +14,9 @@ import pytest
 import torch
 from sae_lens.saes.sae import SAE
 
-from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig, cli
-from sae_lens_scale.cli import main
+from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
+from sae_lens_scale.cli import main, train
+from sae_lens_scale.loading.formats import FORMATS
 
 SAE_OPTIONS = (
     "--d_in 32 --d_sae 128 --num_experts 4 --k 8 "
@@ -46,7 +47,7 @@ def trained(
     text_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Folder of what ``train`` leaves: ``sae`` and ``checkpoints``."""
+    """Folder of the results of ``train``: ``sae`` and ``checkpoints``."""
     output = tmp_path_factory.mktemp(request.param)
     assert main(train_command(request.param, tiny_llama, text_folder, output)) == 0
     return output
@@ -72,13 +73,19 @@ def test_train_gives_parameters_learning_rates_of_their_own(trained: Path):
 
 
 def test_lr_factors_of_several_options_add_up(monkeypatch: pytest.MonkeyPatch):
-    given: list[Any] = []
-    monkeypatch.setattr(cli, "_train", lambda *arguments: given.extend(arguments))
-    assert (
-        main(["train", "--lr_factors", "omega=2", "--lr_factors", "W_enc=1", "b_enc=0"])
-        == 0
-    )
-    assert given[-1] == {"omega": 2.0, "W_enc": 1.0, "b_enc": 0.0}
+    given: dict[str, Any] = {}
+
+    class Runner:
+        def __init__(self, _: Any, **options: Any):
+            given.update(options)
+
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setattr(train, "InterruptibleTrainingRunner", Runner)
+    factors = "--architecture scale --lr_factors omega=2 --lr_factors W_enc=1 b_enc=0"
+    assert main(["train", *factors.split()]) == 0
+    assert given["lr_factors"] == {"omega": 2.0, "W_enc": 1.0, "b_enc": 0.0}
 
 
 @pytest.mark.parametrize("factor", ["W_router", "W_router=", "W_router=fast"])
@@ -257,7 +264,7 @@ def test_errors_are_one_line_without_a_traceback(
 
 
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]):
-    for command in ([], ["nonsense"], ["info"], ["info", "folder", "id", "more"]):
+    for command in ([], ["experiment"], ["info"], ["info", "folder", "id", "more"]):
         with pytest.raises(SystemExit) as stop:
             main(command)
         assert stop.value.code == 2
@@ -281,6 +288,24 @@ def test_evaluate_says_what_the_metadata_lack(
 def test_the_command_is_installed():
     (script,) = entry_points(group="console_scripts", name="sae-lens-scale")
     assert script.load() is main
+
+
+def test_the_package_is_the_same_command():
+    command = [sys.executable, "-m", "sae_lens_scale", "info", "nowhere"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    message = "nowhere is no folder; of a release or repository, name the SAE too"
+    assert done.stderr.splitlines()[-1] == f"sae-lens-scale: error: {message}"
+
+
+def test_convert_help_names_every_format(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "--help"])
+    assert stop.value.code == 0
+    # Lines also end after hyphens.
+    out = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    for form in FORMATS:
+        assert form.name in out
 
 
 def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
