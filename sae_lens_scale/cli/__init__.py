@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Run a command.
 
     Args:
-        arguments: What follows ``sae-lens-scale``; by default the process's own.
+        arguments: Arguments after ``sae-lens-scale``; by default the process's own.
 
     Returns:
         The exit status: 0, 1 for an error, 130 after an interruption. Wrong usage exits

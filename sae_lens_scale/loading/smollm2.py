@@ -155,7 +155,7 @@ def load_smollm2(
     that takes several times as long.
 
     Args:
-        device: Where to put the model.
+        device: Device of the model.
         dtype: Type of its weights.
         cache_dir: Folder of the files (see `fetch_smollm2`).
 

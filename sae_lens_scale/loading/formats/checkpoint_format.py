@@ -19,7 +19,7 @@ class CheckpointFormat(ABC):
         marks: Names of the tensors by which a state dict of this format is recognised.
         axes: The axes of each tensor, by its name: input (d), latent (M), latent of one
             expert (n), expert (N). A name with "{i}" stands for one tensor of each expert.
-        experts_per_token: How many experts each token selects in every SAE of this
+        experts_per_token: Number of experts that each token selects in every SAE of this
             format; None if it is a setting.
     """
 
@@ -37,8 +37,8 @@ class CheckpointFormat(ABC):
 
         Args:
             fields: Fields that SAEs of all formats have.
-            experts_per_token: How many experts each token selects.
-            heaviside: Whether the gates are 1.
+            experts_per_token: Number of experts that each token selects.
+            heaviside: True if the gates are 1.
 
         Returns:
             The config.
