@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from sae_lens_scale.cli.errors import error_text
+from sae_lens_scale.cli.output import error_text, print_result
 from sae_lens_scale.files import write_whole
 
 from .activations import ActivationCache, CacheSettings
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # SIGTERM ends a command as SIGINT does: workers stop, and temporary files go.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(options.run(options), flush=True)  # noqa: T201  (a command's result)
+        print_result(options.run(options))
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130

@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from sae_lens_scale.analysis.contexts import excluded_ids
 from sae_lens_scale.files import replacing_files
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
-from sae_lens_scale.loading.text import load_text
 
 from .activations import (
     MANIFEST,
@@ -35,6 +34,7 @@ from .activations import (
     map_shard,
     read_manifest,
 )
+from .text import load_text
 
 _SHARD_POSITIONS = 2**15
 

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from sae_lens_scale.analysis.contexts import excluded_ids
 from sae_lens_scale.analysis.evaluation import LossRecovered, loss_recovered
 from sae_lens_scale.loading.language_model import load_language_model
-from sae_lens_scale.loading.text import load_text
 
 from .activations import CacheSettings, Split, SplitSettings, text_hash
 from .caching import token_store
 from .records import RunRecord, read_records
+from .text import load_text
 
 
 def evaluate_records(
