@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -105,7 +105,7 @@ def draw_lines(
 
 
 def draw_curves(
-    axes: Axes, runs: pd.DataFrame, curves: Sequence[Sequence[float]], line: str
+    axes: Axes, runs: pd.DataFrame, curves: Sequence[Any], line: str
 ) -> list[Point]:
     """
     Draw whole curves, one for each run, as means with bands.
@@ -113,7 +113,7 @@ def draw_curves(
     Args:
         axes: Panel.
         runs: A row for each run.
-        curves: Values of each run at 0, 1, 2, ...; NaN where nothing is to be drawn.
+        curves: Lists of numbers, the values of each run at 0, 1, 2, ...; NaN is not drawn.
         line: Column that tells the lines apart.
 
     Returns:
@@ -156,15 +156,11 @@ def line_styles(values: Sequence[Any], column: str) -> dict[Any, LineStyle]:
     values = [*dict.fromkeys(values)]
     if column in _ORDERED:
         name, lightest = _ORDERED[column]
-        markers = [*_PALETTE.values()]
+        steps, markers = math.log(max(lightest, *values)), [*_PALETTE.values()]
         return {
             value: LineStyle(
                 f"{name} = {value:g}",
-                to_hex(
-                    colormaps["viridis"](
-                        0.9 * math.log(value) / math.log(max(lightest, *values))
-                    )
-                ),
+                to_hex(colormaps["viridis"](0.9 * math.log(value) / steps)),
                 markers[round(math.log2(value)) % len(markers)],
             )
             for value in sorted(values)
@@ -270,21 +266,14 @@ def set_caption(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=8, color="dimgray")
 
 
-def add_legend(
-    figure: Figure,
-    loc: Literal["outside right upper", "outside upper right"] = "outside right upper",
-    ncols: int = 1,
-    line: str = "label",
-) -> None:
+def add_legend(figure: Figure, line: str, **place: Any) -> None:
     """
     Add one legend for all panels, with each name once.
 
     Args:
         figure: Figure.
-        loc: Place of the legend.
-        ncols: Number of columns.
-        line: Column that tells the lines apart: numbers are put in order, whichever panel
-            has them.
+        line: Column that tells the lines apart; its numbers, of any panel, are put in order.
+        place: Arguments of ``Figure.legend``; by default it is on the right.
     """
     handles: dict[str, Artist] = {}
     for axes in figure.axes:
@@ -293,11 +282,6 @@ def add_legend(
     names = [*handles]
     if line in _ORDERED:
         names.sort(key=lambda name: float(name.split()[-1]))
-    figure.legend(
-        [handles[name] for name in names],
-        names,
-        fontsize=8,
-        frameon=False,
-        loc=loc,
-        ncols=ncols,
-    )
+    place = {"loc": "outside right upper", **place}
+    lines = [handles[name] for name in names]
+    figure.legend(lines, names, fontsize=8, frameon=False, **place)

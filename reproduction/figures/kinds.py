@@ -7,7 +7,7 @@ title, and returns the figure.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -115,7 +115,7 @@ def lines(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
         finish_axes(axes, plot.x, metric.scale)
     if log:
         equalize_ratios(all_axes)
-    add_legend(figure, line=plot.line)
+    add_legend(figure, plot.line)
     set_caption(figure, seeds_caption(points[0], "bars are standard deviations"))
     return figure
 
@@ -169,22 +169,17 @@ def usage(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
     """
     (panel,) = panels
     num_experts = plot.where["num_experts"]
-    shares = []
-    for counts in panel.runs[plot.metric.column].tolist():
-        most_first = np.sort(np.asarray(counts, dtype=float))[::-1]
-        if most_first.shape != (num_experts,) or most_first.sum() <= 0:
-            raise ValueError(
-                f"{plot.metric.column} must be num_experts={num_experts} counts with a "
-                f"positive sum, got {counts}"
-            )
-        shares.append([0, *most_first.cumsum() / most_first.sum()])
+    shares = [
+        [0, *np.sort(of_run)[::-1].cumsum()]
+        for of_run in _shares(panel, num_experts, f"num_experts={num_experts}")
+    ]
     figure, (axes,) = panel_figure(1, title)
     axes.plot([0, num_experts], [0, 1], ":", color="gray", linewidth=1)
     drawn = draw_curves(axes, panel.runs, shares, plot.line)
     finish_axes(axes, "experts, most used first")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel(plot.metric.label)
-    add_legend(figure)
+    add_legend(figure, plot.line)
     set_caption(figure, seeds_caption(drawn, "bands are standard deviations"))
     return figure
 
@@ -213,13 +208,16 @@ def overlaps(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
             axes = grid[i, j]
             of_panel = runs.loc[(runs["experts_per_token"] == e) & (runs["k"] == k)]
             if len(of_panel):
-                shares = _shares_of_pairs(of_panel[plot.metric.column].tolist(), int(k))
+                size = int(k) + 1
+                shares = _shares(replace(panel, runs=of_panel), size, f"k + 1 = {size}")
+                # Zero has no place on a logarithmic axis.
+                shares = [np.where(of_run > 0, of_run, np.nan) for of_run in shares]
                 drawn += draw_curves(axes, of_panel, shares, plot.line)
             axes.set_yscale("log")
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             tidy(axes)
             axes.set_title(f"e = {e:g}, k = {k:g}", fontsize=9)
-    add_legend(figure, loc="outside upper right", ncols=2)
+    add_legend(figure, plot.line, loc="outside upper right", ncols=2)
     figure.supylabel(plot.metric.label, fontsize=9)
     spread = seeds_caption(drawn, "bands are standard deviations")
     figure.supxlabel(f"latents that both tokens activate ({spread})", fontsize=9)
@@ -228,17 +226,17 @@ def overlaps(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
     return figure
 
 
-def _shares_of_pairs(histograms: Sequence[Sequence[float]], k: int) -> list[Any]:
+def _shares(panel: Panel, size: int, name: str) -> list[np.ndarray]:
+    """Each run's counts, divided by their sum; refuse a list that is not of the size."""
+    column = panel.metric.column
     shares = []
-    for histogram in histograms:
-        pairs = np.asarray(histogram, dtype=float)
-        if pairs.shape != (k + 1,) or pairs.sum() <= 0:
+    for listed in panel.runs[column].tolist():
+        counts = np.asarray(listed, dtype=float)
+        if counts.shape != (size,) or counts.sum() <= 0:
             raise ValueError(
-                f"overlap_histogram must have k + 1 = {k + 1} entries with a positive "
-                f"sum, got {histogram}"
+                f"{column} must be {name} counts with a positive sum, got {listed}"
             )
-        # Zero has no place on a logarithmic axis.
-        shares.append(np.where(pairs > 0, pairs / pairs.sum(), np.nan))
+        shares.append(counts / counts.sum())
     return shares
 
 
@@ -275,6 +273,6 @@ def curves(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     all_axes[0].set_ylabel(f"{plot.metric.label}, held-out")
-    add_legend(figure)
+    add_legend(figure, plot.line)
     set_caption(figure, seeds_caption(drawn, "bands are standard deviations"))
     return figure
