@@ -1,1 +1,1 @@
-"""Pieces that the experiments share: text to train on, and what is measured on it."""
+"""The laboratory: grids of SAEs, their records, and the tables and figures made of them."""

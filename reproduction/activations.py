@@ -1,5 +1,5 @@
 """
-Cached activations of a language model: what they are of, and how SAEs read them.
+Cached activations of a language model, their settings and readers.
 
 They lie on disk in the order of the text, in shards (:mod:`.caching` writes them). Readers
 map the shards into memory and mix them anew for each training run, over all tokens.
@@ -26,12 +26,12 @@ MANIFEST = "manifest.json"
 @dataclass(frozen=True)
 class CacheSettings:
     """
-    What decides cached activations.
+    Settings of cached activations.
 
     Args:
         model (str): "smollm2" or the name of a TransformerLens model.
         hook_name (str): Hook whose activations are cached.
-        text (str): What SAEs train on, and in another part of it are evaluated on; a name
+        text (str): Text to train on, and in another part of it to evaluate on; a name
             that :func:`.load_text` knows.
         other_text (str | None): Text of another domain to evaluate on, likewise.
         train_tokens (int): Tokens to train on.
@@ -56,7 +56,7 @@ class CacheSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def splits(self) -> dict[Split, "SplitSettings"]:
-        """What is cached, each in a folder of its name."""
+        """Settings of each split; it is cached in a folder of its name."""
         common = (self.model, self.hook_name, self.context_size)
         splits: dict[Split, SplitSettings] = {
             "train": SplitSettings(*common, self.text, "train", self.train_tokens),
@@ -72,15 +72,15 @@ class CacheSettings:
 @dataclass(frozen=True)
 class SplitSettings:
     """
-    What decides the activations of one folder.
+    Settings of the activations of one folder.
 
     Attributes:
         model: The language model, see :class:`CacheSettings`.
         hook_name: Hook whose activations are cached.
         context_size: Tokens per prompt, BOS included.
-        text: What the model reads.
-        text_split: Which part of it, see :func:`.load_text`.
-        tokens: How many tokens, special ones left out.
+        text: Text that the model reads.
+        text_split: Part of it, see :func:`.load_text`.
+        tokens: Number of tokens, special ones left out.
     """
 
     model: str
@@ -92,10 +92,10 @@ class SplitSettings:
 
     def require_fit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """
-        Refuse what was made with other settings; the number of tokens may differ.
+        Refuse activations that were made with other settings; the number of tokens may differ.
 
         Args:
-            folder: Where the activations are, for the message.
+            folder: Folder of the activations, for the message.
             manifest: Their manifest.
 
         Raises:
@@ -115,7 +115,7 @@ class Activations:
 
     Args:
         parts: Tensors ``[tokens, d_in]``, which may be memory-mapped.
-        tokens: How many tokens there are to read; all by default.
+        tokens: Number of tokens to read; all by default.
 
     Raises:
         ValueError: If there are none, or fewer than ``tokens``.
@@ -138,7 +138,7 @@ class Activations:
         return self._parts[0].shape[-1]
 
     def to(self, device: str | torch.device) -> "Activations":
-        """The same in one piece in a device's memory, where reading costs nothing."""
+        """Copy them to a device's memory, in one piece: reading them there costs nothing."""
         first = self._parts[0]
         if len(self._parts) == 1:
             return Activations([first[: len(self)].to(device)])
@@ -156,7 +156,7 @@ class Activations:
         Read tokens.
 
         Args:
-            indices: Which ones, ``[n]``.
+            indices: Positions of the tokens, ``[n]``.
 
         Returns:
             Their activations in float32, ``[n, d_in]``.
@@ -174,10 +174,10 @@ class Activations:
 
     def sample(self, n: int, seed: int = 0) -> torch.Tensor:
         """
-        Tokens chosen at random, the same for the same seed.
+        Choose tokens at random, the same for the same seed.
 
         Args:
-            n: How many; all, if there are fewer.
+            n: Number of tokens; all, if there are fewer.
             seed: Seed of the choice.
 
         Returns:
@@ -186,20 +186,20 @@ class Activations:
         return self.take(next(self._orders(seed))[:n])
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """All tokens once, in their order, in float32; the last batch may be smaller."""
+        """Read all tokens once, in their order, in float32; the last batch may be smaller."""
         for indices in torch.arange(len(self)).split(batch_size):
             yield self.take(indices)
 
     def shuffled(self, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
         """
-        Batches to train on, without an end: each epoch is mixed anew over all tokens.
+        Read batches to train on, without an end: each epoch is mixed anew over all tokens.
 
         Args:
             batch_size: Tokens per batch.
             seed: Seed of the order.
 
         Yields:
-            ``[batch_size, d_in]`` in float32; what is left of an epoch is left out.
+            ``[batch_size, d_in]`` in float32; the incomplete batch of an epoch is left out.
 
         Raises:
             ValueError: If there are fewer tokens than a batch takes.
@@ -222,14 +222,14 @@ class Activations:
 @dataclass
 class ActivationCache:
     """
-    The activations of an experiment.
+    The activations that a grid trains and is evaluated on.
 
     Attributes:
-        train: What SAEs train on.
-        in_domain: What they are evaluated on: other documents of the same text.
-        other_domain: A text of another domain, if there is one.
-        settings: What decided them.
-        folder: Where they are on disk, if they are.
+        train: Activations to train on.
+        in_domain: Activations to evaluate on: of other documents of the same text.
+        other_domain: Activations of a text of another domain, if there is one.
+        settings: Their settings; None if they were not cached.
+        folder: Their folder on disk, if they have one.
     """
 
     train: Activations
@@ -241,11 +241,11 @@ class ActivationCache:
     @classmethod
     def open(cls, folder: str | Path, settings: CacheSettings) -> "ActivationCache":
         """
-        Read what :func:`.cache_activations` wrote.
+        Read a cache that :func:`.cache_activations` wrote.
 
         Args:
             folder: Its folder.
-            settings: What is expected there. Of a cache of more tokens, the first are read.
+            settings: The settings that it must have. Of more tokens, the first are read.
 
         Returns:
             Activations, mapped into memory.
@@ -261,7 +261,7 @@ class ActivationCache:
             if manifest is None:
                 raise FileNotFoundError(
                     f"{path} holds no activations: cache them first (cache_activations, "
-                    "or sae-lens-scale experiment cache)"
+                    "or python -m reproduction cache)"
                 )
             split.require_fit(path, manifest)
             if manifest["tokens"] < split.tokens:
@@ -275,7 +275,7 @@ class ActivationCache:
 
     def describe(self) -> dict[str, Any] | None:
         """
-        What records tell a cache by.
+        Describe the cache for records.
 
         Returns:
             The settings and, of a cache on disk, ``texts``: its :attr:`text_hashes`.
@@ -288,7 +288,7 @@ class ActivationCache:
     @cached_property
     def text_hashes(self) -> dict[str, str]:
         """
-        For each split a hash of the tokens that are read: what "docstrings" are changes with
+        Hash of the tokens that are read, for each split: the text "docstrings" changes with
         the installed packages. Of a cache on disk only.
         """
         assert self.settings is not None and self.folder is not None
@@ -298,7 +298,7 @@ class ActivationCache:
         }
 
     def to(self, device: str | torch.device) -> "ActivationCache":
-        """The same in a device's memory."""
+        """Copy the activations to a device's memory."""
         splits = (self.train, self.in_domain, self.other_domain)
         train, in_domain, other = (s and s.to(device) for s in splits)
         assert train is not None and in_domain is not None
@@ -307,7 +307,7 @@ class ActivationCache:
 
 def text_hash(token_ids: torch.Tensor) -> str:
     """
-    What a text is known by.
+    Hash of a text.
 
     Args:
         token_ids: Its tokens without special ones, ``[tokens]``.
@@ -319,13 +319,13 @@ def text_hash(token_ids: torch.Tensor) -> str:
 
 
 def map_shard(file: Path) -> dict[str, torch.Tensor]:
-    """``activations [tokens, d_in]`` and ``token_ids [tokens]`` of a file, mapped into memory."""
+    """Map ``activations [tokens, d_in]`` and ``token_ids [tokens]`` of a file into memory."""
     with safe_open(file, "pt") as shard:
         return {name: shard.get_tensor(name) for name in ("activations", "token_ids")}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a folder of activations says of itself; None if there is none."""
+    """Read the manifest of a folder of activations; None if there is none."""
     path = folder / MANIFEST
     return json.loads(path.read_text()) if path.exists() else None
 

@@ -1,5 +1,5 @@
 """
-Caching of activations, computed once for all the SAEs that train on them.
+Caching of activations, which are computed once for all the SAEs that train on them.
 
 The model reads a text as in SAELens's own training (its ActivationsStore makes the
 contexts), and its activations are written in the order of the text, in shards.
@@ -51,17 +51,17 @@ def cache_activations(
     """
     Run the language model, and keep its activations in bfloat16 and the tokens they are of.
 
-    What is there already is not computed again: after an interruption it goes on with the
+    Shards that exist are not computed again: after an interruption it goes on with the
     next shard, and a finished cache can be made longer. Special tokens are left out, as in
     training with ``exclude_special_tokens``.
 
     Args:
-        settings: What to cache.
+        settings: Settings of the activations.
         folder: Folder of the cache.
         model: The language model, by default loaded by its name when it is needed.
         texts: The texts, likewise.
         prompts_per_batch: Contexts that the model reads at once.
-        device: Where the model runs.
+        device: Device that the model runs on.
 
     Returns:
         The cache.
@@ -97,7 +97,7 @@ def _cache_split(
         **asdict(split),
         "tokens": 0,
         "dtype": "bfloat16",
-        # What was begun on another machine goes on as it began.
+        # A cache that was begun on another machine goes on as it began.
         "autocast_lm": known.get("autocast_lm", True)
         if known
         else fast_bfloat16(device),
@@ -185,12 +185,11 @@ def token_store(
 
     Args:
         model: The language model.
-        text: What it reads.
+        text: Text that it reads.
         hook_name: Hook of the activations.
         context_size: Tokens per context, BOS included.
         d_in: Width of the activations, if they are wanted.
-        autocast_lm: Whether they are computed in bfloat16; the residual stream stays in
-            float32.
+        autocast_lm: Compute them in bfloat16; the residual stream stays in float32.
 
     Returns:
         The store, at the start of the text.
@@ -203,7 +202,7 @@ def token_store(
         hook_head_index=None,
         context_size=context_size,
         d_in=d_in,
-        # Of no concern to what is used of it.
+        # These concern neither method.
         n_batches_in_buffer=1,
         total_training_tokens=1,
         store_batch_size_prompts=1,

@@ -39,12 +39,12 @@ def evaluate_records(
 
     Args:
         output: Folder of the records.
-        settings: Model, hook and texts, as they were cached.
+        settings: Settings of the model, hook and texts, as they were cached.
         model: The language model, by default loaded by its name.
         texts: The held-out texts, likewise.
-        contexts: Contexts of each text that are read.
+        contexts: Number of contexts of each text to read.
         prompts_per_batch: Contexts that the model reads at once.
-        device: Where.
+        device: Device of the model and the SAEs.
 
     Returns:
         The records that were measured; ``measures["loss_recovered"]`` has a result for
@@ -121,7 +121,7 @@ def _require_loss_of(
 def _require_same_settings(record: RunRecord, settings: CacheSettings) -> None:
     known = record.cache or {}
     for name, value in asdict(settings).items():
-        # Nothing is evaluated on what SAEs train on.
+        # SAEs are not evaluated on the text that they train on.
         if name != "train_tokens" and known.get(name, value) != value:
             raise ValueError(
                 f"the activations of {record.name} were of {name}={known[name]!r}, and it "

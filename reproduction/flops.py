@@ -1,5 +1,5 @@
 """
-What a token costs an SAE, in floating-point operations (FLOPs).
+Floating-point operations (FLOPs) that a token costs an SAE.
 
 Counted are products with vectors that are d_in long, each multiply-add as two FLOPs, as the
 implementations of this package and of SAELens compute them. Not counted is what needs a few
@@ -117,8 +117,8 @@ def flops_per_token(cfg: SAEConfig, dead_latents: int = 0) -> FlopsPerToken:
         cfg: Training or inference config of a Scale, Switch, TopK, Gated, Standard or
             JumpReLU SAE. With a training config a training step is counted, otherwise a
             reconstruction.
-        dead_latents: How many latents the dead-latent loss computes: the dead ones of the
-            expert that has most of them, or of a dense SAE.
+        dead_latents: Number of latents that the dead-latent loss computes: the dead ones of
+            the expert that has most of them, or of a dense SAE.
 
     Returns:
         FLOPs for each token.
@@ -147,7 +147,7 @@ def _mixture(cfg: MixtureSAEConfig, most_dead: int) -> _Products:
     if not isinstance(cfg, MixtureTrainingSAEConfig):
         return _Products(experts, active, k, 0)
     sparse = cfg.use_sparse_activations
-    # How many factors of a product with x - b_dec need a gradient.
+    # The factors of a product with x - b_dec that need a gradient.
     factors = 1 + cfg.apply_b_dec_to_input
     # Nothing tells the router anything if gates are 1 and loads are not balanced.
     learns = cfg.gate != "uniform" or cfg.load_balance_coefficient > 0

@@ -40,17 +40,17 @@ def run_grid(
     keep_weights: bool = False,
 ) -> list[RunRecord]:
     """
-    Train all that has no record yet.
+    Train all runs that have no record yet.
 
     Args:
-        runs: What to train.
+        runs: Settings of the runs.
         cache: The activations; on disk if there are several workers.
         output: Folder of the records.
         workers: Processes that train at the same time. Two of one thread are faster than
             one of two on a machine with two cores.
         threads: Threads of each; by default the cores are shared out.
-        device: Where to train.
-        keep_weights: Whether to keep the SAEs.
+        device: Device to train on.
+        keep_weights: Keep the SAEs, each in a folder beside its record.
 
     Returns:
         The records of all runs.
@@ -114,7 +114,7 @@ def _require_the_text_of(output: str | Path, cache: ActivationCache) -> None:
                 f"{Path(output, record.name)}.json is of other tokens ({known}) than the "
                 f"activations ({texts}): use another folder"
             )
-    # All there is to go by in records that do not name their texts.
+    # Records that do not name their texts can be told by nothing else.
     found = held_out_variances(read(output))
     require_one_text([*found, variance(cache.in_domain)], output)
 

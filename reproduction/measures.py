@@ -1,7 +1,7 @@
 """Measures of every SAE of a grid."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,28 +29,6 @@ _BATCH = 1024
 _SIMILARITY_TOKENS = 8192
 
 
-@dataclass
-class Reconstruction:
-    """
-    How well an SAE reconstructs activations.
-
-    Attributes:
-        mse: Squared error, summed over d_in, mean over tokens, in the activations' own units.
-        fvu: That, divided by the variance (summed and averaged likewise).
-        explained_variance: 1 - fvu.
-        l0: Latents that a token activates, mean over tokens.
-        alive: Share of latents that fired on any token.
-        tokens: Number of tokens.
-    """
-
-    mse: float
-    fvu: float
-    explained_variance: float
-    l0: float
-    alive: float
-    tokens: int
-
-
 @torch.no_grad()
 def reconstruction_error(
     sae: SAE[Any],
@@ -58,15 +36,16 @@ def reconstruction_error(
     scaler: ActivationScaler | None = None,
 ) -> dict[str, float]:
     """
-    Error of an SAE's reconstruction.
+    Measure the error of an SAE's reconstruction.
 
     Args:
         sae: An SAE, in training or not.
         activations: Batches of raw activations, ``[tokens, d_in]`` in float32.
-        scaler: What an SAE in training has its activations scaled by.
+        scaler: The trainer's, for an SAE in training.
 
     Returns:
-        ``mse`` and ``fvu``; see :class:`Reconstruction`.
+        ``mse`` (squared error, summed over d_in, mean over tokens, in the activations' own
+        units) and ``fvu`` (that, divided by their variance).
 
     Raises:
         ValueError: If there are no tokens, or all are the same.
@@ -88,7 +67,7 @@ def reconstruction_error(
 @torch.no_grad()
 def variance(activations: Activations) -> float:
     """
-    Variance of activations, summed over d_in: the mse of a reconstruction of fvu 1.
+    Compute the variance of activations, summed over d_in: the mse at which fvu is 1.
 
     Args:
         activations: Held-out activations.
@@ -126,7 +105,7 @@ class _Spread:
 @torch.no_grad()
 def firing_counts(sae: SAE[Any], activations: Activations) -> torch.Tensor:
     """
-    On how many tokens each latent fires.
+    Count the tokens on which each latent fires.
 
     Args:
         sae: An SAE for raw activations.
@@ -143,9 +122,9 @@ def firing_counts(sae: SAE[Any], activations: Activations) -> torch.Tensor:
 
 def reconstruction(
     sae: SAE[Any], activations: Activations, counts: torch.Tensor
-) -> Reconstruction:
+) -> dict[str, float]:
     """
-    How well an SAE reconstructs activations, and with how many latents.
+    Measure how well an SAE reconstructs activations, and with how many latents.
 
     Args:
         sae: An SAE for raw activations.
@@ -153,23 +132,23 @@ def reconstruction(
         counts: Their :func:`firing_counts`.
 
     Returns:
-        Results over all tokens.
+        Results over all tokens, as in a record's ``in_domain``.
     """
     error = reconstruction_error(sae, activations.batches(_BATCH))
-    return Reconstruction(
+    return {
         **error,
-        explained_variance=1 - error["fvu"],
-        l0=counts.sum().item() / len(activations),
-        alive=(counts > 0).double().mean().item(),
-        tokens=len(activations),
-    )
+        "explained_variance": 1 - error["fvu"],
+        "l0": counts.sum().item() / len(activations),
+        "alive": (counts > 0).double().mean().item(),
+        "tokens": len(activations),
+    }
 
 
 def further_measures(
     sae: SAE[Any], activations: Activations, counts: torch.Tensor
 ) -> dict[str, Any]:
     """
-    What else the figures show of an SAE, by name.
+    Measure what figures show of an SAE besides its reconstruction.
 
     Args:
         sae: An SAE for raw activations.
@@ -177,8 +156,8 @@ def further_measures(
         counts: Their :func:`firing_counts`.
 
     Returns:
-        Results that JSON can hold. Of a collapsed SAE those that need latents that fire are
-        left out.
+        Results by name, that JSON can hold. Those that need latents that fire are left out
+        for a collapsed SAE.
     """
     drawn = activations.sample(_SIMILARITY_TOKENS)
     sample = drawn.split(_BATCH)

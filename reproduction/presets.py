@@ -1,4 +1,4 @@
-"""The grids of the experiments."""
+"""Presets: named grids of runs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from .activations import CacheSettings
 from .recipes import RECIPES
 from .settings import RunSettings
 
-# What suits a Switch SAE with the gate of its authors best; the recipe has another gate.
+# The best found for a Switch SAE with the gate of its authors; the recipe has another gate.
 _SOFTMAX_SWITCH = {"gate": "softmax", "aux_loss_coefficient": 1 / 32}
 _SOFTMAX_DEAD_AFTER = 50_000
 # Switch SAE as Mudide et al. train it: the winner's probability for a gate, no k-means, and
@@ -40,11 +40,11 @@ class Preset:
     A grid of runs.
 
     Attributes:
-        base: Name of the experiment's folder; presets of one base share activations, and
-            runs that they have in common.
-        cache: The activations.
-        runs: What to train, each with every seed.
-        seeds: The seeds.
+        base: Name of the folder; presets of one base share activations, and runs that they
+            have in common.
+        cache: Settings of the activations.
+        runs: Settings of the runs, for the first seed.
+        seeds: Seeds of each run.
     """
 
     base: str
@@ -53,14 +53,14 @@ class Preset:
     seeds: tuple[int, ...] = (0, 1)
 
     def with_seeds(self, seeds: Iterable[int] | None = None) -> list[RunSettings]:
-        """All runs, seed by seed, so that a grid that is cut short has whole ones."""
+        """List all runs, seed by seed, so that a grid that is cut short has whole seeds."""
         chosen = self.seeds if seeds is None else tuple(seeds)
         return [replace(run, seed=seed) for seed in chosen for run in self.runs]
 
 
 def run_settings(architecture: str, sae: dict[str, Any], **changes: Any) -> RunSettings:
     """
-    Settings by the architecture's recipe.
+    Make settings by the architecture's recipe.
 
     Args:
         architecture: One of :data:`RECIPES`.
@@ -76,7 +76,7 @@ def run_settings(architecture: str, sae: dict[str, Any], **changes: Any) -> RunS
 
 
 def _with_revival(run: RunSettings) -> RunSettings:
-    """Dead latents looked after sooner than by the recipe, and with twice the weight."""
+    """Revive dead latents sooner than the recipe does, and with twice the weight."""
     weight = 2 * run.sae["aux_loss_coefficient"]
     return replace(
         run,
@@ -87,7 +87,7 @@ def _with_revival(run: RunSettings) -> RunSettings:
 
 
 def _with_multi_topk(run: RunSettings) -> RunSettings:
-    """More latents learn from each token than are kept."""
+    """Let more latents learn from each token than are kept."""
     return replace(
         run,
         sae={**run.sae, "multi_topk_coefficient": _MULTI_TOPK},
@@ -132,7 +132,7 @@ class _Experiment:
         )
 
     def fine_scale(self, k: int) -> RunSettings:
-        """512/16 by all that was found to help, named by Multi-TopK alone."""
+        """Combine all that was found to help in a 512/16, named by Multi-TopK alone."""
         sae = {"k": k, **_FINE_SCALE, "num_shared_experts": _SHARED_OF_FINE}
         changes: dict[str, Any] = {
             "lr_decay_fraction": _EARLY_DECAY["lr_decay_fraction"]
@@ -221,7 +221,7 @@ class _Experiment:
 
     def length(self) -> Preset:
         """
-        What longer training brings; each run has a whole schedule.
+        Training of different lengths, each run with a whole schedule.
 
         That of the Scale SAE is the one for long runs, which loses in short ones.
         """
@@ -238,7 +238,7 @@ class _Experiment:
         )
 
     def experts(self) -> Preset:
-        """How many of 64 experts a token selects, with and without feature scaling."""
+        """Numbers of selected experts, of 64, with and without feature scaling."""
         return self.preset(
             [
                 self.ablate(
@@ -277,7 +277,7 @@ class _Experiment:
         )
 
     def decompositions(self) -> Preset:
-        """What feature scaling amplifies."""
+        """Decompositions: the part of an encoder row that feature scaling amplifies."""
         return self.preset(
             [
                 self.ablate(
@@ -349,7 +349,7 @@ class _Experiment:
         return self.preset(runs)
 
     def gates(self) -> Preset:
-        """What an expert's activations are multiplied by."""
+        """Gates: the factors of an expert's activations."""
         others = ("renormalized", "double_softmax", "softmax", "uniform")
         runs = [
             self.ablate(
@@ -358,7 +358,8 @@ class _Experiment:
             )
             for gate in ({}, *({"gate": name} for name in others))
         ]
-        # With one expert a gate decides by what the router learns, and so how fast it should.
+        # With one expert the gate decides what the router learns from, and so the learning
+        # rate that suits it.
         switches = (
             ("uniform", "", {}),
             ("softmax", "", {}),

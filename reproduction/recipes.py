@@ -1,7 +1,5 @@
 """
-What each architecture is trained with: for each, the best that was found on held-out text at k = 32.
-
-docs/reproduction-earlier.md has what else was tried.
+Training settings of each architecture, the best found on held-out text at k = 32.
 """
 
 from typing import Any

@@ -51,7 +51,8 @@ class RunRecord:
             far, ``seconds`` and ``cpu_seconds`` of training, ``mse`` and ``fvu``.
         in_domain: Measurements on held-out text: ``mse`` (squared error summed over d_in,
             mean over tokens), ``fvu`` (share of variance left unexplained),
-            ``explained_variance`` (1 - fvu), ``l0``, ``alive`` (share of latents that fired).
+            ``explained_variance`` (1 - fvu), ``l0``, ``alive`` (share of latents that fired),
+            ``tokens`` (their number).
         other_domain: The same on text of another domain.
         dead: Share of latents that had not fired for long when training ended.
         measures: Further results, by name.
@@ -203,10 +204,10 @@ def _active_latents(runs: pd.DataFrame) -> pd.Series:
 
 def held_out_variances(runs: pd.DataFrame) -> list[float]:
     """
-    The variance of the activations that each run was measured on.
+    Recover the variance of the activations that each run was measured on.
 
     Args:
-        runs: What :func:`read` returned.
+        runs: Rows of :func:`read`.
 
     Returns:
         Sums over d_in, without the runs that have no finite error.
@@ -218,7 +219,7 @@ def held_out_variances(runs: pd.DataFrame) -> list[float]:
 
 def require_one_text(variances: Sequence[float], folder: str | Path) -> None:
     """
-    Refuse to compare what was measured on texts that differ.
+    Refuse to compare runs that were measured on different texts.
 
     A text is known by the variance of its activations, which every record has: a
     necessary condition, not a sufficient one.
@@ -233,7 +234,7 @@ def require_one_text(variances: Sequence[float], folder: str | Path) -> None:
     """
     if variances and max(variances) > 1.003 * min(variances):
         raise ValueError(
-            f"what {folder} compares must be measured on one text, but the variance of "
+            f"runs in {folder} must be measured on one text, but the variance of "
             f"held-out activations is {min(variances):.6g} in one place and "
             f"{max(variances):.6g} in another (docstrings change with the installed "
             "packages): use a folder for each text"
@@ -308,11 +309,11 @@ def write_tables(folder: str | Path, output: str | Path) -> list[Path]:
 
 def describe_environment(device: str, workers: int) -> dict[str, Any]:
     """
-    What a run's times depend on.
+    Describe what a run's times depend on.
 
     Args:
-        device: Where it ran.
-        workers: How many runs shared the machine.
+        device: Device of the run.
+        workers: Number of runs that shared the machine.
 
     Returns:
         Date, machine, threads and versions.

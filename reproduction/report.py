@@ -49,7 +49,7 @@ _ABLATIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
     """
-    The records of a preset's runs.
+    Read the runs of a preset.
 
     Args:
         folder: Folder of the records, or of the tables made of them.
@@ -76,7 +76,7 @@ def _read_comparable(folder: str | Path) -> pd.DataFrame:
         contexts = sorted(set(evaluated["measures.loss_recovered.contexts"]))
         if len(contexts) > 1:
             raise ValueError(
-                f"the losses that {folder} compares must be of as many contexts, got "
+                f"losses in {folder} must be of equally many contexts, got "
                 f"{' and '.join(f'{n:g}' for n in contexts)}: evaluate all with one number "
                 "(evaluate --contexts)"
             )
@@ -94,7 +94,7 @@ def _of_preset(runs: pd.DataFrame, preset: str) -> pd.DataFrame:
 
 def tables(folder: str | Path, base: str) -> dict[str, str]:
     """
-    All tables that the records of an experiment allow.
+    Make all tables that the runs of a folder allow.
 
     Args:
         folder: Folder of the records, or of the tables made of them.
@@ -140,7 +140,7 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
     for ablation, (metric, row_name) in _ABLATIONS.items():
         runs = _of_preset(everything, f"{base}-{ablation}")
         runs = runs.assign(row=[row_name(run) for _, run in runs.iterrows()])
-        # What it has in common with other grids is no ablation yet.
+        # Runs that it shares with the main grid are no ablation yet.
         if len(set(runs["row"])) > 1 and not set(runs["name"]) <= main:
             table = markdown(cells(runs, metric, "row"), forms[metric])
             found[f"ablation-{ablation}"] = table
@@ -167,7 +167,7 @@ def draw(
     names: Sequence[str] | None = None,
 ) -> list[Path]:
     """
-    Draw the paper's figures, and learning curves, from the records of an experiment.
+    Draw the paper's figures, and learning curves, of the runs of a folder.
 
     Args:
         folder: Folder of the records, or of the tables made of them.
@@ -222,7 +222,7 @@ def draw(
 
 def fill(document: str, tables: dict[str, str]) -> str:
     """
-    Put tables where a document marks their places.
+    Put tables into a document, at the places that it marks.
 
     Args:
         document: Text in Markdown, with pairs of lines ``<!-- table NAME -->`` and

@@ -1,4 +1,4 @@
-"""What decides an SAE of an experiment."""
+"""Settings of a training run, and its name."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ _ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"full": ("switch", _ONE_EXPER
 @dataclass(frozen=True)
 class RunSettings:
     """
-    What decides an SAE.
+    Settings of a training run: all that decides its SAE, but for the activations.
 
     Args:
         architecture (str): Any that SAELens knows, such as "scale", "switch", "topk" or
@@ -35,26 +35,26 @@ class RunSettings:
             comes from the activations, and normalize_activations is
             "expected_average_only_in" unless it is given.
         lr (float): Learning rate.
-        lr_factors (dict[str, float]): What the learning rate of some parameters is
-            multiplied by, by their names, such as ``{"W_router": 0.1}``.
+        lr_factors (dict[str, float]): Factors of the learning rates of some parameters, by
+            their names, such as ``{"W_router": 0.1}``.
         lr_scheduler_name (str): SAELens's name of the schedule.
         lr_warm_up_fraction (float): Share of the steps in which the learning rate rises.
         lr_decay_fraction (float): Share of the steps in which it falls to 0.
-        lr_end (float | None): Where cosine schedules end; a tenth of lr by default.
+        lr_end (float | None): Last learning rate of cosine schedules; lr / 10 by default.
         adam_beta1 (float): Adam's first beta.
         adam_beta2 (float): Adam's second beta.
         batch_size (int): Tokens per step.
         training_tokens (int): Tokens to train on, in whole steps; more than are cached
             are read in epochs.
         dead_after_tokens (int): A latent that has not fired for as many is dead.
-        initialization ("activations" | "default"): Whether to start from activations:
-            mixtures with ``initialize_from_activations``, other SAEs with b_dec at their
-            geometric median; or as SAELens does.
+        initialization ("activations" | "default"): Start from activations (mixtures with
+            ``initialize_from_activations``, other SAEs with b_dec at their geometric median),
+            or as SAELens does.
         tokens_per_expert (int): Tokens for each expert in that initialisation.
-        autocast (bool): Whether to train in bfloat16 where torch's autocast would.
+        autocast (bool): Train in bfloat16 where torch's autocast does.
         curve_tokens (int): Held-out tokens of the learning curve; 0 for no curve.
         seed (int): Seed of the initial weights and of the order of the tokens.
-        variant (str): A name for what these settings do not show.
+        variant (str): A name for properties that these settings do not show.
     """
 
     architecture: str
@@ -124,7 +124,7 @@ class RunSettings:
 
         Args:
             d_in: Width of the activations.
-            device: Where it trains.
+            device: Device that it trains on.
 
         Returns:
             SAELens's config of the architecture.
@@ -144,7 +144,7 @@ class RunSettings:
         return cls(**values)
 
     def sae_fields(self) -> dict[str, Any]:
-        """Fields that ``sae`` may have, and their types."""
+        """List the fields that ``sae`` may have, with their types."""
         cls, fixed = self._config_class()
         own = {"d_in", "device", "metadata", *fixed}
         names = [f.name for f in fields(cls) if f.init and f.name not in own]
@@ -160,7 +160,7 @@ class RunSettings:
 
     @property
     def label(self) -> str:
-        """For people, such as "Scale 64/2"; the same for all k and seeds."""
+        """Name for people, such as "Scale 64/2"; the same for all k and seeds."""
         cfg = self.sae_config(1_000_000)
         size = str(cfg.d_sae)
         if isinstance(cfg, MixtureSAEConfig) and self.architecture != "full":
@@ -172,8 +172,8 @@ class RunSettings:
 
     @property
     def name(self) -> str:
-        """Names the run's files: what people look for, and a hash of all settings."""
-        # What says no more than the defaults does not count.
+        """Name of the run's files: label, k, seed and a hash of all settings."""
+        # Fields that repeat a default do not count.
         given = _without_defaults(type(self), vars(self))
         given["sae"] = _without_defaults(self._config_class()[0], self.sae)
         text = json.dumps(given, sort_keys=True)
@@ -207,7 +207,7 @@ def typed_number(name: str, value: Any, kind: Any) -> Any:
 
     Args:
         name: Of the setting, for the message.
-        value: What it is given.
+        value: Its value.
         kind: Its type.
 
     Returns:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-# What labels of our SAEs start with.
+# Start of the labels of our SAEs.
 OURS = "Scale"
 # The column of the records that says how long a run was.
 TOKENS = "settings.training_tokens"
-# What a training step is made of; the last is their sum.
+# Parts of a training step; the last is their sum.
 _FLOPS = ("router", "encoder", "decoder", "backward", "total")
-# How the values of a column are written that are the columns of a table.
+# Headers of a table's columns, by the column of the frame that they are values of.
 _HEADERS = {
     "k": "k = {:g}".format,
     TOKENS: "{:,.0f} tokens".format,
@@ -28,7 +28,7 @@ def summary(runs: pd.DataFrame) -> str:
     Means and spreads over seeds, as text.
 
     Args:
-        runs: What :func:`.records.read` returned, or some of its rows.
+        runs: Rows of :func:`.records.read`.
 
     Returns:
         A line for each label, k and combination of those settings (but the seed) that differ
@@ -44,7 +44,7 @@ def _varying(runs: pd.DataFrame) -> list[str]:
         name
         for name in runs
         if str(name).startswith(("settings.", "sae_cfg."))
-        # The config says what these are, defaults included; L0 is the Gated SAE's k.
+        # sae_cfg has these and the defaults; a Gated SAE's L0 stands for its coefficient.
         and not str(name).startswith("settings.sae.")
         and name not in ("settings.seed", "sae_cfg.l1_coefficient")
     ]
@@ -62,10 +62,10 @@ def cells(
     runs: pd.DataFrame, metric: str, rows: str = "label", columns: str = "k"
 ) -> pd.DataFrame:
     """
-    A metric averaged over seeds.
+    Average a metric over seeds.
 
     Args:
-        runs: What :func:`.records.read` returned, or some of its rows.
+        runs: Rows of :func:`.records.read`.
         metric: The column to average.
         rows: Column whose values name the rows.
         columns: Column whose values are the columns; ``k`` and ``settings.training_tokens``
@@ -81,17 +81,17 @@ def cells(
     values = pd.Series(
         list(summary.itertuples(index=False, name=None)), index=summary.index
     )
-    # Which order unstack leaves depends on the values that the first rows lack.
+    # The order after unstack depends on the values that the first rows lack.
     order = list(dict.fromkeys(measured[rows]))
     return values.unstack().reindex(index=order).sort_index(axis="columns")
 
 
 def measured_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
-    The runs that have a metric.
+    Select the runs that have a metric.
 
     Args:
-        runs: What :func:`.records.read` returned, or some of its rows.
+        runs: Rows of :func:`.records.read`.
         metric: A column, which may be missing.
 
     Returns:
@@ -121,11 +121,11 @@ def _paired(
 
 def markdown(frame: pd.DataFrame, form: Callable[[float], str]) -> str:
     """
-    A table of means and spreads in Markdown.
+    Write a table of means and spreads in Markdown.
 
     Args:
-        frame: What :func:`cells` returned.
-        form: How to write a number.
+        frame: A frame of :func:`cells`.
+        form: Function that writes a number.
 
     Returns:
         Lines of a table; a single run is marked with an asterisk.
@@ -151,11 +151,10 @@ def _written(row: pd.Series, form: Callable[[float], str]) -> list[str]:
 
 def l1_table(runs: pd.DataFrame) -> str:
     """
-    What SAEs that have no k make of each L1 coefficient.
+    Table of SAEs that have no k, a column for each L1 coefficient.
 
     Args:
-        runs: What :func:`.records.read` returned, or those of its rows that are of Gated
-            SAEs of one size.
+        runs: Rows of :func:`.records.read` that are of Gated SAEs of one size.
 
     Returns:
         A table in Markdown: L0, FVU and, where it was measured, loss recovered; a single
@@ -174,18 +173,17 @@ def l1_table(runs: pd.DataFrame) -> str:
 
 def gated_comparison(gated: pd.DataFrame, others: pd.DataFrame) -> str:
     """
-    How much lower the error of others is than that of SAEs without a k, at equal L0.
+    Compare the errors of SAEs with a k to those of SAEs without, at equal L0.
 
     The others' mean FVU between two of their k is interpolated, log FVU over log k.
 
     Args:
-        gated: Those rows of what :func:`.records.read` returned that are of Gated SAEs of
-            one size.
+        gated: Rows of :func:`.records.read` that are of Gated SAEs of one size.
         others: Rows with a k.
 
     Returns:
-        A table in Markdown with a column for each L1 coefficient whose L0 lies between the
-        smallest and the largest k; a dash for a label whose own k do not reach that far,
+        A table in Markdown, of shares by which errors are lower, with a column for each L1
+        coefficient whose L0 lies between the smallest and the largest k; a dash for a label whose own k do not reach that far,
         a label that reaches none is left out. Empty if there is no such coefficient.
     """
     means = gated.groupby("sae_cfg.l1_coefficient")[["l0", "fvu"]].mean()
@@ -209,10 +207,10 @@ def gated_comparison(gated: pd.DataFrame, others: pd.DataFrame) -> str:
 
 def flops_table(runs: pd.DataFrame) -> str:
     """
-    What training costs per token.
+    Table of the cost of training, per token.
 
     Args:
-        runs: What :func:`.records.read` returned, or those of its rows that have a k.
+        runs: Rows of :func:`.records.read` that have a k.
 
     Returns:
         A table in Markdown, in millions of FLOPs, at the smallest of the k that most labels
@@ -238,13 +236,13 @@ def comparison(
     runs: pd.DataFrame, metric: str = "fvu", columns: str = "k", kind: str = OURS
 ) -> str:
     """
-    How much lower the error of the best Scale SAE is than that of others.
+    Compare the error of the best Scale SAE to those of others.
 
     Args:
-        runs: What :func:`.records.read` returned, or some of its rows.
+        runs: Rows of :func:`.records.read`.
         metric: The error.
-        columns: What to compare at each value of: ``k`` or ``settings.training_tokens``.
-        kind: How labels start of which the best is compared, if not Scale SAE's.
+        columns: Column at whose values to compare: ``k`` or ``settings.training_tokens``.
+        kind: Start of the labels of which the best is compared.
 
     Returns:
         A table in Markdown: for each value the best one's label, and by how much its mean error is
@@ -276,12 +274,12 @@ def gap_closed(
     runs: pd.DataFrame, floor: str, ceiling: str, metric: str = "fvu"
 ) -> str:
     """
-    How much of the gap between two SAEs others close, at each k.
+    Measure the share of the gap between two SAEs that others close, at each k.
 
     Args:
-        runs: What :func:`.records.read` returned, or some of its rows.
+        runs: Rows of :func:`.records.read`.
         floor: Label of the SAE of the same cost.
-        ceiling: How the labels start of SAEs of the same width, of which at each k the best counts.
+        ceiling: Start of the labels of SAEs of the same width; at each k the best counts.
         metric: The error.
 
     Returns:

@@ -85,7 +85,7 @@ class GridTrainer(SAETrainer[Any, Any]):
         return trained
 
     def _require_finite_loss(self) -> None:
-        """Mixtures look at each of theirs, SAELens's SAEs at none, and it stays what it is."""
+        """Refuse a loss that is not finite: SAELens's SAEs do not, and go on with it."""
         if not self._loss.isfinite():
             raise ValueError(
                 f"the loss is not finite at training step {self.n_training_steps}, got "
@@ -103,12 +103,12 @@ class Stopwatch:
         self._since: tuple[float, float] | None = None
 
     def start(self) -> None:
-        """Run."""
+        """Start counting."""
         self._synchronize()
         self._since = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
-        """Stop, until it is started again."""
+        """Stop counting, until it is started again."""
         assert self._since is not None
         self._synchronize()
         self.seconds += time.perf_counter() - self._since[0]
@@ -135,15 +135,14 @@ def train_run(
     Train an SAE and measure it.
 
     Args:
-        settings: What to train.
+        settings: Settings of the run.
         cache: The activations to train and to evaluate on.
         output: Folder of the records, in which a run that is recorded is not repeated;
             None keeps nothing.
-        device: Where to train.
-        workers: How many runs share the machine, for the record.
-        keep_weights: Whether to leave the SAE, for inference, in a folder beside the
-            record.
-        measures: Whether to measure more than the reconstruction.
+        device: Device to train on.
+        workers: Number of runs that share the machine, for the record.
+        keep_weights: Leave the SAE, for inference, in a folder beside the record.
+        measures: Measure more than the reconstruction.
         customize: Called with the trainer and the activations to train on before the first
             step, for variants that no setting makes: it may change the trainer, its SAE
             and its optimizer, and add to ``after_step``. Name them in ``settings.variant``.
@@ -174,7 +173,7 @@ def train_run(
         trained = trainer.fit()
         trainer.stopwatch.stop()
     with TemporaryDirectory() as temporary:
-        # What is measured is what users will load.
+        # The SAE is measured as users will load it.
         trained.save_inference_model(temporary)
         sae = SAE.load_from_disk(temporary, device=device)
         counts = firing_counts(sae, cache.in_domain)
@@ -191,14 +190,14 @@ def train_run(
                 "training_cpu": trainer.stopwatch.cpu_seconds,
             },
             curve=curve,
-            in_domain=asdict(reconstruction(sae, cache.in_domain, counts)),
+            in_domain=reconstruction(sae, cache.in_domain, counts),
             other_domain=None,
             dead=trainer.dead_neurons.double().mean().item(),
             measures={"flops_per_token": _flops(settings, sae)},
         )
         if cache.other_domain is not None:
             other = firing_counts(sae, cache.other_domain)
-            record.other_domain = asdict(reconstruction(sae, cache.other_domain, other))
+            record.other_domain = reconstruction(sae, cache.other_domain, other)
         if measures:
             record.measures |= further_measures(sae, cache.in_domain, counts)
         record.seconds["total"] = time.perf_counter() - began
@@ -211,7 +210,7 @@ def train_run(
 
 
 def _flops(settings: RunSettings, sae: SAE[Any]) -> dict[str, Any] | None:
-    """Of a training step and of a reconstruction; None if nobody has counted them."""
+    """Count those of a training step and of a reconstruction; None if there is no formula."""
     counted = {"training": settings.sae_config(sae.cfg.d_in), "inference": sae.cfg}
     try:
         return {name: asdict(flops_per_token(cfg)) for name, cfg in counted.items()}
@@ -225,7 +224,7 @@ def _sae_cfg(settings: RunSettings, cache: ActivationCache) -> dict[str, Any]:
 
 
 def _start(settings: RunSettings, cache: ActivationCache, device: str) -> GridTrainer:
-    """An initialised SAE in its trainer."""
+    """Put an initialised SAE into its trainer."""
     stopwatch = Stopwatch(device)
     stopwatch.start()
     cfg = settings.sae_config(cache.train.d_in, device)
@@ -293,7 +292,7 @@ def _initialize(
 def _draw_curve(
     trainer: GridTrainer, settings: RunSettings, held_out: torch.Tensor
 ) -> list[dict[str, float]]:
-    """A list that training fills."""
+    """Let training fill a list with the points of a learning curve."""
     due = {0, *(max(1, round(share * settings.steps)) for share in _CURVE)}
     curve: list[dict[str, float]] = []
 
@@ -327,11 +326,11 @@ def finished_record(
     settings: RunSettings, cache: ActivationCache, output: str | Path
 ) -> RunRecord | None:
     """
-    The record of an earlier run.
+    Find the record of an earlier run.
 
     Args:
-        settings: What to look for.
-        cache: The activations that are to be trained on.
+        settings: Settings of the run.
+        cache: The activations that it is to train on.
         output: Folder of the records.
 
     Returns:

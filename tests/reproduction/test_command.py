@@ -1,5 +1,10 @@
 """The laboratory's commands, and the presets that they know."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,7 @@ from datasets import Dataset
 from experiment_records import write_records
 from helpers import small_corpus
 from sae_lens import HookedSAETransformer
+from tiny_cache import write_random_cache
 
 from reproduction import __main__ as command_module
 from reproduction.__main__ import main, select_runs
@@ -19,6 +25,7 @@ from reproduction.records import read, read_records
 from reproduction.settings import RunSettings
 from sae_lens_scale.saes.mixture.config import MixtureSAEConfig
 
+ROOT = Path(__file__).parents[2]
 SCALE = RunSettings("scale", {"d_sae": 64, "num_experts": 8, "k": 4})
 TOPK = RunSettings("topk", {"d_sae": 16, "k": 4})
 GATED = RunSettings("gated", {"d_sae": 16})
@@ -83,6 +90,56 @@ def test_a_grid_is_trained_from_the_command_line(
     ]
 
 
+def test_processes_of_the_command_find_the_laboratory(tmp_path: Path):
+    changes = {"train_tokens": 700, "test_tokens": 100, "other_tokens": 100}
+    cache = replace(PRESETS["smollm2"].cache, **changes)
+    write_random_cache(tmp_path / "activations", cache)
+    command = [sys.executable, "-m", "reproduction", "run", "--preset", "smollm2"]
+    command += ["--folder", str(tmp_path), "--only", "topk-576-k8", "--workers", "2"]
+    command += ["--cache", *(f"{name}={value}" for name, value in changes.items())]
+    command += ["--set", "training_tokens=128", "batch_size=64", "d_sae=32"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [r.environment["workers"] for r in read_records(tmp_path / "runs")] == [2, 2]
+
+
+def test_records_become_tables_that_report_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_records(tmp_path / "runs", "smollm2-decompositions", seeds=(0,))
+    tables = tmp_path / "tables"
+    preset = ["--preset", "smollm2", "--folder", str(tmp_path)]
+    assert main(["table", *preset, "--output", str(tables)]) == 0
+    assert capsys.readouterr().out.split() == [
+        str(tables / name) for name in ("runs.csv", "curves.csv", "lists.jsonl")
+    ]
+    assert main(["report", *preset]) == 0
+    of_records = capsys.readouterr().out
+    assert main(["report", *preset, "--records", str(tables)]) == 0
+    assert capsys.readouterr().out == of_records
+    assert "ablation-decompositions" in of_records
+
+
+def test_a_command_ends_as_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def terminate(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(command_module, "tables", terminate)
+    assert main(["report", "--preset", "smollm2"]) == 130
+    assert capsys.readouterr().err == "reproduction: error: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_shows_where_it_came_from_on_request(tmp_path: Path):
+    folder = ["--preset", "smollm2", "--folder", str(tmp_path)]
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        main(["--traceback", "report", *folder])
+
+
 def test_evaluate_says_what_has_no_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -122,6 +179,7 @@ def test_evaluate_says_what_has_no_weights(
         ("run --workers 0", "--workers must be positive, got 0"),
         ("cache --cache train_tokens=0", "train_tokens must be positive, got 0"),
         ("evaluate --folder nowhere", "nowhere/runs is no folder"),
+        ("table --folder nowhere --output tables", "nowhere/runs is no folder"),
     ],
 )
 def test_errors_are_one_line(

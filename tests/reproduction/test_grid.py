@@ -1,6 +1,5 @@
 """Grids of runs, in one process and in several."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_cache import write_random_cache
 
 from reproduction.activations import (
     ActivationCache,
@@ -32,15 +32,7 @@ SMALL: dict[str, Any] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache on disk of random activations."""
     folder = tmp_path_factory.mktemp("cache")
-    generator = torch.Generator().manual_seed(0)
-    for name, split in CACHE.splits().items():
-        (folder / name).mkdir()
-        x = torch.randn(split.tokens, 12, generator=generator).bfloat16()
-        ids = torch.zeros(split.tokens, dtype=torch.int32)
-        file = folder / name / "00000.safetensors"
-        save_file({"activations": x, "token_ids": ids}, file)
-        manifest = json.dumps({**vars(split), "d_in": 12})
-        (folder / name / "manifest.json").write_text(manifest)
+    write_random_cache(folder, CACHE)
     return folder
 
 

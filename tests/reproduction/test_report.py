@@ -149,7 +149,9 @@ def test_losses_of_different_numbers_of_contexts_are_not_compared(tmp_path: Path
     record = RunRecord.read(min(tmp_path.glob("*.json")))
     record.measures["loss_recovered"]["contexts"] = 64
     record.write(tmp_path)
-    with pytest.raises(ValueError, match="as many contexts, got 16 and 64: evaluate"):
+    with pytest.raises(
+        ValueError, match="equally many contexts, got 16 and 64: evaluate"
+    ):
         tables(tmp_path, "smollm2")
 
 
