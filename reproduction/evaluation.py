@@ -89,7 +89,9 @@ def evaluate_records(
         tokens[name] = torch.stack(rows).split(prompts_per_batch)
     for record in tqdm(pending, desc="Loss recovered", unit="SAE"):
         sae = SAE.load_from_disk(Path(output, record.name), device=device)
-        results = {name: loss_recovered(model, sae, of) for name, of in tokens.items()}
+        results: dict[Split, LossRecovered] = {
+            name: loss_recovered(model, sae, of) for name, of in tokens.items()
+        }
         _require_loss_of(finished, settings, results)
         record.measures["loss_recovered"] = {
             "contexts": contexts,
@@ -102,7 +104,7 @@ def evaluate_records(
 def _require_loss_of(
     records: Sequence[RunRecord],
     settings: CacheSettings,
-    results: Mapping[Split, LossRecovered],
+    results: dict[Split, LossRecovered],
 ) -> None:
     """Refuse tokens other than those that the records were evaluated on."""
     for record in records:

@@ -146,7 +146,7 @@ def read(folder: str | Path, names: Sequence[str] | None = None) -> pd.DataFrame
         lines = Path(folder, LISTS_FILE).read_text().splitlines()
         frame = frame.merge(pd.DataFrame(map(json.loads, lines)), "left", on="name")
     else:
-        frame = _rows(read_records(folder))
+        frame = pd.DataFrame(map(_row, read_records(folder)))
     if names is not None and len(frame):
         frame = frame.loc[frame["name"].isin(names)].reset_index(drop=True)
     if frame.empty:
@@ -157,8 +157,8 @@ def read(folder: str | Path, names: Sequence[str] | None = None) -> pd.DataFrame
     return pd.concat([frame, pd.DataFrame(short)], axis="columns").copy()
 
 
-def _rows(records: Sequence[RunRecord]) -> pd.DataFrame:
-    return pd.DataFrame(dict(_cells(asdict(record))) for record in records)
+def _row(record: RunRecord) -> dict[str, Any]:
+    return dict(_cells(asdict(record)))
 
 
 def _cells(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -191,7 +191,7 @@ def _value(text: str) -> bool | float | str | None:
     return text
 
 
-def _active_latents(runs: pd.DataFrame) -> pd.Series:
+def _active_latents(runs: pd.DataFrame) -> Any:
     """k, and for an SAE without one the mean L0 of the runs that differ in their seed only."""
     settings = [
         name
@@ -294,16 +294,15 @@ def write_tables(folder: str | Path, output: str | Path) -> list[Path]:
     records = read_records(folder)
     if not records:
         raise ValueError(f"{folder} has no records")
-    runs = _rows(records)
-    lists = [name for name in runs if runs[name].map(type).eq(list).any()]
-    lines = [
-        json.dumps({"name": run["name"], **run[lists].dropna()}, separators=(",", ":"))
-        for _, run in runs.iterrows()
-    ]
+    runs, lists = [], []
+    for row in map(_row, records):
+        of_run = {n: value for n, value in row.items() if isinstance(value, list)}
+        lists.append(json.dumps({"name": row["name"], **of_run}, separators=(",", ":")))
+        runs.append({n: value for n, value in row.items() if n not in of_run})
     with replacing_files(output) as temporary:
-        runs.drop(columns=lists).to_csv(temporary / RUNS_FILE, index=False)
+        pd.DataFrame(runs).to_csv(temporary / RUNS_FILE, index=False)
         _points(records).to_csv(temporary / CURVES_FILE, index=False)
-        (temporary / LISTS_FILE).write_text("\n".join(lines) + "\n")
+        (temporary / LISTS_FILE).write_text("\n".join(lists) + "\n")
     return [Path(output, name) for name in (RUNS_FILE, CURVES_FILE, LISTS_FILE)]
 
 
