@@ -198,7 +198,7 @@ def _active_latents(runs: pd.DataFrame) -> Any:
         for name in runs
         if str(name).startswith("settings.") and name != "settings.seed"
     ]
-    l0 = runs.groupby(settings, dropna=False)["in_domain.l0"].transform("mean")
+    l0: Any = runs.groupby(settings, dropna=False)["in_domain.l0"].transform("mean")
     return runs["sae_cfg.k"].fillna(l0) if "sae_cfg.k" in runs else l0
 
 
