@@ -1,5 +1,7 @@
 """
 Training settings of each architecture, the best found on held-out text at k = 32.
+
+LOG.md has what else was tried.
 """
 
 from typing import Any
