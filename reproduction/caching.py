@@ -130,7 +130,7 @@ def _cache_split(
             keep = ~torch.isin(token_ids, excluded)
             file = folder / f"{i:05}.safetensors"
             if file.exists():
-                # The text itself is not kept, but this much of it is known.
+                # These tokens are all that is kept of the text; they must be the same.
                 before = map_shard(file)["token_ids"].long()
                 if not torch.equal(before, token_ids[keep]):
                     raise ValueError(f"{file} was made from another text")
@@ -202,7 +202,7 @@ def token_store(
         hook_head_index=None,
         context_size=context_size,
         d_in=d_in,
-        # These concern neither method.
+        # These concern neither of the two methods.
         n_batches_in_buffer=1,
         total_training_tokens=1,
         store_batch_size_prompts=1,

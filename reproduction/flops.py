@@ -79,11 +79,11 @@ class FlopsPerToken:
     FLOPs for each token of a batch.
 
     Attributes:
-        router: Of the router, forward.
-        encoder: Of the encoder, forward. SAEs that agree in this are what the Scale SAE
+        router: FLOPs of the router, forward.
+        encoder: FLOPs of the encoder, forward. SAEs that agree in it are what the Scale SAE
             paper calls FLOPs-matched.
-        decoder: Of the decoder, forward.
-        backward: Of the backward pass; 0 for an SAE that is not trained.
+        decoder: FLOPs of the decoder, forward.
+        backward: FLOPs of the backward pass; 0 for an SAE that is not trained.
         forward: ``router + encoder + decoder``.
         total: ``forward + backward``.
     """

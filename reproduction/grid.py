@@ -87,7 +87,7 @@ def run_grid(
                 fvu = outcome.in_domain["fvu"]
                 bar.write(f"{name}: fvu {fvu:.4f}", file=sys.stderr)
             elif isinstance(outcome, Exception):
-                # The others may do.
+                # The other runs go on.
                 failed.append(f"{name} ({type(outcome).__name__}: {outcome})")
                 bar.write(f"failed: {failed[-1]}", file=sys.stderr)
             else:
@@ -102,8 +102,8 @@ def run_grid(
 
 
 def _require_the_text_of(output: str | Path, cache: ActivationCache) -> None:
-    # Settings may be the same and texts not: installed packages change. And SAEs that
-    # trained on more of a text are not to be compared either.
+    # The same settings can stand for other tokens, because installed packages change; and
+    # SAEs that trained on more of a text are not to be compared either.
     if not Path(output).is_dir():
         return
     texts = (cache.describe() or {}).get("texts")
@@ -176,7 +176,7 @@ def _train_in_processes(
             for future in as_completed(futures):
                 report(futures[future], future.exception() or future.result())
         except BaseException:
-            # Others still train.
+            # The other workers still train.
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
             raise
@@ -198,7 +198,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _start_worker(threads: int) -> None:
-    # The parent says when to stop.
+    # Ctrl-C reaches all processes; the parent stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 

@@ -15,21 +15,21 @@ _SOFTMAX_DEAD_AFTER = 50_000
 # their rule for the learning rate. Their weight 3 of load balancing is for raw activations;
 # on normalised ones, of unit variance, it is of this order.
 _AUTHORS_SWITCH = {**_SOFTMAX_SWITCH, "load_balance_coefficient": 0.1}
-# (num_experts, experts_per_token) of as many active latents.
+# (num_experts, experts_per_token) with equally many active latents.
 _SIZES = ((64, 2), (128, 4), (256, 8))
 _BEST_SCALE = {"num_experts": 256, "experts_per_token": 8, "num_shared_experts": 1}
 _BEST_VARIANT = "1 shared"
-# In the long runs the best Scale SAE gains by a learning rate that falls for longer, for
+# In long runs a learning rate that falls for longer lowers the error of the best Scale SAE, at
 # k = 16 and more.
 _EARLY_DECAY = {"variant": f"{_BEST_VARIANT} early decay", "lr_decay_fraction": 0.5}
-# Finer experts, for the best Scale SAE of all. At k = 64 it gains by more that are shared and
-# by a shorter memory of gradients.
+# The best Scale SAE of all has finer experts. At k = 64 more shared experts and a smaller beta_1
+# lower its error.
 _FINE_SCALE = {"num_experts": 512, "experts_per_token": 16}
 _SHARED_OF_FINE = 2
 _LARGE_K = 64
 _SHARED_AT_LARGE_K = 6
 _BETA1_AT_LARGE_K = 0.8
-# Gao et al.'s.
+# The coefficient of Gao et al.
 _MULTI_TOPK = 1 / 8
 _L1_COEFFICIENTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -95,8 +95,8 @@ def _with_multi_topk(run: RunSettings) -> RunSettings:
     )
 
 
-# The ablations set the fields that they are about where these are not the default, and the
-# name of a run leaves out defaults: runs that presets have in common then have one name.
+# Ablations set a field only where it is not the default. Names leave out defaults, so that a run
+# that two presets have in common has one name.
 @dataclass(frozen=True)
 class _Experiment:
     base: str
@@ -104,15 +104,15 @@ class _Experiment:
     d_in: int
     ks: tuple[int, ...]
     training: dict[str, Any]
-    # With so many, training a Switch SAE takes about as many FLOPs as the best Scale SAE, of
-    # whose FLOPs the router's are a large part.
+    # Number of experts with which a training step of a Switch SAE takes about as many FLOPs as
+    # one of the best Scale SAE, whose router takes a large part of them.
     switch_experts_of_equal_flops: int
-    # Of the Switch SAE as its authors train it.
+    # Settings of the Switch SAE as its authors train it.
     authors: dict[str, Any]
-    # Of the ablations.
+    # Values of k and settings of the ablations.
     ablation_ks: tuple[int, ...]
     ablation_training: dict[str, Any]
-    # Training tokens of the runs that are about nothing else.
+    # Training tokens of the runs of different lengths.
     lengths: tuple[int, ...]
 
     def run(
@@ -180,7 +180,7 @@ class _Experiment:
                 self.run("topk", {"k": k, "d_sae": self.d_in}),
             ]
             if k >= _LARGE_K:
-                # Scale SAE has it there, too.
+                # As Scale SAE has it at these k.
                 runs.append(
                     replace(
                         switch_multi_topk,
@@ -212,7 +212,7 @@ class _Experiment:
     def time(self) -> Preset:
         """The best Scale SAE, and a dense one of its width that takes no less CPU time."""
         best = self.run("scale", {"k": 32, **_BEST_SCALE}, **_EARLY_DECAY)
-        # On the whole a token takes the dense one four to five times as long, at first longer.
+        # A token takes the dense SAE four to five times as long, and at first longer.
         tokens = self.training["training_tokens"] // 4
         dense = self.run(
             "full", {"k": 32}, training_tokens=tokens, variant="a quarter of the tokens"
@@ -401,7 +401,7 @@ _EXPERIMENTS = (
             text="Skylion007/openwebtext",
             other_text="hle-biomedical",
             train_tokens=40_960_000,
-            # All that there is makes little more.
+            # The whole text has little more.
             other_tokens=20_000,
             context_size=128,
         ),

@@ -322,7 +322,7 @@ def describe_environment(device: str, workers: int) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": platform.platform(),
         "cpu": _cpu_model(),
-        # CPUs of one name differ in this, and it halves or doubles times.
+        # CPUs of the same name differ in this, by a factor of two in time.
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,

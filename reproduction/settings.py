@@ -206,7 +206,7 @@ def typed_number(name: str, value: Any, kind: Any) -> Any:
     A number as a type, however it is written: 1e6 may be an int.
 
     Args:
-        name: Of the setting, for the message.
+        name: Name of the setting, for the message.
         value: Its value.
         kind: Its type.
 

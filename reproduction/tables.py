@@ -68,8 +68,8 @@ def cells(
         runs: Rows of :func:`.records.read`.
         metric: The column to average.
         rows: Column whose values name the rows.
-        columns: Column whose values are the columns; ``k`` and ``settings.training_tokens``
-            are those that :func:`markdown` knows how to write.
+        columns: Column whose values are the columns, ``k`` or ``settings.training_tokens``
+            for :func:`markdown`.
 
     Returns:
         A frame of tuples ``(mean, standard deviation or NaN, runs)``, and of NaN where there
@@ -315,7 +315,7 @@ def gap_closed(
 
 
 def _best_of(means: pd.DataFrame, kind: str) -> pd.Series:
-    """Of the labels that start so, the one with the lowest mean in each column that any has."""
+    """Find the label of a kind with the lowest mean, for each column that any of them has."""
     labels = [label for label in means.index if label.startswith(kind)]
     if not labels:
         raise ValueError(f"runs must have a {kind} SAE, got {[*means.index]}")

@@ -34,7 +34,7 @@ from .settings import RunSettings
 
 _NORM_ESTIMATE_TOKENS = 100_000
 _INITIALIZATION_TOKENS = 12_800
-# On a GPU a look at the loss waits for it.
+# Reading the loss waits for the GPU: it is checked once in so many steps.
 _STEPS_BETWEEN_LOOKS = 100
 # Shares of the training tokens after which the curve has a point: dense early on, where
 # architectures that differ in speed meet, and enough points while the learning rate decays.
