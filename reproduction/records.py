@@ -273,7 +273,7 @@ def _points(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 def write_tables(folder: str | Path, output: str | Path) -> list[Path]:
     """
-    Write the records of a folder as tables, all of them or none.
+    Write the records of a folder as tables; an error leaves the tables that were there.
 
     Args:
         folder: Folder of the records.

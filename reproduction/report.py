@@ -1,9 +1,8 @@
 """Tables and figures of a grid's runs, for documents."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -27,24 +26,18 @@ from .tables import (
 _SAME_COST, _SAME_WIDTH = "TopK", "Full TopK"
 
 
-def _with_scaling(run: Any) -> str:
-    return f"{'with' if run['feature_scaling'] else 'without'} scaling"
-
-
-# Tables of the other grids: the preset, the metric and the names of the rows.
-_ABLATIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "experts": ("fvu", lambda run: f"{run['label']}, {_with_scaling(run)}"),
-    "scaling": (
-        "fvu",
-        lambda run: f"{run['label']}, {run['gate']}, {_with_scaling(run)}",
-    ),
-    "decompositions": ("fvu", lambda run: f"{run['label']}, {run['decomposition']}"),
-    "gates": ("fvu", lambda run: f"{run['label']}, {run['gate']}"),
-    "flops": ("fvu", lambda run: run["label"]),
-    "time": ("fvu", lambda run: run["label"]),
-    "recipe": ("fvu", lambda run: run["label"]),
-    "redundancy": ("redundancy", lambda run: run["label"]),
+# Tables of the other grids: the metric, and the columns that a row is named by beside its label.
+_ABLATIONS: dict[str, tuple[str, list[str]]] = {
+    "experts": ("fvu", ["feature_scaling"]),
+    "scaling": ("fvu", ["gate", "feature_scaling"]),
+    "decompositions": ("fvu", ["decomposition"]),
+    "gates": ("fvu", ["gate"]),
+    "flops": ("fvu", []),
+    "time": ("fvu", []),
+    "recipe": ("fvu", []),
+    "redundancy": ("redundancy", []),
 }
+_WORDS = {True: "with scaling", False: "without scaling"}
 
 
 def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
@@ -137,9 +130,10 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         measured = measured_runs(runs, metric)
         if len(measured):
             found[metric.replace("_", "-")] = markdown(cells(measured, metric), form)
-    for ablation, (metric, row_name) in _ABLATIONS.items():
+    for ablation, (metric, columns) in _ABLATIONS.items():
         runs = _of_preset(everything, f"{base}-{ablation}")
-        runs = runs.assign(row=[row_name(run) for _, run in runs.iterrows()])
+        names = runs.reindex(columns=["label", *columns]).replace(_WORDS)
+        runs = runs.assign(row=[", ".join(row) for row in names.to_numpy()])
         # Runs that it shares with the main grid are no ablation yet.
         if len(set(runs["row"])) > 1 and not set(runs["name"]) <= main:
             table = markdown(cells(runs, metric, "row"), forms[metric])
