@@ -1,10 +1,9 @@
-"""Records of runs, and tables of them."""
+"""Records of runs, on disk and as tables."""
 
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import pandas as pd
@@ -18,7 +17,6 @@ from reproduction.records import (
     read_records,
     write_tables,
 )
-from reproduction.tables import summary
 from sae_lens_scale.files import dump_json
 
 
@@ -107,45 +105,6 @@ def test_curves_have_a_row_for_each_point(tmp_path: Path):
     assert list(curves["fvu"]) == [1.0, 0.1, 1.0, 0.2]
     assert list(curves["seed"]) == [0, 0, 1, 1]
     assert set(curves["label"]) == {"A 1"}
-
-
-def test_a_summary_has_mean_and_spread_over_seeds(tmp_path: Path):
-    fvus = [0.1, 0.14, 0.15]
-    records = [record("A 1", seed, fvu) for seed, fvu in enumerate(fvus)]
-    records += [record("A 1", 0, 0.3, k=8), record("B 2", 0, 0.5)]
-    lines = summary(read(write(tmp_path, *records))).splitlines()
-    assert lines[0].split() == ["label", "k", "fvu", "l0", "alive", "dead", "runs"]
-    assert [line.split()[:3] for line in lines[1:]] == [
-        ["A", "1", "8"],
-        ["A", "1", "32"],
-        ["B", "2", "32"],
-    ]
-    assert (mean(fvus), stdev(fvus)) == (
-        pytest.approx(0.13),
-        pytest.approx(0.02646, abs=1e-5),
-    )
-    assert lines[2].split()[3:6] == ["0.1300", "±", "0.0265"]
-    assert lines[2].split()[-4:] == ["0.2500", "±", "0.0000", "3"]
-    assert lines[3].split()[3:] == ["0.5000", "30.0000", "0.5000", "0.2500", "1"]
-
-
-def test_a_summary_does_not_average_settings_that_differ(tmp_path: Path):
-    fast = {"label": "A 1", "seed": 0, "lr": 2e-3, "lr_factors": {"omega": 2.0}}
-    folder = write(
-        tmp_path,
-        record("A 1", 0, 0.1),
-        record("A 1", 1, 0.2),
-        record("A 1", 0, 0.4, name="fast", settings=fast),
-    )
-    header, *lines = summary(read(folder)).splitlines()
-    assert header.split()[:4] == [
-        "label",
-        "k",
-        "settings.lr",
-        "settings.lr_factors.omega",
-    ]
-    assert [line.split()[3:5] for line in lines] == [["0.001", "NaN"], ["0.002", "2.0"]]
-    assert [line.split()[-1] for line in lines] == ["2", "1"]
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""Tables of made-up records."""
+"""Tables of made-up runs."""
 
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 from experiment_records import write_records
 
@@ -14,12 +16,46 @@ from reproduction.tables import (
     gated_comparison,
     l1_table,
     markdown,
+    summary,
 )
 
 
 def line(table: str, start: str) -> list[str]:
     (row,) = (x for x in table.splitlines() if x.startswith(f"| {start} |"))
     return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
+def run(label: str, seed: int, fvu: float, k: int = 32, **settings: Any) -> Any:
+    measures = {"fvu": fvu, "l0": 30.0 + seed, "alive": 0.5, "dead": 0.25}
+    settings = {"seed": seed, "lr": 1e-3, **settings}
+    paths = {f"settings.{name}": value for name, value in settings.items()}
+    return {"label": label, "k": k, **measures, **paths}
+
+
+def test_a_summary_has_mean_and_spread_over_seeds():
+    runs = [run("A 1", seed, fvu) for seed, fvu in enumerate([0.1, 0.14, 0.15])]
+    runs += [run("A 1", 0, 0.3, k=8), run("B 2", 0, 0.5)]
+    lines = summary(pd.DataFrame(runs)).splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["label", "k", "fvu"],
+        ["A", "1", "8"],
+        ["A", "1", "32"],
+        ["B", "2", "32"],
+    ]
+    assert lines[0].split()[2:] == ["fvu", "l0", "alive", "dead", "runs"]
+    assert lines[2].split()[3:6] == ["0.1300", "±", "0.0265"]
+    assert lines[2].split()[-4:] == ["0.2500", "±", "0.0000", "3"]
+    assert lines[3].split()[3:] == ["0.5000", "30.0000", "0.5000", "0.2500", "1"]
+
+
+def test_a_summary_does_not_average_settings_that_differ():
+    fast = run("A 1", 0, 0.4, lr=2e-3, **{"lr_factors.omega": 2.0})
+    runs = pd.DataFrame([run("A 1", 0, 0.1), run("A 1", 1, 0.2), fast])
+    header, *lines = summary(runs).splitlines()
+    settings = ["settings.lr", "settings.lr_factors.omega"]
+    assert header.split()[:4] == ["label", "k", *settings]
+    assert [line.split()[3:5] for line in lines] == [["0.001", "NaN"], ["0.002", "2.0"]]
+    assert [line.split()[-1] for line in lines] == ["2", "1"]
 
 
 def test_cells_are_means_and_sample_deviations_over_seeds(records_folder: Path):
