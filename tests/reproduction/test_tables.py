@@ -49,7 +49,7 @@ def test_a_summary_has_mean_and_spread_over_seeds():
 
 
 def test_a_summary_does_not_average_settings_that_differ():
-    fast = run("A 1", 0, 0.4, lr=2e-3, **{"lr_factors.omega": 2.0})
+    fast = {**run("A 1", 0, 0.4, lr=2e-3), "settings.lr_factors.omega": 2.0}
     runs = pd.DataFrame([run("A 1", 0, 0.1), run("A 1", 1, 0.2), fast])
     header, *lines = summary(runs).splitlines()
     settings = ["settings.lr", "settings.lr_factors.omega"]
