@@ -42,7 +42,9 @@ def dead_offsets(
 
 @torch.no_grad()
 def strongest_dead(
-    ranking: Float[torch.Tensor, "tokens experts_per_token most_dead"],
+    pre_acts: Float[torch.Tensor, "tokens experts_per_token most_dead"],
+    norms: Float[torch.Tensor, "num_experts most_dead"] | None,
+    experts: Int[torch.Tensor, "tokens experts_per_token"],
     is_dead: Bool[torch.Tensor, "tokens experts_per_token most_dead"],
     size: int,
     select: Callable[[torch.Tensor, Sequence[int]], Selected],
@@ -51,17 +53,19 @@ def strongest_dead(
     Choose the dead candidates of each token that take part in the loss.
 
     Args:
-        ranking: Values to rank candidates by, ``[tokens, experts_per_token, most_dead]``;
-            see :func:`dead_offsets`.
-        is_dead: Which of them are of dead latents, likewise.
+        pre_acts: Their pre-activations, ``[tokens, experts_per_token, most_dead]``; see
+            :func:`dead_offsets`.
+        norms: Decoder norms of these latents, ``[num_experts, most_dead]``, if candidates
+            are ranked with them.
+        experts: Selected experts, ``[tokens, experts_per_token]``.
+        is_dead: Which of the candidates are of dead latents, as ``pre_acts``.
         size: Number of candidates that a token may have.
         select: Rule that chooses; see :class:`.Selection`.
 
     Returns:
         Which candidates take part, likewise.
     """
-    if ranking.shape[1:].numel() <= size:
-        return is_dead
+    ranking = pre_acts if norms is None else pre_acts * norms[experts]
     flat = ranking.masked_fill(~is_dead, -torch.inf).flatten(1)
     best = select(flat, (size,))
     chosen = torch.zeros_like(flat, dtype=torch.bool)

@@ -16,7 +16,8 @@ class Selected(NamedTuple):
     Candidates of each token that a selection keeps.
 
     Attributes:
-        positions: Distinct positions among a token's candidates, ``[tokens, m]``, int64.
+        positions: Positions among a token's candidates, ``[tokens, m]``, int64; distinct
+            where they are kept.
         widths: Number of columns that belong to each size, in order; they add up to m.
         mask: Which of these are kept, ``[tokens, m]``, for a rule that keeps more for one
             token than for another; None if all are.
@@ -79,9 +80,13 @@ def topk(
     Returns:
         Their positions, the largest first where there are several sizes, else in any order.
     """
-    ends = [min(size, ranking.shape[-1]) for size in sizes]
-    best = ranking.topk(ends[-1], dim=-1, sorted=len(ends) > 1)
+    candidates = ranking.shape[-1]
+    ends = [min(size, candidates) for size in sizes]
     widths = tuple(end - start for start, end in pairwise([0, *ends]))
+    if ends == [candidates]:
+        everything = torch.arange(candidates, device=ranking.device)
+        return Selected(everything.expand(len(ranking), -1), widths)
+    best = ranking.topk(ends[-1], dim=-1, sorted=len(ends) > 1)
     return Selected(best.indices, widths)
 
 

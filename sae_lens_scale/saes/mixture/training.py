@@ -1,7 +1,8 @@
 """Mixture SAE for training: the base of Scale SAE and Switch SAE in training."""
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -58,9 +59,9 @@ class MixtureTrainingSAE(
 
     # Each routed expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
-    # The encoding of the training step that is under way, for its losses: none or one. None
-    # outside of a step, because it would keep the step's graph alive.
-    _step: list[Encoding] | None = None
+    # The encoding that losses are being computed of: none or one. None outside of a training
+    # step, since it would keep the step's graph alive.
+    _shared_encoding: list[Encoding] | None = None
 
     def target(self, step_input: TrainStepInput) -> torch.Tensor:
         """
@@ -98,15 +99,16 @@ class MixtureTrainingSAE(
             Both ``[..., d_sae]``; pre-activations are -inf at latents whose expert
             was not selected.
         """
+        in_step = self._shared_encoding is not None
         encoding = self._encode(
-            x, runners_up=self._num_runners_up, with_candidates=True
+            x, self._num_runners_up if in_step else 0, with_candidates=True
         )
+        if in_step:
+            self._shared_encoding = [encoding]
         candidates, experts = encoding.candidates, encoding.rows.experts
         assert candidates is not None
         if self.cfg.rescale_acts_by_decoder_norm:
             candidates = candidates * self._by_expert(decoder_norm(self.W_dec))[experts]
-        if self._step is not None:
-            self._step[:] = [encoding]
         feature_acts = encoding.latents.to_dense(self.cfg.d_sae)
         hidden_pre = self._to_wide(candidates, experts).view_as(feature_acts)
         return self.hook_sae_acts_post(feature_acts), hidden_pre
@@ -130,8 +132,7 @@ class MixtureTrainingSAE(
             ValueError: If the loss is not finite. One such step would turn every
                 weight into NaN, without an error.
         """
-        self._step = []
-        try:
+        with self._share_encoding():
             feature_acts, hidden_pre, sae_out = self._reconstruct_for_training(
                 step_input.sae_in
             )
@@ -141,8 +142,6 @@ class MixtureTrainingSAE(
                 step_input, feature_acts, hidden_pre, sae_out
             )
             metrics = self._metrics(step_input) if step_input.is_logging_step else {}
-        finally:
-            self._step = None
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
             values = ", ".join(f"{n} {v.item()}" for n, v in losses.items())
@@ -171,7 +170,7 @@ class MixtureTrainingSAE(
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
             return feature_acts, hidden_pre, self.decode(feature_acts)
         encoding = self._encode(x, runners_up=self._num_runners_up)
-        self._step = [encoding]
+        self._shared_encoding = [encoding]
         feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
         sae_out = self._finish_decoding(self._recons_of(encoding, encoding.survivors))
         return feature_acts, encoding.pre_acts, sae_out
@@ -180,14 +179,26 @@ class MixtureTrainingSAE(
     def _goes_dense(self) -> bool:
         return super()._goes_dense() or is_overridden(self, "encode_with_hidden_pre")
 
+    @contextmanager
+    def _share_encoding(self) -> Iterator[None]:
+        """Let everything that runs within, and needs the encoding, have the same one."""
+        if self._shared_encoding is not None:
+            yield
+            return
+        self._shared_encoding = []
+        try:
+            yield
+        finally:
+            self._shared_encoding = None
+
     def _encoding_of(self, sae_in: torch.Tensor) -> Encoding:
-        """The encoding of the step that is under way; outside of one, computed anew."""
-        if self._step:
-            return self._step[0]
+        """The shared encoding; computed anew if there is none yet."""
+        if self._shared_encoding:
+            return self._shared_encoding[0]
         with self._keep_run_time_norm_state():
             encoding = self._encode(sae_in, runners_up=self._num_runners_up)
-        if self._step is not None:
-            self._step.append(encoding)
+        if self._shared_encoding is not None:
+            self._shared_encoding = [encoding]
         return encoding
 
     @override
@@ -212,26 +223,27 @@ class MixtureTrainingSAE(
         """
         cfg = self.cfg
         losses: dict[str, torch.Tensor] = {}
-        if cfg.load_balance_coefficient:
-            balance = load_balance_loss(
-                self._encoding_of(step_input.sae_in).routing,
-                cfg.num_experts,
-                cfg.num_shared_experts,
-            )
-            losses["load_balance_loss"] = (
-                cfg.load_balance_coefficient * cfg.d_in * balance
-            )
-        if cfg.aux_loss_coefficient:
-            losses["auxiliary_reconstruction_loss"] = self.calculate_topk_aux_loss(
-                sae_in=self.target(step_input),
-                sae_out=sae_out,
-                hidden_pre=hidden_pre,
-                dead_neuron_mask=step_input.dead_neuron_mask,
-            )
-        if cfg.multi_topk_coefficient:
-            losses["multi_topk_loss"] = (
-                cfg.multi_topk_coefficient * self._multi_topk_loss(step_input, sae_out)
-            )
+        with self._share_encoding():
+            encoding = self._encoding_of(step_input.sae_in)
+            if cfg.load_balance_coefficient:
+                balance = load_balance_loss(
+                    encoding.routing, cfg.num_experts, cfg.num_shared_experts
+                )
+                losses["load_balance_loss"] = (
+                    cfg.load_balance_coefficient * cfg.d_in * balance
+                )
+            if cfg.aux_loss_coefficient:
+                losses["auxiliary_reconstruction_loss"] = self.calculate_topk_aux_loss(
+                    sae_in=self.target(step_input),
+                    sae_out=sae_out,
+                    hidden_pre=hidden_pre,
+                    dead_neuron_mask=step_input.dead_neuron_mask,
+                )
+            if cfg.multi_topk_coefficient:
+                losses["multi_topk_loss"] = (
+                    cfg.multi_topk_coefficient
+                    * self._multi_topk_loss(step_input, encoding, sae_out)
+                )
         return losses
 
     @property
@@ -242,10 +254,9 @@ class MixtureTrainingSAE(
         return (MULTI_TOPK_FACTOR - 1) * self._k
 
     def _multi_topk_loss(
-        self, step_input: TrainStepInput, sae_out: torch.Tensor
+        self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor
     ) -> torch.Tensor:
         """The squared error of a TopK that keeps several times as many latents."""
-        encoding = self._encoding_of(step_input.sae_in)
         if encoding.runners_up is not None:
             sae_out = sae_out + self._recons_of(encoding, encoding.runners_up)
         return self.mse_loss_fn(sae_out, self.target(step_input)).sum(dim=-1).mean()
@@ -279,16 +290,15 @@ class MixtureTrainingSAE(
         latents = first.unsqueeze(-1) + offsets
         pre_acts = self._dead_pre_acts(encoding, offsets, latents)
         is_dead = is_dead[rows.experts]
-        ranking = pre_acts
+        norms = None
         if cfg.rescale_acts_by_decoder_norm:
-            ranking = (
-                pre_acts * decoder_norm(self.W_dec.detach())[latents][rows.experts]
-            )
+            norms = decoder_norm(self.W_dec.detach())[latents]
         size = max(1, sae_out.shape[-1] // 2)
-        taken = strongest_dead(ranking, is_dead, size, self.selection().select)
-        acts = torch.where(taken, pre_acts, 0) * rows.gates.to(
-            pre_acts.dtype
-        ).unsqueeze(-1)
+        taken = strongest_dead(
+            pre_acts, norms, rows.experts, is_dead, size, self.selection().select
+        )
+        gates = rows.gates.to(pre_acts.dtype).unsqueeze(-1)
+        acts = torch.where(taken, pre_acts, 0) * gates
         W_dec = index_select(self.W_dec, 0, latents.flatten(), self._gradient_memory)
         recons = grouped_decode(acts, W_dec, rows.experts, cfg.num_experts)
         residual = (sae_in - sae_out).detach().reshape(-1, self.d_out)
