@@ -60,8 +60,8 @@ class ExpertPair:
         first: One expert.
         second: The other, of larger index.
         tokens: Number of tokens that selected both.
-        lift: That number divided by what it would be on average if tokens that select
-            one were as likely as all others to select the other.
+        lift: That number divided by its expectation if the experts were selected
+            independently: the product of their counts, divided by the number of tokens.
     """
 
     first: int

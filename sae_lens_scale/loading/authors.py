@@ -6,9 +6,8 @@ Each is a state dict in a file of ``torch.save`` (``ae.pt``), or the same tensor
 hold k, the experts per token and "heaviside". The authors' training code leaves them in a
 ``config.json`` beside it; without that file they have to be given.
 
-A loaded SAE computes what their code computes, up to rounding: TopK ranks gated
-activations, and what this package's SAEs have no parameter for is folded into those that
-they have. Two things cannot be told from a file: which experts their code selects for a
+A loaded SAE computes the same as their code, up to rounding: TopK ranks gated activations,
+and parameters that this package's SAEs lack are folded into others. Two things cannot be told from a file: which experts their code selects for a
 token where several probabilities round to the same number, and, without a config.json, that
 a Switch SAE is of the variant with one more expert that is always on.
 """
@@ -67,7 +66,7 @@ def authors_disk_loader(
         heaviside: True if the gates are 1.
         model_name: For the metadata; by default the one that config.json names.
         hook_name: For the metadata. By default the output of the layer that config.json
-            names, which is what the authors' scripts train on.
+            names, on which the authors' scripts train.
 
     Returns:
         Config and state dict of a "scale" or "switch" inference SAE.
