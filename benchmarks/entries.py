@@ -234,7 +234,7 @@ class TrainingRun:
         self.firing_counts += firing.sum(0)
 
 
-# Maps a batch and a mask of dead latents to the loss and what fired.
+# Maps a batch and a mask of dead latents to the loss and the activations.
 Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 

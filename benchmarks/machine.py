@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from sae_lens_scale.files import dump_json, write_whole
+
 VERSIONS = ("torch", "sae-lens", "sae-lens-scale", "eai-sparsify")
 
 # Errors of an SAE that is not installed, or cannot do a dtype or a device.
@@ -200,7 +202,7 @@ def python_peak_bytes(run: Callable[[], object]) -> int:
 def peak_rss(run: Callable[[], object]) -> tuple[int, int] | None:
     """Resident bytes before a run, and their peak during it; None except on Linux."""
     try:
-        # Sets the high-water mark to what is resident now.
+        # Sets the high-water mark to the bytes that are resident now.
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
@@ -323,10 +325,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, record: Any) -> None:
     """Write a record, whole: if the writing is stopped, the old file stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    write_whole(path, dump_json(record) + "\n")
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:

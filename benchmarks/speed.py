@@ -85,7 +85,7 @@ class Args:
     d_sae: int = 24_576  # latents; a multiple of 256
     k: int = 32  # latents kept per token
     repeats: int = 15  # timed rounds
-    repeats_expensive: int = 3  # timed rounds of what takes seconds per step
+    repeats_expensive: int = 3  # timed rounds of SAEs that take seconds per step
     tokens: int = 100_000  # tokens of inference
     device: str = "cpu"
     dtype: str = "float32"  # of the weights; or bfloat16
@@ -154,7 +154,7 @@ def inference(args: Args) -> dict[str, Any]:
     result = {}
     for name, (entries, rounds) in args.groups.items():
         entries = [e for e in entries if not e.dead and e.kind not in NOT_FOR_INFERENCE]
-        # Every batch once; of what is expensive, some.
+        # Every batch once; some batches for expensive SAEs.
         rounds = len(batches) if name == "main" else rounds
         result[name] = _compare(
             entries,

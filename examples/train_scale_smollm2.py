@@ -1,5 +1,5 @@
 """
-Train, evaluate and explain a Scale SAE on SmolLM2-135M; what `make demo` runs.
+Train, evaluate and explain a Scale SAE on SmolLM2-135M. `make demo` runs this.
 
 Trains a Scale SAE, a Switch SAE and a dense TopK SAE of the same cost per token on the
 same tokens of a language model, with SAELens's own runner, compares them with SAELens's own
@@ -123,7 +123,7 @@ class DemoConfig:
         context_size (int): Tokens per prompt.
         prompts_per_batch (int): Prompts that the language model reads at once.
         eval_batches (int): Batches of prompts for the cross-entropies; twice as
-            many are used for what needs no language-model loss.
+            many are used for the metrics that need no language-model loss.
         sentence (str): The sentence to explain token by token.
         device (str): Device of the model and the SAEs.
         seed (int): Seed of the SAEs' initial weights.
@@ -260,8 +260,8 @@ def runner_config(
     """Config of SAELens's runner for one of the SAEs."""
     steps = cfg.training_tokens // cfg.batch_size
     recipe = RECIPES[sae_cfg.architecture()]
-    # Recipes are for a million tokens, and nothing was measured in longer runs. Rare
-    # latents, which learn late, need longer to show themselves.
+    # Recipes are for a million tokens. In longer runs rare latents, which learn late, get
+    # longer to show themselves; this was not measured.
     longer = max(1.0, cfg.training_tokens / 1_000_000)
     dead_after_tokens = round(recipe.dead_after_tokens * longer)
     return LanguageModelSAERunnerConfig(

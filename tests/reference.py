@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 
-from sae_lens_scale.ops.types import DecompositionName, GateName, TopKOver
+GateName = str
+TopKOver = str
+DecompositionName = str
 
 
 @dataclass

@@ -61,10 +61,12 @@ _MSE = Metric("mse", "squared error, sum over d_in", "log")
 _MSE_OTHER_DOMAIN = Metric(
     "mse_other_domain", "squared error, sum over d_in, other domain", "log"
 )
+# Equation A.2 of the paper.
 _LOSS = Metric("loss_recovered", "loss recovered")
 _LOSS_OTHER_DOMAIN = Metric(
     "loss_recovered_other_domain", "loss recovered, other domain"
 )
+# Section 3.3.1.
 _REDUNDANCY = Metric("redundancy", "latents with a decoder cosine above 0.9", "share")
 # Conditions and axes of several figures.
 _OF_64: dict[str, Any] = {"num_experts": 64}
@@ -82,7 +84,7 @@ _AGAINST_E: dict[str, Any] = {
     "source": "experts",
 }
 
-# By the name of the picture's file. Numbers are the paper's; the last two have none there.
+# By the name of the picture's file; numbers are the paper's.
 FIGURES: dict[str, Plot] = {
     "figure-2": Plot(
         lines,
@@ -152,6 +154,7 @@ FIGURES: dict[str, Plot] = {
         needs=("experts_per_token", "k", "feature_scaling", "activation_similarity"),
         prepare=_similarity_reduction,
     ),
+    # Equation A.3.
     "figure-7b": Plot(
         lines,
         Metric("activation_similarity", "activation similarity"),

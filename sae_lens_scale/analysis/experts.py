@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from sae_lens.saes.sae import SAE
 from tqdm.auto import tqdm
 
-from sae_lens_scale.saes.mixture.inference import MixtureSAE
+from sae_lens_scale.saes.mixture import MixtureSAE
 
 from .redundancy import PROGRESS_DELAY, feature_redundancy, unit_rows
 from .similarity import finite_batches
@@ -60,8 +60,8 @@ class ExpertPair:
         first: One expert.
         second: The other, of larger index.
         tokens: Number of tokens that selected both.
-        lift: That number divided by what it would be on average if tokens that select
-            one were as likely as all others to select the other.
+        lift: That number divided by its expectation if the experts were selected
+            independently: the product of their counts, divided by the number of tokens.
     """
 
     first: int

@@ -2,7 +2,7 @@
 The command line: ``sae-lens-scale train | evaluate | info | convert``.
 
 ``train`` is SAELens's own training command with the architectures of this package
-known to it; the others do what SAELens offers only from Python.
+known to it; the others evaluate, describe and convert SAEs.
 """
 
 import argparse

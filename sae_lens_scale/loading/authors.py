@@ -6,9 +6,8 @@ Each is a state dict in a file of ``torch.save`` (``ae.pt``), or the same tensor
 hold k, the experts per token and "heaviside". The authors' training code leaves them in a
 ``config.json`` beside it; without that file they have to be given.
 
-A loaded SAE computes what their code computes, up to rounding: TopK ranks gated
-activations, and what this package's SAEs have no parameter for is folded into those that
-they have. Two things cannot be told from a file: which experts their code selects for a
+A loaded SAE computes the same as their code, up to rounding: TopK ranks gated activations,
+and parameters that this package's SAEs lack are folded into others. Two things cannot be told from a file: which experts their code selects for a
 token where several probabilities round to the same number, and, without a config.json, that
 a Switch SAE is of the variant with one more expert that is always on.
 """
@@ -67,7 +66,7 @@ def authors_disk_loader(
         heaviside: True if the gates are 1.
         model_name: For the metadata; by default the one that config.json names.
         hook_name: For the metadata. By default the output of the layer that config.json
-            names, which is what the authors' scripts train on.
+            names, on which the authors' scripts train.
 
     Returns:
         Config and state dict of a "scale" or "switch" inference SAE.
@@ -149,12 +148,7 @@ def authors_huggingface_loader(
     device: str = "cpu",
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
-    *,
-    k: int | None = None,
-    experts_per_token: int | None = None,
-    heaviside: bool | None = None,
-    model_name: str | None = None,
-    hook_name: str | None = None,
+    **settings: Any,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], None]:
     """
     Load one from the Hugging Face hub; a ``converter`` of ``SAE.from_pretrained``.
@@ -165,12 +159,9 @@ def authors_huggingface_loader(
             the file, or of a folder with an ``ae.pt``.
         device: Device of the tensors.
         force_download: Download again if it is in the cache.
-        cfg_overrides: As for :func:`authors_disk_loader`; so are the arguments below.
-        k: Number of latents kept per token.
-        experts_per_token: Number of experts that each token selects.
-        heaviside: True if the gates are 1.
-        model_name: For the metadata.
-        hook_name: For the metadata.
+        cfg_overrides: Fields of the config that are to differ.
+        **settings: Values that no config.json holds, as for :func:`authors_disk_loader`:
+            k, experts_per_token, heaviside, model_name and hook_name.
 
     Returns:
         Config and state dict of a "scale" or "switch" inference SAE, and no sparsity.
@@ -188,28 +179,11 @@ def authors_huggingface_loader(
             break
     # It lies beside the weights now, and is read from there.
     downloaded = hf_hub_download(repo_id, str(weights), force_download=force_download)
-    cfg_dict, state_dict = authors_disk_loader(
-        downloaded,
-        device,
-        cfg_overrides,
-        k=k,
-        experts_per_token=experts_per_token,
-        heaviside=heaviside,
-        model_name=model_name,
-        hook_name=hook_name,
-    )
-    return cfg_dict, state_dict, None
+    return *authors_disk_loader(downloaded, device, cfg_overrides, **settings), None
 
 
 def convert_authors_checkpoint(
-    source: str | Path,
-    target: str | Path,
-    *,
-    k: int | None = None,
-    experts_per_token: int | None = None,
-    heaviside: bool | None = None,
-    model_name: str | None = None,
-    hook_name: str | None = None,
+    source: str | Path, target: str | Path, **settings: Any
 ) -> Path:
     """
     Write a checkpoint of the authors' code as a folder that SAELens loads.
@@ -217,14 +191,10 @@ def convert_authors_checkpoint(
     The folder is written whole or not at all.
 
     Args:
-        source: The file or its folder, and the other arguments, as for
-            :func:`authors_disk_loader`.
+        source: The file or its folder.
         target: Folder to create.
-        k: Number of latents kept per token.
-        experts_per_token: Number of experts that each token selects.
-        heaviside: True if the gates are 1.
-        model_name: For the metadata.
-        hook_name: For the metadata.
+        **settings: Values that no config.json holds, as for :func:`authors_disk_loader`:
+            k, experts_per_token, heaviside, model_name and hook_name.
 
     Returns:
         The folder, with ``cfg.json`` and ``sae_weights.safetensors``.
@@ -236,14 +206,7 @@ def convert_authors_checkpoint(
     target = Path(target)
     if target.exists():
         raise ValueError(f"target must not exist yet, got {target}")
-    converter = partial(
-        authors_disk_loader,
-        k=k,
-        experts_per_token=experts_per_token,
-        heaviside=heaviside,
-        model_name=model_name,
-        hook_name=hook_name,
-    )
+    converter = partial(authors_disk_loader, **settings)
     sae = SAE.load_from_disk(source, converter=converter)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(

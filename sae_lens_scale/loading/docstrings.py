@@ -69,7 +69,7 @@ def docstring_corpus(
     Build a corpus from the docstrings of the installed Python packages.
 
     A document is a module (its docstring and those of its functions) or a class (its docstring
-    and those of its methods). No docstring is used twice, and what is mostly code or tables is
+    and those of its methods). No docstring is used twice, and text that is mostly code or tables is
     left out. The source is only parsed, never imported. All documents of a file are in the same
     split, so a split depends on which packages are installed, and on nothing else. The files are
     read (for about half a minute) when this is called for the first time, and when one has

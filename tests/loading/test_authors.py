@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code compute here what they compute there."""
+"""Checkpoints of the authors' code compute the same here as there."""
 
 import json
 import os

@@ -6,7 +6,7 @@ import pytest
 
 from reproduction.flops import flops_per_token
 from reproduction.presets import PRESETS
-from sae_lens_scale.saes.mixture.config import MixtureSAEConfig
+from sae_lens_scale.saes.mixture import MixtureSAEConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)

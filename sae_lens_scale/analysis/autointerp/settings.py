@@ -11,7 +11,7 @@ class AutointerpSettings:
 
     Attributes:
         passage_length: Tokens per passage. Rows of the corpus are cut into passages;
-            what is left over at their ends is dropped.
+            the rest at their ends is dropped.
         n_quantiles: Number of parts into which the passages that fire a latent are
             divided by the strength of their activation.
         passages_per_quantile: Number of passages of each part that are judged.

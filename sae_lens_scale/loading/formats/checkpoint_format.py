@@ -56,11 +56,11 @@ class CheckpointFormat(ABC):
             The inference SAE's tensors, by its own names.
 
         Raises:
-            ValueError: If the SAE cannot express what the checkpoint computes.
+            ValueError: If the SAE cannot compute the same as the checkpoint.
         """
 
     def metadata(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Entries for the SAE's metadata, of what the converted tensors no longer show."""
+        """Return entries for the SAE's metadata, which the converted tensors do not show."""
         return {}
 
     def check(self, state: dict[str, Any]) -> dict[str, int]:

@@ -29,10 +29,10 @@ from reproduction.figures import FIGURES, Metric
 from reproduction.figures.kinds import lines
 from reproduction.paper import paper_figure
 
-# Figure 8a draws no lines.
-WITH_PAPER = [
-    name for name, plot in FIGURES.items() if plot.paper and plot.kind is lines
-]
+# The paper's figures whose numbers are drawn beside; those of 8a are no lines.
+NUMBERED = ["2", "3a", "3b", "3c", "3d", "4a", "4c", "5a", "5b", "7a", "7b", "10"]
+WITH_PAPER = {f"figure-{number}": number for number in NUMBERED}
+WITH_PAPER["figure-8"] = "redundancy"
 SIDES = {True: "with feature scaling", False: "without feature scaling"}
 
 
@@ -131,9 +131,11 @@ LINES: dict[str, tuple[Callable[[], list[Row]], str, str, str, str]] = {
 }
 
 
-def test_the_lines_of_all_figures_that_have_some_are_checked_below():
+def test_every_entry_of_the_table_is_checked_below():
     assert set(LINES) == {n for n, plot in FIGURES.items() if plot.kind is lines}
     assert set(NEEDED) == set(FIGURES)
+    numbered = {name: plot.paper for name, plot in FIGURES.items() if plot.paper}
+    assert numbered == {**WITH_PAPER, "figure-8a": "8a"}
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -209,7 +211,7 @@ def test_the_papers_numbers_have_a_dashed_panel_of_their_own(name: str):
     measured, paper = draw(name, paper=True).axes
     (alone,) = draw(name).axes
     assert points(measured) == points(alone)
-    numbers = paper_figure(str(FIGURES[name].paper))
+    numbers = paper_figure(WITH_PAPER[name])
     values = sorted(y for line in points(paper).values() for y, _ in line.values())
     assert values == sorted(numbers.results[numbers.metric])
     assert measured.get_title() == "measured"
