@@ -5,7 +5,7 @@ Counted are products with vectors that are d_in long, each multiply-add as two F
 implementations of this package and of SAELens compute them. Not counted is what needs a few
 operations for each pre-activation (biases, ReLU, TopK, softmax, norms of decoder rows, the
 mean of an expert's products, optimizer and clipping) or happens once for each batch (the
-gradient of b_dec in a mixture, the map of the "learned" decomposition).
+gradient of b_dec in a mixture, the scaled encoder of a decomposition other than "mean").
 
 In multiply-adds for each token and each of d_in, where M = d_sae, N = num_experts,
 e = experts_per_token, A = e M / N (the latents that a token pays for), and
@@ -17,7 +17,6 @@ training step            forward                     backward
 Scale, Switch            router N, encoder A,        router N, encoder k, decoder
                          decoder k                   2 k: survivors of TopK only
  ... omega, "mean"       (mean of the A products)    e, for the experts' means
- ... omega, "learned"    encoder 2 N                 (1 + b) N
  ... not sparse [1]_     decoder M instead of k      N + (1 + b) A + 2 M
 TopK, Standard, JumpReLU encoder M, decoder M        4 M: of both products in both
                                                      of their factors [2]_
@@ -37,8 +36,8 @@ omega is part of the encoder, and a mixture decodes k latents (its ``forward``;
 ``decode(encode(x))`` multiplies d_sae-wide activations where it runs on a GPU).
 
 The dead-latent loss, with m dead latents in the expert that has most of them, adds e m to
-a mixture's encoder and to its decoder and 3 e m to its backward pass (2 e m if not sparse),
-and, with "learned", N and (1 + b) N; to TopK's decoder M and to its backward pass 2 M.
+a mixture's encoder and to its decoder and 3 e m to its backward pass (2 e m if not sparse);
+to TopK's decoder M and to its backward pass 2 M.
 
 .. [1] ``use_sparse_activations``: True by default in mixtures, False in SAELens's TopK.
 .. [2] Inputs need no gradient, but SAELens's dense SAEs compute it, because they subtract
@@ -147,33 +146,28 @@ def _mixture(cfg: MixtureSAEConfig, most_dead: int) -> _Products:
     if not isinstance(cfg, MixtureTrainingSAEConfig):
         return _Products(experts, active, k, 0)
     sparse = cfg.use_sparse_activations
-    # The factors of a product with x - b_dec that need a gradient.
-    factors = 1 + cfg.apply_b_dec_to_input
     # Nothing tells the router anything if gates are 1 and loads are not balanced.
     learns = cfg.gate != "uniform" or cfg.load_balance_coefficient > 0
     encoder, decoder, backward = active, k, experts * learns + 3 * k
     if not sparse:
         decoder = cfg.d_sae
+        # The factors of a product with x - b_dec that need a gradient.
+        factors = 1 + cfg.apply_b_dec_to_input
         backward = experts * learns + factors * active + 2 * cfg.d_sae
+    elif (
+        isinstance(cfg, ScaleTrainingSAEConfig)
+        and cfg.feature_scaling
+        and cfg.decomposition == "mean"
+    ):
+        backward += cfg.experts_per_token
     if cfg.multi_topk_coefficient:
         runners_up = min(MULTI_TOPK_FACTOR * k, active) - k
         decoder, backward = decoder + runners_up, backward + (2 + sparse) * runners_up
-    decomposition = None
-    if isinstance(cfg, ScaleTrainingSAEConfig) and cfg.feature_scaling:
-        decomposition = cfg.decomposition
-    if decomposition == "mean" and sparse:
-        backward += cfg.experts_per_token
-    if decomposition == "learned":
-        # Survivors' products are scaled once more, for their gradient.
-        encoder += experts * (1 + sparse)
-        backward += experts * factors
     if most_dead and cfg.aux_loss_coefficient:
         dead = cfg.experts_per_token * most_dead
         decoder, backward = decoder + dead, backward + 2 * dead
         if sparse:
             encoder, backward = encoder + dead, backward + dead
-            if decomposition == "learned":
-                encoder, backward = encoder + experts, backward + experts * factors
     return _Products(experts, encoder, decoder, backward)
 
 

@@ -235,7 +235,7 @@ def test_parameters_can_have_learning_rates_of_their_own(
 
 def test_variants_can_change_every_step(cache: ActivationCache):
     def anneal(trainer: GridTrainer) -> None:
-        trainer.sae.cfg.k = 8 if trainer.n_training_samples < 1_600 else 4
+        trainer.sae.activation_fn.k = 8 if trainer.n_training_samples < 1_600 else 4
 
     def customize(trainer: GridTrainer, train: Activations) -> None:
         assert len(train) == 2_000
@@ -247,7 +247,7 @@ def test_variants_can_change_every_step(cache: ActivationCache):
     plain = train_run(settings(), cache)
     assert record.in_domain["l0"] <= 4
     assert record.in_domain["fvu"] != plain.in_domain["fvu"]
-    # What is recorded is what was asked for, whatever a variant does to the config.
+    # The record has the settings, whatever a variant does to the SAE.
     assert record.sae_cfg == plain.sae_cfg
 
 
