@@ -34,12 +34,12 @@ def test_types_name_what_is_registered(field: str):
 @pytest.mark.parametrize("field", list(REGISTRIES))
 def test_another_name_is_refused_with_those_that_are_registered(field: str):
     registry, _ = REGISTRIES[field]
-    cfg = ScaleTrainingSAEConfig if field == "decomposition" else ScaleSAEConfig
+    cls: Any = ScaleTrainingSAEConfig if field == "decomposition" else ScaleSAEConfig
     for name in registry:
-        assert getattr(cfg(d_in=8, d_sae=1024, **{field: name}), field) == name
+        assert getattr(cls(d_in=8, d_sae=1024, **{field: name}), field) == name
     for wrong in ("nonsense", ["softmax"], None):
         with pytest.raises(ValueError) as error:
-            cfg(d_in=8, d_sae=1024, **{field: wrong})
+            cls(d_in=8, d_sae=1024, **{field: wrong})
         assert str(error.value) == (
             f"{field} must be one of {tuple(registry)}, got {wrong!r}"
         )
