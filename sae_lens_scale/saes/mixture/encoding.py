@@ -55,6 +55,27 @@ def is_overridden(sae: SAE[Any], *names: str) -> bool:
     )
 
 
+class ConfigTopK(TopK):
+    """
+    SAELens's TopK with the k of an SAE's config, whichever of the two is changed.
+
+    Args:
+        cfg: The config.
+    """
+
+    def __init__(self, cfg: MixtureSAEConfig):
+        self._cfg = cfg
+        super().__init__(cfg.k)
+
+    @property
+    def k(self) -> int:  # type: ignore[override]
+        return self._cfg.k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self._cfg.k = k
+
+
 class Inputs(NamedTuple):
     """
     Input of router and encoder.
@@ -168,7 +189,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
     @override
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return TopK(self.cfg.k)
+        return ConfigTopK(self.cfg)
 
     @property
     def _k(self) -> int:
