@@ -95,8 +95,7 @@ def _with_multi_topk(run: RunSettings) -> RunSettings:
     )
 
 
-# Ablations set a field only where it is not the default. Names leave out defaults, so that a run
-# that two presets have in common has one name.
+# The names of runs leave out defaults: a run that two presets have in common has one name.
 @dataclass(frozen=True)
 class _Experiment:
     base: str
@@ -143,15 +142,16 @@ class _Experiment:
         run = _with_revival(self.run("scale", sae, **changes))
         return _with_multi_topk(replace(run, variant=""))
 
-    def ablate(
-        self, architecture: str, sae: dict[str, Any], **changes: Any
-    ) -> RunSettings:
-        return self.run(architecture, sae, **{**self.ablation_training, **changes})
+    def best(self, k: int) -> RunSettings:
+        """The best Scale SAE of 256 experts."""
+        return self.run("scale", {"k": k, **_BEST_SCALE}, **_EARLY_DECAY)
 
-    def preset(self, runs: list[RunSettings]) -> Preset:
-        return Preset(self.base, self.cache, tuple(runs))
+    def of_64(self, k: int, e: int = 2, **sae: Any) -> RunSettings:
+        """A Scale SAE of 64 experts, e of them active, with an ablation's training."""
+        sae = {"k": k, "num_experts": 64, "experts_per_token": e, **sae}
+        return self.run("scale", sae, **self.ablation_training)
 
-    def main(self) -> Preset:
+    def main(self) -> list[RunSettings]:
         """The architectures, at every k."""
         runs = []
         for k in self.ks:
@@ -161,7 +161,7 @@ class _Experiment:
             ]
             runs += [
                 self.run("scale", {"k": k, **_BEST_SCALE}, variant=_BEST_VARIANT),
-                best := self.run("scale", {"k": k, **_BEST_SCALE}, **_EARLY_DECAY),
+                best := self.best(k),
                 _with_revival(best),
                 _with_multi_topk(best),
                 self.fine_scale(k),
@@ -198,107 +198,70 @@ class _Experiment:
             self.run("gated", {"d_sae": self.d_in, "l1_coefficient": l1})
             for l1 in _L1_COEFFICIENTS
         ]
-        return self.preset(runs)
+        return runs
 
-    def flops(self) -> Preset:
+    def flops(self) -> list[RunSettings]:
         """The best Scale SAE, Switch SAE of the same encoder FLOPs, and of all its FLOPs."""
-        best = self.run("scale", {"k": 32, **_BEST_SCALE}, **_EARLY_DECAY)
-        switches = [
-            self.run("switch", {"k": 32, "num_experts": num_experts})
-            for num_experts in (32, self.switch_experts_of_equal_flops)
+        return [
+            self.best(32),
+            *(
+                self.run("switch", {"k": 32, "num_experts": num_experts})
+                for num_experts in (32, self.switch_experts_of_equal_flops)
+            ),
         ]
-        return self.preset([best, *switches])
 
-    def time(self) -> Preset:
+    def time(self) -> list[RunSettings]:
         """The best Scale SAE, and a dense one of its width that takes no less CPU time."""
-        best = self.run("scale", {"k": 32, **_BEST_SCALE}, **_EARLY_DECAY)
         # A token takes the dense SAE four to five times as long, and at first longer.
         tokens = self.training["training_tokens"] // 4
         dense = self.run(
             "full", {"k": 32}, training_tokens=tokens, variant="a quarter of the tokens"
         )
-        return self.preset([best, dense])
+        return [self.best(32), dense]
 
-    def length(self) -> Preset:
+    def length(self) -> list[RunSettings]:
         """
         Training of different lengths, each run with a whole schedule.
 
         That of the Scale SAE is the one for long runs, which loses in short ones.
         """
-        return self.preset(
-            [
-                self.run(architecture, sae, **{**changes, "training_tokens": tokens})
-                for tokens in self.lengths
-                for architecture, sae, changes in (
-                    ("scale", {"k": 32, **_BEST_SCALE}, _EARLY_DECAY),
-                    ("switch", {"k": 32, "num_experts": 32}, {}),
-                    ("topk", {"k": 32, "d_sae": self.d_in}, {}),
-                )
-            ]
-        )
+        return [
+            replace(run, training_tokens=tokens)
+            for tokens in self.lengths
+            for run in (
+                self.best(32),
+                self.run("switch", {"k": 32, "num_experts": 32}),
+                self.run("topk", {"k": 32, "d_sae": self.d_in}),
+            )
+        ]
 
-    def experts(self) -> Preset:
+    def experts(self) -> list[RunSettings]:
         """Numbers of selected experts, of 64, with and without feature scaling."""
-        return self.preset(
-            [
-                self.ablate(
-                    "scale",
-                    {
-                        "k": k,
-                        "num_experts": 64,
-                        "experts_per_token": e,
-                        **without_scaling,
-                    },
-                )
-                for k in self.ablation_ks
-                for e in (1, 2, 4, 8, 16)
-                for without_scaling in ({}, {"feature_scaling": False})
-            ]
-        )
+        return [
+            self.of_64(k, e, feature_scaling=scaling)
+            for k in self.ablation_ks
+            for e in (1, 2, 4, 8, 16)
+            for scaling in (True, False)
+        ]
 
-    def scaling(self) -> Preset:
+    def scaling(self) -> list[RunSettings]:
         """Feature scaling with the gates of the paper and of its authors' code."""
-        return self.preset(
-            [
-                self.ablate(
-                    "scale",
-                    {
-                        "k": 32,
-                        "num_experts": 64,
-                        "experts_per_token": e,
-                        "gate": gate,
-                        **without_scaling,
-                    },
-                )
-                for gate in ("softmax", "double_softmax")
-                for e in (2, 16)
-                for without_scaling in ({}, {"feature_scaling": False})
-            ]
-        )
+        return [
+            self.of_64(32, e, gate=gate, feature_scaling=scaling)
+            for gate in ("softmax", "double_softmax")
+            for e in (2, 16)
+            for scaling in (True, False)
+        ]
 
-    def decompositions(self) -> Preset:
+    def decompositions(self) -> list[RunSettings]:
         """Decompositions: the part of an encoder row that feature scaling amplifies."""
-        return self.preset(
-            [
-                self.ablate(
-                    "scale",
-                    {
-                        "k": k,
-                        "num_experts": 64,
-                        "experts_per_token": 2,
-                        **decomposition,
-                    },
-                )
-                for k in self.ablation_ks
-                for decomposition in (
-                    {},
-                    {"decomposition": "identity"},
-                    {"decomposition": "learned"},
-                )
-            ]
-        )
+        return [
+            self.of_64(k, decomposition=decomposition)
+            for k in self.ablation_ks
+            for decomposition in ("mean", "identity", "learned")
+        ]
 
-    def recipe(self) -> Preset:
+    def recipe(self) -> list[RunSettings]:
         """The best Scale SAE, without one part of its recipe at a time."""
         best = {"k": 32, **_BEST_SCALE}
         batch_size = 2 * self.training["batch_size"]
@@ -316,48 +279,31 @@ class _Experiment:
             "steps twice as large": {"batch_size": batch_size},
             "no k-means": {"initialization": "default"},
         }
-        runs = [self.ablate("scale", best, variant=_BEST_VARIANT)]
-        for variant, changes in others.items():
-            sae = {**best, **changes.pop("sae", {})}
-            runs.append(self.ablate("scale", sae, variant=variant, **changes))
-        return self.preset(runs)
+        runs = []
+        for variant, changes in {_BEST_VARIANT: {}, **others}.items():
+            sae = best | changes.pop("sae", {})
+            how = {**self.ablation_training, **changes, "variant": variant}
+            runs.append(self.run("scale", sae, **how))
+        return runs
 
-    def redundancy(self) -> Preset:
+    def redundancy(self) -> list[RunSettings]:
         """Few latents, few of them active, all tokens: where experts would repeat others."""
         starts = {"narrow": {}, "narrow no k-means": {"initialization": "default"}}
+        size = {"num_experts": 64, "experts_per_token": 2}
         runs = []
         for k in (2, 8):
             sae = {"k": k, "d_sae": 8 * self.d_in}
-            size = {"num_experts": 64, "experts_per_token": 2}
-            tokens = self.cache.train_tokens
             runs += [
-                self.softmax_switch(
-                    sae, variant=variant, training_tokens=tokens, **start
-                )
+                replace(run, variant=variant, **start)
+                for run in (self.softmax_switch(sae), self.run("scale", sae | size))
                 for variant, start in starts.items()
             ]
-            runs += [
-                self.run(
-                    "scale",
-                    {**sae, **size},
-                    variant=variant,
-                    training_tokens=tokens,
-                    **start,
-                )
-                for variant, start in starts.items()
-            ]
-        return self.preset(runs)
+        return [replace(run, training_tokens=self.cache.train_tokens) for run in runs]
 
-    def gates(self) -> Preset:
+    def gates(self) -> list[RunSettings]:
         """Gates: the factors of an expert's activations."""
-        others = ("renormalized", "double_softmax", "softmax", "uniform")
-        runs = [
-            self.ablate(
-                "scale",
-                {"k": 32, "num_experts": 64, "experts_per_token": 2, **gate},
-            )
-            for gate in ({}, *({"gate": name} for name in others))
-        ]
+        gates = ("rescaled", "renormalized", "double_softmax", "softmax", "uniform")
+        runs = [self.of_64(32, gate=gate) for gate in gates]
         # With one expert the gate decides what the router learns from, and so the learning
         # rate that suits it.
         switches = (
@@ -367,18 +313,14 @@ class _Experiment:
             ("softmax", "router 1/10", {"W_router": 0.1, "b_router": 0.1}),
             ("uniform", "router 1/50", {"W_router": 0.02, "b_router": 0.02}),
         )
+        switch = replace(self.softmax_switch({"k": 32}), **self.ablation_training)
         runs += [
-            self.softmax_switch(
-                {"k": 32, "gate": gate},
-                **{
-                    **self.ablation_training,
-                    "lr_factors": lr_factors,
-                    "variant": variant,
-                },
+            replace(
+                switch, sae={**switch.sae, "gate": gate}, variant=name, lr_factors=lr
             )
-            for gate, variant, lr_factors in switches
+            for gate, name, lr in switches
         ]
-        return self.preset(runs)
+        return runs
 
 
 _EXPERIMENTS = (
@@ -421,9 +363,11 @@ _EXPERIMENTS = (
 )
 
 PRESETS: dict[str, Preset] = {
-    f"{experiment.base}{suffix}": preset()
+    f"{experiment.base}{suffix}": Preset(
+        experiment.base, experiment.cache, tuple(runs())
+    )
     for experiment in _EXPERIMENTS
-    for suffix, preset in (
+    for suffix, runs in (
         ("", experiment.main),
         ("-flops", experiment.flops),
         ("-time", experiment.time),
