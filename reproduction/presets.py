@@ -58,23 +58,6 @@ class Preset:
         return [replace(run, seed=seed) for seed in chosen for run in self.runs]
 
 
-def run_settings(architecture: str, sae: dict[str, Any], **changes: Any) -> RunSettings:
-    """
-    Make settings by the architecture's recipe.
-
-    Args:
-        architecture: One of :data:`RECIPES`.
-        sae: Fields of the SAE's config.
-        **changes: Other settings than the recipe's.
-
-    Returns:
-        The settings.
-    """
-    recipe = RECIPES[architecture]
-    merged = {**recipe.get("sae", {}), **sae}
-    return RunSettings(architecture, **{**recipe, **changes, "sae": merged})
-
-
 def _with_revival(run: RunSettings) -> RunSettings:
     """Revive dead latents sooner than the recipe does, and with twice the weight."""
     weight = 2 * run.sae["aux_loss_coefficient"]
@@ -117,10 +100,11 @@ class _Experiment:
     def run(
         self, architecture: str, sae: dict[str, Any], **changes: Any
     ) -> RunSettings:
-        d_sae = 32 * self.d_in
-        return run_settings(
-            architecture, {"d_sae": d_sae, **sae}, **{**self.training, **changes}
-        )
+        """A run by the architecture's recipe, but for these fields and settings."""
+        recipe = RECIPES[architecture]
+        sae = {"d_sae": 32 * self.d_in, **recipe.get("sae", {}), **sae}
+        how = {**recipe, **self.training, **changes, "sae": sae}
+        return RunSettings(architecture, **how)
 
     def softmax_switch(self, sae: dict[str, Any], **changes: Any) -> RunSettings:
         how = {"dead_after_tokens": _SOFTMAX_DEAD_AFTER, **self.training}
