@@ -11,21 +11,16 @@ import sae_lens_scale
 
 
 def test_import_registers_both_architectures_in_both_registries():
-    assert SAE_CLASS_REGISTRY["scale"] == (
-        sae_lens_scale.ScaleSAE,
-        sae_lens_scale.ScaleSAEConfig,
-    )
-    assert SAE_CLASS_REGISTRY["switch"] == (
-        sae_lens_scale.SwitchSAE,
-        sae_lens_scale.SwitchSAEConfig,
-    )
+    lens = sae_lens_scale
+    assert SAE_CLASS_REGISTRY["scale"] == (lens.ScaleSAE, lens.ScaleSAEConfig)
+    assert SAE_CLASS_REGISTRY["switch"] == (lens.SwitchSAE, lens.SwitchSAEConfig)
     assert SAE_TRAINING_CLASS_REGISTRY["scale"] == (
-        sae_lens_scale.ScaleTrainingSAE,
-        sae_lens_scale.ScaleTrainingSAEConfig,
+        lens.ScaleTrainingSAE,
+        lens.ScaleTrainingSAEConfig,
     )
     assert SAE_TRAINING_CLASS_REGISTRY["switch"] == (
-        sae_lens_scale.SwitchTrainingSAE,
-        sae_lens_scale.SwitchTrainingSAEConfig,
+        lens.SwitchTrainingSAE,
+        lens.SwitchTrainingSAEConfig,
     )
 
 
@@ -35,7 +30,7 @@ def test_reloading_registers_again_without_error():
 
 
 def test_a_second_import_replaces_the_classes_of_the_first():
-    # As autoreload or a test runner that clears sys.modules does it.
+    # Autoreload does this, and test runners that clear sys.modules.
     code = """
 import sys, sae_lens_scale
 first = sae_lens_scale.ScaleSAE
