@@ -10,18 +10,17 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 import sae_lens_scale
 
 
-def test_import_registers_both_architectures_in_both_registries():
-    lens = sae_lens_scale
-    assert SAE_CLASS_REGISTRY["scale"] == (lens.ScaleSAE, lens.ScaleSAEConfig)
-    assert SAE_CLASS_REGISTRY["switch"] == (lens.SwitchSAE, lens.SwitchSAEConfig)
-    assert SAE_TRAINING_CLASS_REGISTRY["scale"] == (
-        lens.ScaleTrainingSAE,
-        lens.ScaleTrainingSAEConfig,
-    )
-    assert SAE_TRAINING_CLASS_REGISTRY["switch"] == (
-        lens.SwitchTrainingSAE,
-        lens.SwitchTrainingSAEConfig,
-    )
+@pytest.mark.parametrize("architecture", ["scale", "switch"])
+def test_import_registers_the_architecture_in_both_registries(architecture: str):
+    for registry, kind in (
+        (SAE_CLASS_REGISTRY, "SAE"),
+        (SAE_TRAINING_CLASS_REGISTRY, "TrainingSAE"),
+    ):
+        name = architecture.capitalize() + kind
+        assert registry[architecture] == (
+            getattr(sae_lens_scale, name),
+            getattr(sae_lens_scale, f"{name}Config"),
+        )
 
 
 def test_reloading_registers_again_without_error():
