@@ -1,4 +1,4 @@
-"""Loading what SAELens's runner left on disk."""
+"""Exports and checkpoints of SAELens's runner load, and runs go on from them."""
 
 import dataclasses
 import json
@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import small_corpus
-from integration.training_run import TrainingRun
+from integration.runs import TrainingRun, assert_computes_the_same, make_runner
 from sae_lens import (
     SAE,
     HookedSAETransformer,
     LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
     TrainingSAE,
 )
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
@@ -23,12 +22,12 @@ from safetensors.torch import load_file
 X = torch.randn(50, 32, generator=torch.Generator().manual_seed(2)) + 0.5
 
 
-@torch.no_grad()
-def assert_computes_what(loaded: SAE[Any], expected: SAE[Any]) -> None:
-    acts = expected.encode(X)
-    assert acts.any()
-    torch.testing.assert_close(loaded.encode(X), acts, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(loaded(X), expected(X), atol=1e-4, rtol=1e-4)
+every_source = pytest.mark.parametrize("source", ["output", "half_way", "final"])
+of_the_end = pytest.mark.parametrize("source", ["output", "final"])
+
+
+def assert_same(loaded: SAE[Any], expected: SAE[Any]) -> None:
+    assert_computes_the_same(loaded, expected, X)
 
 
 def as_json(cfg: SAEConfig) -> dict[str, Any]:
@@ -36,14 +35,14 @@ def as_json(cfg: SAEConfig) -> dict[str, Any]:
     return json.loads(json.dumps(cfg.to_dict()))
 
 
-def fold_what_the_trainer_estimated(sae: SAE[Any], checkpoint: Path) -> None:
+def fold_estimated_norm(sae: SAE[Any], checkpoint: Path) -> None:
     scaler = ActivationScaler()
     scaler.load(checkpoint / "activation_scaler.json")
     assert scaler.scaling_factor is not None
     sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
 
 
-@pytest.mark.parametrize("source", ["output", "final"])
+@of_the_end
 def test_every_file_of_a_finished_run_loads_as_the_same_SAE(
     source: str, training_run: TrainingRun
 ):
@@ -59,7 +58,7 @@ def test_every_file_of_a_finished_run_loads_as_the_same_SAE(
         assert got == {name: want[name] for name in got}
         omega = getattr(trained, "omega", None)
         assert omega is None or loaded.cfg.metadata.omega == omega.tolist()
-        assert_computes_what(loaded, trained)
+        assert_same(loaded, trained)
     # With the settings of the training, whichever file it goes on from.
     assert as_json(training.cfg) == as_json(trained.cfg)
 
@@ -71,15 +70,15 @@ def test_a_checkpoint_from_the_middle_of_a_run_loads_before_its_norm_is_folded(
     inference, training = SAE.load_from_disk(folder), TrainingSAE.load_from_disk(folder)
     for loaded in (inference, training):
         assert loaded.cfg.normalize_activations == "expected_average_only_in"
-    assert_computes_what(inference, training)
+    assert_same(inference, training)
     before = inference(X)
     for loaded in (inference, training):
-        fold_what_the_trainer_estimated(loaded, folder)
+        fold_estimated_norm(loaded, folder)
     assert not torch.allclose(inference(X), before, atol=1e-2)
-    assert_computes_what(inference, training)
+    assert_same(inference, training)
 
 
-@pytest.mark.parametrize("source", ["output", "half_way", "final"])
+@every_source
 @pytest.mark.parametrize("sae_class", [SAE, TrainingSAE])
 @pytest.mark.parametrize("dtype", [None, "float64", "bfloat16"])
 def test_nothing_stays_behind_on_another_device_or_in_another_dtype(
@@ -102,19 +101,19 @@ def test_nothing_stays_behind_on_another_device_or_in_another_dtype(
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("source", ["output", "half_way", "final"])
+@every_source
 def test_decoder_norms_fold_while_loading(source: str, training_run: TrainingRun):
     folder = getattr(training_run, source)
     for sae_class in (SAE, TrainingSAE):
         folded = sae_class.load_from_disk(folder, fold_W_dec_norm=True)
         torch.testing.assert_close(folded.W_dec.norm(dim=-1), torch.ones(128))
-        assert_computes_what(folded, SAE.load_from_disk(folder))
+        assert_same(folded, SAE.load_from_disk(folder))
 
 
 def run_again(
     run: TrainingRun, model: HookedSAETransformer, folder: Path, **changes: Any
 ) -> tuple[TrainingSAE[Any], Path]:
-    """The runner once more, with changed settings; what it returned and exported."""
+    """SAE and export of the runner once more, with changed settings."""
     cfg = dataclasses.replace(
         run.cfg,
         checkpoint_path=None,
@@ -123,14 +122,10 @@ def run_again(
         output_path=str(folder),
         **changes,
     )
-    torch.manual_seed(1)
-    runner = LanguageModelSAETrainingRunner(
-        cfg, override_dataset=small_corpus(), override_model=model
-    )
-    return runner.run(), folder
+    return make_runner(cfg, model).run(), folder
 
 
-@pytest.mark.parametrize("source", ["output", "half_way", "final"])
+@every_source
 def test_the_runner_goes_on_from_where_a_run_was(
     source: str,
     training_run: TrainingRun,
@@ -141,7 +136,7 @@ def test_the_runner_goes_on_from_where_a_run_was(
     start = SAE.load_from_disk(folder)
     if source == "half_way":
         # The runner estimates the norm again: the same, from the same first batches.
-        fold_what_the_trainer_estimated(start, folder)
+        fold_estimated_norm(start, folder)
     # Training that learns nothing ends where it starts.
     sae, output = run_again(
         training_run,
@@ -151,8 +146,8 @@ def test_the_runner_goes_on_from_where_a_run_was(
         training_tokens=512,
         lr=0.0,
     )
-    assert_computes_what(sae, start)
-    assert_computes_what(SAE.load_from_disk(output), start)
+    assert_same(sae, start)
+    assert_same(SAE.load_from_disk(output), start)
     kept = as_json(start.cfg)["metadata"]
     for statistic in ("l0", "num_dead_features"):
         kept.pop(statistic, None)
@@ -161,7 +156,7 @@ def test_the_runner_goes_on_from_where_a_run_was(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("source", ["output", "final"])
+@of_the_end
 def test_training_on_from_a_finished_run_improves_it(
     source: str,
     training_run: TrainingRun,
@@ -190,7 +185,7 @@ def test_training_on_from_a_finished_run_improves_it(
     assert omega is None or omega.any()
 
 
-@pytest.mark.parametrize("source", ["output", "half_way", "final"])
+@every_source
 def test_configs_on_disk_are_strict_json_and_give_the_config_back(
     source: str, training_run: TrainingRun
 ):

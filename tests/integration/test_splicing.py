@@ -339,9 +339,6 @@ def test_gradients_flow_through_encoder_router_and_gates_to_the_embedding(
     double_model: Any, architecture: str
 ):
     model = double_model
-    embedding = next(
-        n for n in ("hook_embed", "embed.hook_out") if n in model.hook_dict
-    )
     sae = suited_sae(architecture, model, dtype="float64", gate="softmax")
     tokens = model.to_tokens(PROMPTS)
     generator = torch.Generator().manual_seed(0)
