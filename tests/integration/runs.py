@@ -68,24 +68,47 @@ def exported(sae: TrainingSAE[Any], folder: Path, **kwargs: Any) -> SAE[Any]:
     return SAE.load_from_disk(folder, **kwargs)
 
 
+# 60 steps of 256 tokens; latents are dead after 5 steps without firing.
+SHORT: dict[str, Any] = {
+    "model_name": "tiny",
+    "context_size": 32,
+    "training_tokens": 60 * 256,
+    "train_batch_size_tokens": 256,
+    "store_batch_size_prompts": 16,
+    "n_batches_in_buffer": 32,
+    "n_batches_for_norm_estimate": 4,
+    "lr": 5e-3,
+    "dead_feature_window": 5,
+    "checkpoint_path": None,
+}
+# One batch of the language model is one training batch, so that nothing is left over in
+# a buffer, which SAELens does not save. 16 steps.
+IN_STEP: dict[str, Any] = {
+    **SHORT,
+    "training_tokens": 16 * 256,
+    "store_batch_size_prompts": 8,
+    "n_batches_in_buffer": 8,
+    "n_batches_for_norm_estimate": 3,
+    "activations_mixing_fraction": 0.0,
+    "lr_warm_up_steps": 3,
+    "lr_decay_steps": 6,
+    "dead_feature_window": 0,
+}
+
+
+def no_wandb() -> LoggingConfig:
+    return LoggingConfig(log_to_wandb=False)
+
+
 def runner_config(
     sae: TrainingSAEConfig, output: Path | None = None, **overrides: Any
 ) -> LanguageModelSAERunnerConfig[Any]:
-    """60 steps of 256 tokens; latents are dead after 5 steps without firing."""
+    """Config of a short run on the residual stream after the first block."""
     settings: dict[str, Any] = {
-        "model_name": "tiny",
+        **SHORT,
         "hook_name": HOOK,
         "is_dataset_tokenized": False,
-        "context_size": 32,
-        "training_tokens": 60 * 256,
-        "train_batch_size_tokens": 256,
-        "store_batch_size_prompts": 16,
-        "n_batches_in_buffer": 32,
-        "n_batches_for_norm_estimate": 4,
-        "lr": 5e-3,
-        "dead_feature_window": 5,
-        "logger": LoggingConfig(log_to_wandb=False),
-        "checkpoint_path": None,
+        "logger": no_wandb(),
         "output_path": None if output is None else str(output),
         "verbose": False,
     }
@@ -109,23 +132,6 @@ def make_runner(
     )
 
 
-# One batch of the language model is one training batch, so that nothing is left over in
-# a buffer, which SAELens does not save. 16 steps.
-IN_STEP: dict[str, Any] = {
-    "context_size": 32,
-    "store_batch_size_prompts": 8,
-    "train_batch_size_tokens": 256,
-    "n_batches_in_buffer": 8,
-    "activations_mixing_fraction": 0.0,
-    "training_tokens": 16 * 256,
-    "n_batches_for_norm_estimate": 3,
-    "lr": 5e-3,
-    "lr_warm_up_steps": 3,
-    "lr_decay_steps": 6,
-    "dead_feature_window": 0,
-}
-
-
 def multi_runner(
     model: str, tokens: str, checkpoints: str | None, resume: str | None = None
 ) -> MultiSAETrainingRunner:
@@ -139,21 +145,17 @@ def multi_runner(
         resume: Folder of a checkpoint to start from, if any.
     """
     torch.manual_seed(0)
-    return MultiSAETrainingRunner(
-        MultiSAETrainingRunnerConfig(
-            saes={name: sae_config(name, **NORMALIZED) for name in ARCHITECTURES},
-            hook_names="model.layers.0",
-            model_name=model,
-            model_class_name="AutoModelForCausalLM",
-            **IN_STEP,
-            logger=LoggingConfig(log_to_wandb=False),
-            n_checkpoints=0 if checkpoints is None else 1,
-            checkpoint_path=checkpoints,
-            resume_from_checkpoint=resume,
-            output_path=None,
-        ),
-        override_dataset=Dataset.load_from_disk(tokens),
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={name: sae_config(name, **NORMALIZED) for name in ARCHITECTURES},
+        hook_names="model.layers.0",
+        model_class_name="AutoModelForCausalLM",
+        **{**IN_STEP, "model_name": model, "checkpoint_path": checkpoints},
+        logger=no_wandb(),
+        n_checkpoints=0 if checkpoints is None else 1,
+        resume_from_checkpoint=resume,
+        output_path=None,
     )
+    return MultiSAETrainingRunner(cfg, override_dataset=Dataset.load_from_disk(tokens))
 
 
 @dataclass

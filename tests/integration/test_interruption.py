@@ -90,9 +90,8 @@ def in_step_runner(
 ) -> LanguageModelSAETrainingRunner:
     """A runner that can continue bit by bit: 16 steps, one context a row of the data."""
     # A copy, since runners write to the metadata.
-    cfg = runner_config(
-        copy.deepcopy(sae), is_dataset_tokenized=True, **IN_STEP, **overrides
-    )
+    settings = {**IN_STEP, "is_dataset_tokenized": True, **overrides}
+    cfg = runner_config(copy.deepcopy(sae), **settings)
     return make_runner(cfg, model, tokens, runner_class=runner_class)
 
 
