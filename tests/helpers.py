@@ -1,6 +1,9 @@
 """Small SAEs, models and texts, and comparisons, for all tests."""
 
 import copy
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,6 +151,17 @@ def random_transformer(
         device="cpu",
     )
     return HookedSAETransformer(cfg, copy.deepcopy(tokenizer)).eval()
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writing more bytes to a file fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @cache

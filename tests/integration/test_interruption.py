@@ -4,20 +4,17 @@ import copy
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from helpers import small_corpus, step_input
+from helpers import files_no_larger_than, small_corpus, step_input
 from integration.runs import (
     ARCHITECTURES,
     IN_STEP,
@@ -89,8 +86,8 @@ def in_step_runner(
     **overrides: Any,
 ) -> LanguageModelSAETrainingRunner:
     """A runner that can continue bit by bit: 16 steps, one context a row of the data."""
-    # A copy, since runners write to the metadata.
     settings = {**IN_STEP, "is_dataset_tokenized": True, **overrides}
+    # A copy, since runners write to the metadata.
     cfg = runner_config(copy.deepcopy(sae), **settings)
     return make_runner(cfg, model, tokens, runner_class=runner_class)
 
@@ -131,7 +128,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_equal(
     losses = record_losses(resumed.sae)
     got = weights(resumed.run())
     assert losses == want_losses[7:]
-    # Which latents are dead comes from the checkpoint at first.
+    # At first the checkpoint says which latents are dead.
     assert any(loss["auxiliary_reconstruction_loss"] > 0 for loss in losses)
     assert_same_weights(got, want)
 
@@ -378,7 +375,7 @@ def test_missing_files_are_named(checkpoint: Path):
         (SAE_WEIGHTS_FILENAME, ValueError),
     ],
 )
-def test_nothing_resumes_from_a_damaged_checkpoint(
+def test_a_run_does_not_resume_from_a_damaged_checkpoint(
     name: str,
     error: Any,
     checkpoint: Path,
@@ -402,17 +399,6 @@ def test_nothing_resumes_from_a_damaged_checkpoint(
         with pytest.raises(FileNotFoundError, match=name):
             runner.run()
     assert_same_weights(weights(runner.sae), before)
-
-
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """Writing more fails, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

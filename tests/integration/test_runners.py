@@ -48,6 +48,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
+RUNS = ("without_sae", "with_sae", "with_ablation")
 Trained = tuple[TrainingSAE[Any], Path]
 
 
@@ -85,8 +86,10 @@ def check_export(
     assert 0 < metrics["sparsity"]["l0"] <= trained.cfg.k
     behaviour = metrics["model_behavior_preservation"]
     assert 0 < behaviour["kl_div_with_sae"] < behaviour["kl_div_with_ablation"]
-    for value in metrics["model_performance_preservation"].values():
-        assert math.isfinite(value)
+    performance = metrics["model_performance_preservation"]
+    assert all(math.isfinite(value) for value in performance.values())
+    losses = {performance[f"ce_loss_{run}"] for run in RUNS}
+    assert len(losses) == len(RUNS)
     return sae
 
 

@@ -144,13 +144,14 @@ def test_every_way_of_splicing_replaces_activations_with_reconstructions(
 
 
 @torch.no_grad()
-def test_cache_shows_all_hooks_of_a_batch_of_prompts(
+def test_with_the_error_term_logits_are_the_clean_models_and_all_hooks_are_cached(
     sae: SAE[Any], model: Any, tokens: torch.Tensor
 ):
     hook = resid_post(model)
     logits, cache = model.run_with_cache_with_saes(
         tokens, saes=[sae], use_error_term=True
     )
+    torch.testing.assert_close(logits, model(tokens), atol=1e-5, rtol=0)
     x = clean_activations(model, tokens)
     shown = hooks_of_sae(cache, hook)
     assert shapes(shown) == {
@@ -172,12 +173,6 @@ def test_cache_shows_all_hooks_of_a_batch_of_prompts(
     )
     assert list(only) == [post]
     torch.testing.assert_close(only[post], shown["hook_sae_acts_post"][0])
-
-
-@torch.no_grad()
-def test_with_the_error_term_logits_are_the_clean_models(sae: SAE[Any], model: Any):
-    out = model.run_with_saes(PROMPTS, saes=[sae], use_error_term=True)
-    torch.testing.assert_close(out, model(PROMPTS), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

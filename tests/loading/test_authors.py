@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, files_no_larger_than
 from huggingface_hub.errors import EntryNotFoundError
 from integration.hub import Hub, running_hub
 from sae_lens import SAE, upload_saes_to_huggingface
@@ -538,13 +537,8 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path):
         convert_authors_checkpoint(source, parent / "ours")
     assert not parent.exists()
     # A disk that is full half-way through the weights.
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises((OSError, SafetensorError)):
-            convert_authors_checkpoint(source, parent / "ours", **SETTINGS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_no_larger_than(4096), pytest.raises((OSError, SafetensorError)):
+        convert_authors_checkpoint(source, parent / "ours", **SETTINGS)
     assert list(parent.iterdir()) == []
 
 
