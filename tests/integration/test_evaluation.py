@@ -385,7 +385,7 @@ def test_every_step_of_the_evals_command_works(
     text_folder: Path,
     tmp_path: Path,
 ):
-    # As sae_lens.evals.multiple_evals does once it has loaded a released SAE and its model.
+    # The steps of sae_lens.evals.multiple_evals after it has loaded a released SAE.
     metadata = inference_sae.cfg.metadata
     assert isinstance(metadata.model_from_pretrained_kwargs, dict)
     store = ActivationsStore.from_sae(

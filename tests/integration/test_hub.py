@@ -29,7 +29,7 @@ from sae_lens_scale import ScaleSAE, SwitchSAE
 
 REPO = "lab/saes"
 X = torch.randn(40, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-# Of the width of the runs.
+# Activations for the SAEs of the runs.
 ACTS = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
 every_kind = pytest.mark.parametrize(
     "make",
@@ -213,7 +213,7 @@ def test_a_listed_release_gets_its_activation_norm_folded_router_included(
 ):
     sae = make(normalize_activations="expected_average_only_in")
     upload_saes_to_huggingface({"layer_0/a": sae}, REPO, show_progress=False)
-    # As an entry of SAELens's pretrained_saes.yaml would have it.
+    # An entry as in SAELens's pretrained_saes.yaml.
     release = PretrainedSAELookup(
         release="listed",
         repo_id=REPO,

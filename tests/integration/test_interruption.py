@@ -167,10 +167,10 @@ runner.run()
         assert_same_weights(weights(sae), want[name])
 
 
-def test_where_SAELens_resumes_with_other_batches_they_are_those_of_its_TopK(
+def test_a_resumed_run_has_the_batches_of_a_resumed_TopK_SAE(
     tiny_model: HookedSAETransformer, tmp_path: Path
 ):
-    # Of its mixing buffer and of half-read documents SAELens saves nothing.
+    # SAELens saves neither its mixing buffer nor its place in half-read documents.
     batches: dict[str, list[torch.Tensor]] = {}
     for architecture in ("topk", *ARCHITECTURES):
         seen = batches[architecture] = []

@@ -423,6 +423,6 @@ def test_wandb_gets_router_load_omegas_and_dead_experts(
         assert sum(last["weights/omega/values"]) == 8
         assert last["metrics/omega/min"] < last["metrics/omega/max"]
         for name in ("mean", "min", "max"):
-            # As they were before the last step.
+            # Logged before the last step.
             final = getattr(omega, name)().item()
             assert last[f"metrics/omega/{name}"] == pytest.approx(final, abs=2 * 5e-3)

@@ -475,7 +475,7 @@ def check_dtypes(model: Any, sae: SAE[Any], dtype: torch.dtype) -> None:
     assert cache[f"{hook}.hook_expert_indices"].dtype == torch.int64
     assert torch.equal(out, replaced_by(model, tokens, {hook: sae}))
     assert_differ(out, clean)
-    # What is left is rounding in bfloat16.
+    # Only rounding in bfloat16 is left.
     with_error = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
     assert (with_error - clean).norm() < 0.05 * (out - clean).norm()
 
