@@ -66,7 +66,7 @@ bench-training: $(INSTALLED)
 bench-gates: $(INSTALLED)
 	$(RUN) benchmarks/gates.py $(ARGS)
 
-# Hours; goes on where it stopped. An ablation: PRESETS=smollm2-experts, see docs/reproduction-earlier.md.
+# Hours; goes on where it stopped. An ablation: PRESETS=smollm2-experts, see docs/ablations.md.
 # The report is of the folder of the first.
 PRESETS ?= smollm2
 WORKERS ?= 2

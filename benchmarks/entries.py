@@ -1,5 +1,5 @@
 """
-The SAEs that are compared, and what a training step of each has to compute and to move.
+The SAEs that are compared, with the FLOPs and bytes of a training step of each.
 
 FLOPs are those of products with tokens (a multiply-add is two), as each implementation
 computes them: :mod:`reproduction.flops` has the formulas. sparsify's forward pass
@@ -14,14 +14,19 @@ gradient clipping and Adam are not in it.
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from machine import Run, Stopwatch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig, TrainStepInput
+
+# The formulas of FLOPs are the laboratory's.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from reproduction.flops import flops_per_token
 
@@ -33,7 +38,7 @@ WHOLE_STEP = ("forward", "statistics", "backward", "update")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in what precision SAEs run; autocast is SAELens's trainer's."""
+    """Device and precision of SAEs; autocast is SAELens's trainer's."""
 
     device: str
     dtype: str
@@ -80,12 +85,12 @@ class Entry:
 
     @property
     def active(self) -> int:
-        """Latents that are computed for each token."""
+        """Number of latents that are computed for each token."""
         return self.experts_per_token * self.d_sae // self.num_experts
 
     @cached_property
     def dead_mask(self) -> torch.Tensor:
-        """Which latents count as dead, ``[d_sae]``."""
+        """Mask of the latents that count as dead, ``[d_sae]``."""
         mask = torch.zeros(self.d_sae, dtype=torch.bool)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(self.d_sae, generator=generator)
@@ -109,7 +114,7 @@ class Entry:
         return TrainingSAEConfig.from_dict(config)
 
     def least_bytes(self, tokens: int, element_size: int) -> int:
-        """What a training step has to read from memory and to write to it."""
+        """Bytes that a training step has to read from memory and to write to it."""
         # Columns of wide tensors, and sparse products.
         columns, gathers = {
             "topk": (4 * self.d_sae, 0),
@@ -123,7 +128,7 @@ class Entry:
         return element_size * (3 * weights + tokens * per_token)
 
     def peak_bound(self, tokens: int, element_size: int) -> int:
-        """Three tensors as wide as the active latents, the kept ones and the input."""
+        """Bytes of three tensors as wide as the active latents, the kept ones and the input."""
         return 3 * tokens * (self.active + self.k + self.d_in) * element_size
 
     def config(self, place: Placement) -> dict[str, Any]:
@@ -209,7 +214,7 @@ class TrainingRun:
         watch.lap("update")
 
     def forward_backward(self) -> None:
-        """What the memory of a step is measured on; leaves gradients behind."""
+        """A forward and backward pass, for measuring memory; leaves gradients behind."""
         with self.place.autocasting():
             loss, _ = self.loss(self.x, self.dead_mask)
         loss.backward()
@@ -229,7 +234,7 @@ class TrainingRun:
         self.firing_counts += firing.sum(0)
 
 
-# Maps a batch and a mask of dead latents to the loss and what fired.
+# Maps a batch and a mask of dead latents to the loss and the activations.
 Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -276,7 +281,7 @@ def _sparsify(entry: Entry, place: Placement) -> tuple[torch.nn.Module, Loss]:
 
 
 def inference_run(entry: Entry, batches: list[torch.Tensor], place: Placement) -> Run:
-    """Reconstructs one batch after another, in both of the ways that SAELens has."""
+    """Make a run that reconstructs one batch after another, in both of SAELens's ways."""
     sae = SAE.from_dict(entry.config(place))
     calls = 0
 

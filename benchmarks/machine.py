@@ -1,4 +1,4 @@
-"""What benchmarks share: a stopwatch, interleaved rounds, memory, and the record of a machine."""
+"""Tools of the benchmarks: a stopwatch, interleaved rounds, memory, a machine's record."""
 
 import gc
 import json
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from sae_lens_scale.files import dump_json, write_whole
+
 VERSIONS = ("torch", "sae-lens", "sae-lens-scale", "eai-sparsify")
 
-# What is raised by an SAE that is not installed, or cannot do a dtype or a device.
+# Errors of an SAE that is not installed, or cannot do a dtype or a device.
 UNAVAILABLE = (ImportError, NotImplementedError, RuntimeError)
 
 
@@ -76,14 +78,14 @@ def interleave(
     optional: Iterable[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """
-    Time everything once in every round, so that whatever drifts does so for all alike.
+    Time everything once in every round, so that a drift is the same for all.
 
     Args:
-        starts: Makes what is timed, by name; one untimed run of each is the warm-up.
+        starts: Makers of the timed runs by name; one untimed run of each is the warm-up.
         rounds: How many timed rounds.
-        device: Where it runs.
-        label: What the progress bar says.
-        optional: Names of what may be unavailable.
+        device: Where they run.
+        label: Text of the progress bar.
+        optional: Names of those that may be unavailable.
 
     Returns:
         By name, either ``laps``, a list of wall and of CPU seconds for each of them, or
@@ -147,7 +149,7 @@ def summary(laps: dict[str, Any], *names: str) -> dict[str, float]:
 
 def torch_allocations(run: Callable[[], object], device: str) -> list[tuple[int, int]]:
     """
-    What torch allocates and frees on a device in a run, inside its operators too.
+    List the allocations and releases of torch on a device in a run, in operators too.
 
     Its profiler hears of every allocation of torch's allocators; watching tensors from
     Python would miss an operator's own temporaries. Scratch memory of BLAS libraries is
@@ -172,7 +174,7 @@ def torch_allocations(run: Callable[[], object], device: str) -> list[tuple[int,
 
 
 def peak_bytes(events: Sequence[tuple[int, int]], not_counted: set[int]) -> int:
-    """The most that was allocated at once, but for what is left at some addresses."""
+    """Peak of the allocated bytes, without allocations that stay at some addresses."""
     last = {address: i for i, (address, size) in enumerate(events) if size > 0}
     live: dict[int, int] = {}
     now = peak = 0
@@ -187,7 +189,7 @@ def peak_bytes(events: Sequence[tuple[int, int]], not_counted: set[int]) -> int:
 
 
 def python_peak_bytes(run: Callable[[], object]) -> int:
-    """The most that a run allocates at once outside torch, in NumPy's arrays above all."""
+    """Peak of the bytes that a run allocates outside torch, in NumPy's arrays above all."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -198,9 +200,9 @@ def python_peak_bytes(run: Callable[[], object]) -> int:
 
 
 def peak_rss(run: Callable[[], object]) -> tuple[int, int] | None:
-    """Resident bytes before a run, and the most during it; None where Linux is not."""
+    """Resident bytes before a run, and their peak during it; None except on Linux."""
     try:
-        # Sets the high-water mark to what is resident now.
+        # Sets the high-water mark to the bytes that are resident now.
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
@@ -210,7 +212,7 @@ def peak_rss(run: Callable[[], object]) -> tuple[int, int] | None:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that can be allocated."""
+    """Number of bytes that can be allocated."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if Path("/proc/meminfo").exists():
@@ -234,7 +236,7 @@ def context(device: str) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        # More than this process explains: others were busy, too.
+        # Above the number of threads if other processes were busy, too.
         "load_average": os.getloadavg(),
         "transparent_huge_pages": huge_pages.read_text().strip()
         if huge_pages.exists()
@@ -265,7 +267,7 @@ def ceilings(
     device: str, rounds: int, side: int, nbytes: int
 ) -> dict[str, dict[str, Any]]:
     """
-    What the machine can do: matrix products, and writing memory.
+    Measure the ceilings of the machine: matrix products, and writing memory.
 
     Args:
         device: Where.
@@ -275,8 +277,8 @@ def ceilings(
 
     Returns:
         Laps of each measurement by name; ``per_second`` is in FLOP or bytes (a copy
-        counts those that are read and those that are written), and ``page_fault`` is what
-        the first write costs each page of fresh memory, in seconds.
+        counts those that are read and those that are written), and ``page_fault`` is the
+        cost of the first write to a page of fresh memory, in seconds.
     """
     buffer, other = (
         torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2)
@@ -317,20 +319,17 @@ def ceilings(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's record; an empty one where there is no file."""
+    """Read a file's record; an empty one if there is no file."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write a file whole: whoever stops the writing, the old one stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    """Write a record, whole: if the writing is stopped, the old file stays."""
+    write_whole(path, dump_json(record) + "\n")
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A table; the first row's keys are its head."""
+    """Format a table; the first row's keys are its head."""
     head = list(rows[0])
     lines = [
         head,

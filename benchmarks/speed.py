@@ -1,5 +1,5 @@
 """
-What do training and inference cost, in time and memory, and what could the machine do?
+Time and memory of training and inference, beside the ceilings of the machine.
 
     python benchmarks/speed.py                            # all parts, a quarter of an hour
     python benchmarks/speed.py --parts step --repeats 31
@@ -11,25 +11,25 @@ Parts:
   TopK, at equal active latents.
 - ``inference``: ``decode(encode(x))`` and ``forward``.
 - ``scaling``: steps of wider and wider SAEs with the same active latents per token, beside
-  what has to be linear in the width: writing the gradients, and the optimizer. And one SAE
-  of a million latents.
-- ``memory``: what one forward and backward pass needs beyond parameters and gradients.
-- ``machine``: what matrix products and memory attain here; ceilings for all the others.
+  the parts that have to be linear in the width: writing the gradients, and the optimizer.
+  And one SAE of a million latents.
+- ``memory``: the memory of one forward and backward pass beyond parameters and gradients.
+- ``machine``: speed of matrix products and memory here; ceilings for all the others.
 
 SAEs are compared within one process and in turns: a machine that slows down does so for
 all. An SAE that takes seconds and allocates gigabytes at every step leaves caches cold, and
-pages and clock rates changed, for what comes after it. So those form a second group, with
+pages and clock rates changed, for the SAE after it. So those form a second group, with
 fewer rounds, in which the two references run, too: ratios are taken within a group, and
 how the references differ between the groups shows how much neighbours matter.
 
 Times are medians over the rounds, after a round that is not timed; where they are far above
-the least, look at what else ran, and at the CPU time: below cores times wall time, cores
+the least, look for other processes, and at the CPU time: below cores times wall time, cores
 were taken or idle. Memory that is freed in between returns to the system, which may take
 its time to provide it again: tensors as wide as d_sae pay for that. "whole step" is forward,
 the trainer's firing statistics, backward, gradient clipping, Adam and zero_grad; sparsify
 is given the same optimizer, without its own trainer's work on decoder norms, and is under
 autocast on every GPU that knows bfloat16. Inputs are random and so are weights: routing is
-nearly balanced. entries.py says what FLOPs and bytes are counted.
+nearly balanced. entries.py describes the FLOPs and bytes that are counted.
 
 Each part replaces its own results in the file and leaves those of the others.
 """
@@ -85,7 +85,7 @@ class Args:
     d_sae: int = 24_576  # latents; a multiple of 256
     k: int = 32  # latents kept per token
     repeats: int = 15  # timed rounds
-    repeats_expensive: int = 3  # timed rounds of what takes seconds per step
+    repeats_expensive: int = 3  # timed rounds of SAEs that take seconds per step
     tokens: int = 100_000  # tokens of inference
     device: str = "cpu"
     dtype: str = "float32"  # of the weights; or bfloat16
@@ -154,7 +154,7 @@ def inference(args: Args) -> dict[str, Any]:
     result = {}
     for name, (entries, rounds) in args.groups.items():
         entries = [e for e in entries if not e.dead and e.kind not in NOT_FOR_INFERENCE]
-        # Every batch once; of what is expensive, some.
+        # Every batch once; some batches for expensive SAEs.
         rounds = len(batches) if name == "main" else rounds
         result[name] = _compare(
             entries,
@@ -187,7 +187,7 @@ def _compare(
 
 
 def wider(args: Args) -> list[Entry]:
-    """Two of ever more experts that are 1/64 of d_sae each."""
+    """Scale SAEs of ever more experts that are 1/64 of d_sae each, two of them active."""
     size = args.d_sae // 64
     return [
         Entry(f"scale {n}/2", "scale", args.d_in, n * size, args.k, n, 2)
@@ -219,7 +219,7 @@ def scaling(args: Args) -> dict[str, Any]:
 
 
 def _with_linear_part(run: TrainingRun, gradients: torch.Tensor) -> Run:
-    """A step, its router alone, and writing as much as its weights' gradients hold."""
+    """Make a run of a step, its router alone, and a write as large as its gradients."""
 
     def timed(watch: Stopwatch) -> None:
         run(watch)
@@ -237,7 +237,7 @@ def _with_linear_part(run: TrainingRun, gradients: torch.Tensor) -> Run:
 
 
 def _million(args: Args) -> dict[str, Any]:
-    """Steps of a million latents, where there is memory for them."""
+    """Time steps of a million latents, if there is memory for them."""
     entry = Entry("scale 4,096/3", "scale", 256, 1 << 20, 32, 4096, 3)
     if args.quick:
         entry = replace(entry, d_in=16, d_sae=1 << 12, k=8, num_experts=64)
@@ -318,10 +318,10 @@ def memory(args: Args) -> dict[str, Any]:
 
 def _memory_of(entry: Entry, x: torch.Tensor, args: Args) -> dict[str, Any]:
     """
-    Bytes at the peak of a forward and backward pass, gradients of parameters left out.
+    Measure the peak of a forward and backward pass in bytes, without parameters' gradients.
 
-    The pass before has filled the pool that our gradients take their memory from: what
-    NumPy allocates from then on are temporaries.
+    The pass before has filled the pool that our gradients take their memory from, so that
+    NumPy's allocations from then on are temporaries.
     """
     run = TrainingRun(entry, x, args.place)
     run.forward_backward()
@@ -390,7 +390,7 @@ def show_step(result: dict[str, Any], args: Args) -> None:
 def _ratios(
     records: dict[str, Any], entries: Sequence[Entry], seconds: float
 ) -> dict[str, str]:
-    """Times those of the references: the first SAE, and the TopK SAE that costs as much."""
+    """Ratios to the references: the first SAE, and the TopK SAE that costs as much."""
     names = [entries[0].name, f"TopK {entries[0].active:,}"]
     references = {
         name: summary(records[name]["laps"], *FORWARD_BACKWARD)["median"]
@@ -518,7 +518,7 @@ def main() -> None:
         for key, value in asdict(args).items()
         if key not in ("parts", "output", "plot")
     }
-    read_json(path)  # What cannot be read is better known before than after.
+    read_json(path)  # A file that cannot be read is better known before than after.
     for part in args.parts:
         measure, show = PARTS[part]
         record = {"context": context(args.device), "settings": settings}

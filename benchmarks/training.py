@@ -1,5 +1,5 @@
 """
-Where the time of a training run goes: SAELens's runner on the demo's model and text.
+Profile of a training run: SAELens's runner on the demo's model and text.
 
     python benchmarks/training.py --steps 60
 
@@ -12,24 +12,27 @@ so that the dead-latent loss, which a long run pays for, is paid for here too.
 import cProfile
 import os
 import pstats
+import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The demo's settings are in examples/.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from machine import context, markdown, read_json, write_json
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from simple_parsing import parse
 
-from reproduction.demo import DemoConfig, runner_config, sae_configs
+from examples.train_scale_smollm2 import DemoConfig, runner_config, sae_configs
 from sae_lens_scale.loading.language_model import load_language_model
 from sae_lens_scale.loading.text import load_text
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 
-# File and function of each part of a step; whatever else a step does is bookkeeping.
+# File and function of each part of a step; the rest of a step is bookkeeping.
 PARTS = {
     "SAE forward": ("", "training_forward_pass"),
     "SAE backward": ("torch/_tensor.py", "backward"),
@@ -59,7 +62,7 @@ class Args:
 
 
 def seconds(profiler: cProfile.Profile, part: tuple[str, str]) -> float:
-    """Seconds in all functions of a name, what they call included."""
+    """Sum up the seconds in all functions of a name, with the functions they call."""
     file, name = part
     entries = pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
     return sum(
@@ -72,7 +75,7 @@ def seconds(profiler: cProfile.Profile, part: tuple[str, str]) -> float:
 def measure(
     cfg: DemoConfig, sae_cfg: TrainingSAEConfig, fused: bool, steps: int, **real: Any
 ) -> dict[str, float]:
-    """Train, and return milliseconds per step of each part."""
+    """Train, and measure the milliseconds per step of each part."""
     runner_cfg = replace(runner_config(cfg, sae_cfg), dead_feature_window=steps // 2)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

@@ -16,7 +16,7 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.saes.sae import TrainingSAEConfig
 from simple_parsing import parse
 
-import sae_lens_scale  # noqa: F401  (this is what makes the names known)
+import sae_lens_scale  # noqa: F401  (makes the names known)
 from sae_lens_scale.loading.docstrings import docstring_corpus
 from sae_lens_scale.loading.smollm2 import load_smollm2
 

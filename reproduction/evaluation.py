@@ -16,10 +16,10 @@ from transformer_lens.hook_points import HookPoint
 from sae_lens_scale.analysis.contexts import excluded_ids
 from sae_lens_scale.analysis.evaluation import LossRecovered
 from sae_lens_scale.loading.language_model import load_language_model
-from sae_lens_scale.loading.text import load_text
 
 from .activations import CacheSettings, Split, SplitSettings, text_hash
 from .records import RunRecord, read_records
+from .text import load_text
 from .token_store import token_store
 
 

@@ -9,7 +9,7 @@ They are of GPT-2 small: absolute errors do not compare with those of another mo
 import json
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,7 +18,7 @@ import pandas as pd
 @dataclass(frozen=True)
 class PaperFigure:
     """
-    What one figure shows.
+    Numbers of one figure.
 
     Attributes:
         metric: The column of ``results`` that it plots: "mse" (squared error summed over
@@ -26,8 +26,8 @@ class PaperFigure:
         results: One row for each point, in the columns of measured runs as far as the
             paper states them: "label", "num_experts", "experts_per_token",
             "feature_scaling", "decomposition", "k" (or "quantile") and the metric.
-        dataset: What it was evaluated on; None if no data were needed.
-        note: What else has to be known about it, if anything.
+        dataset: Text that it was evaluated on; None if none was needed.
+        note: A remark, such as a setting that the paper does not state; None for none.
     """
 
     metric: str
@@ -62,5 +62,4 @@ def paper_figure(figure: str) -> PaperFigure:
 
 @cache
 def _read() -> dict[str, Any]:
-    text = files("sae_lens_scale.analysis").joinpath("paper.json").read_text("utf-8")
-    return json.loads(text)
+    return json.loads(Path(__file__).with_name("paper.json").read_text("utf-8"))

@@ -1,7 +1,7 @@
 """
 What each architecture is trained with: for each, the best that was found on held-out text at k = 32.
 
-docs/reproduction-earlier.md has what else was tried.
+reproduction/LOG.md has what else was tried.
 """
 
 from typing import Any

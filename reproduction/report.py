@@ -204,8 +204,8 @@ def draw(
         folder: Folder of the records.
         base: The presets' base, such as "smollm2".
         images: Folder of the pictures, made if it is missing.
-        names: Which figures to draw, such as "figure-3a"; by default all that the records
-            suffice for.
+        names: Figures to draw, such as "figure-3a", of :data:`.figures.FIGURES`; by default
+            all that the records suffice for.
 
     Returns:
         Paths of the pictures.
@@ -215,74 +215,33 @@ def draw(
             named, and as :func:`preset_runs` does.
     """
     # Here and not above: matplotlib comes with an extra that only pictures need.
-    from reproduction import figures as plots
+    from reproduction import figures
 
     everything = _read_comparable(folder)
     main = _of_preset(everything, base)
-    # One point makes no line.
-    lines = main.loc[~main["label"].str.startswith(_SAME_WIDTH)]
-    experts = _of_preset(everything, f"{base}-experts")
-    decompositions = _of_preset(everything, f"{base}-decompositions")
     curves = read_curves(folder)
     # In the order of the other figures, which decides about colours.
     order = main["name"].loc[main["name"].isin(curves["name"])]
-    curves = curves.set_index("name", drop=False).loc[order]
-    curves = curves.assign(seconds=curves["cpu_seconds"])
-    paper: dict[str, Any] = {"paper": True}
-    figures: dict[str, tuple[Callable[..., Any], pd.DataFrame, dict[str, Any]]] = {
-        "figure-2": (plots.plot_scaling_factors, experts, paper),
-        "figure-3a": (plots.plot_mse, lines, paper),
-        "figure-3b": (plots.plot_mse_other_domain, lines, paper),
-        # The paper's numbers are of the other domain, as in 3b.
-        "figure-3c": (
-            plots.plot_loss_recovered,
-            lines,
-            {**paper, "metric": "loss_recovered_other_domain"},
-        ),
-        "loss-recovered": (plots.plot_loss_recovered, lines, {}),
-        "figure-4a": (plots.plot_mse_by_experts, experts, paper),
-        "figure-4b": (
-            plots.plot_mse_by_experts,
-            experts,
-            {"metric": "mse_other_domain"},
-        ),
-        "figure-4c": (plots.plot_loss_recovered_by_experts, experts, paper),
-        "figure-4d": (
-            plots.plot_loss_recovered_by_experts,
-            experts,
-            {"metric": "loss_recovered_other_domain"},
-        ),
-        "figure-5a": (plots.plot_mse_with_scaling_by_experts, experts, paper),
-        "figure-5b": (plots.plot_scaling_effect, experts, paper),
-        "figure-6a": (plots.plot_expert_similarity, experts, {}),
-        "figure-6b": (plots.plot_expert_usage, experts, {}),
-        "figure-7a": (plots.plot_similarity_reduction, experts, paper),
-        "figure-7b": (plots.plot_activation_similarity, experts, paper),
-        "figure-8": (plots.plot_redundancy, lines, paper),
-        "figure-8a": (plots.plot_redundancy_by_experts, experts, paper),
-        "figure-8b": (
-            plots.plot_redundancy_with_scaling,
-            experts,
-            # Few active latents make most repetitions.
-            {"k": experts["k"].min()},
-        ),
-        "figure-10": (plots.plot_decompositions, decompositions, paper),
-        "figure-11": (plots.plot_overlap_histogram, experts, {}),
-        "learning-curves": (
-            plots.plot_learning_curves,
-            curves,
-            {"k": 32, "title": "k = 32; seconds are CPU time"},
-        ),
+    sources = {
+        # One point makes no line.
+        "main": main.loc[~main["label"].str.startswith(_SAME_WIDTH)],
+        "experts": _of_preset(everything, f"{base}-experts"),
+        "decompositions": _of_preset(everything, f"{base}-decompositions"),
+        "curves": curves.set_index("name", drop=False).loc[order],
     }
-    unknown = sorted(set(names or ()) - set(figures))
+    known = {
+        name: sources[plot.source]
+        for name, plot in figures.FIGURES.items()
+        if plot.source in sources
+    }
+    unknown = sorted(set(names or ()) - set(known))
     if unknown:
-        raise ValueError(f"figures are {', '.join(figures)}, got {unknown}")
+        raise ValueError(f"figures are {', '.join(known)}, got {unknown}")
     Path(images).mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name in figures if names is None else names:
-        plot, runs, options = figures[name]
+    for name in known if names is None else names:
         try:
-            figure = plot(runs, **options)
+            figure = figures.draw(name, known[name], paper=True)
         except ValueError as error:
             if names is None:
                 continue

@@ -1,4 +1,4 @@
-"""Writing of files, whole or not at all."""
+"""Files: writing them whole or not at all."""
 
 import json
 import math
@@ -13,9 +13,15 @@ from typing import Any
 @contextmanager
 def replacing_files(folder: str | Path) -> Iterator[Path]:
     """
-    A folder to write into, whose files replace those of ``folder`` once all are written.
+    Make a folder to write into, whose files replace those of another once all are written.
 
-    Whatever stops the writing, ``folder`` keeps the files that it had.
+    If anything stops the writing, the other folder keeps the files that it had.
+
+    Args:
+        folder: The other folder, which is made if it is missing.
+
+    Yields:
+        The folder to write into.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,10 +33,10 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
 
 def dump_json(value: Any) -> str:
     """
-    Strict JSON.
+    Format a value as strict JSON.
 
     Args:
-        value: What to write; NaN and infinity, which are no JSON, become null.
+        value: The value; NaN and infinity, which are no JSON, become null.
 
     Returns:
         Indented text.
@@ -52,7 +58,7 @@ def write_whole(path: Path, text: str) -> None:
 
     Args:
         path: The file, in a folder that is made if it is missing.
-        text: What to write.
+        text: Its contents.
     """
     if path.exists() and not path.is_file():
         # Such as /dev/stderr: not to be replaced by a file.

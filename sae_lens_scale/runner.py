@@ -1,6 +1,6 @@
 """
-SAELens's training runner, with a checkpoint when it is interrupted, learning rates for
-single parameters, and faster.
+Training runner: SAELens's, with a checkpoint when it is interrupted, learning rates for
+single parameters, and a fused optimizer.
 """
 
 import json
@@ -24,7 +24,7 @@ LR_FACTORS_FILENAME = "lr_factors.json"
 
 def require_lr_factors(sae: TrainingSAE[Any], lr_factors: Mapping[str, float]) -> None:
     """
-    Refuse what cannot multiply the learning rates of an SAE's parameters.
+    Refuse factors that cannot multiply the learning rates of an SAE's parameters.
 
     Args:
         sae: The SAE.
@@ -57,14 +57,14 @@ def apply_lr_factors(
     """
     Multiply the learning rates of single parameters, from now on.
 
-    Each of the optimizer's steps then changes these parameters by a multiple of what it
-    would have: for Adam, whose steps are proportional to the learning rate, the same
-    thing. Neither its state nor SAELens's schedule and checkpoints know of it.
+    Each later step of the optimizer changes these parameters by a multiple of the change
+    without factors, which is the same thing for Adam, whose steps are proportional to the
+    learning rate. Its state, SAELens's schedule and checkpoints stay as they are.
 
     Args:
         optimizer: The optimizer of the SAE's parameters.
         sae: The SAE.
-        lr_factors: Factors, by name of the parameter; 0 keeps it as it is.
+        lr_factors: Factors, by name of the parameter; 0 keeps a parameter as it is.
 
     Raises:
         ValueError: As :func:`require_lr_factors`.
@@ -87,10 +87,10 @@ def apply_lr_factors(
 
 class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     """
-    A LanguageModelSAETrainingRunner that saves a checkpoint when it is interrupted.
+    LanguageModelSAETrainingRunner that saves a checkpoint when it is interrupted.
 
-    SAELens 6.54 means to save a checkpoint on SIGINT and SIGTERM, but fails to, because
-    nobody makes its folder, and would leave the weights out. This runner finishes the step,
+    SAELens 6.54 tries to save a checkpoint on SIGINT and SIGTERM, but fails, because its
+    folder is never made, and would leave the weights out. This runner finishes the step,
     saves a checkpoint like any other (if ``checkpoint_path`` is set) and raises
     InterruptedException, whose text names it. Training goes on from there with
     ``resume_from_checkpoint``. A signal before the first step, or a second one, stops at
@@ -98,14 +98,14 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     the main thread, as SAELens's does.
 
     Args:
-        *args: As SAELens's runner takes them.
-        fused_optimizer: Whether Adam updates all of a parameter's state in one pass over
-            memory, as torch's does with ``fused=True``: several times faster, equal up to
-            rounding. A run that goes on from a checkpoint may choose anew.
-        lr_factors: What the learning rates of some parameters are multiplied by, such as
+        *args: Arguments of SAELens's runner.
+        fused_optimizer: Let Adam update all of a parameter's state in one pass over memory
+            (torch's ``fused=True``): several times faster, equal up to rounding. A run that
+            goes on from a checkpoint may choose anew.
+        lr_factors: Factors on the learning rates of some parameters, such as
             ``{"W_router": 0.1, "b_router": 0.1}``. They are in the runner's checkpoints: a
             run that goes on from one has them unless it is given others.
-        **kwargs: As SAELens's runner takes them.
+        **kwargs: Arguments of SAELens's runner.
 
     Raises:
         ValueError: As :func:`require_lr_factors`.
@@ -141,10 +141,10 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             trainer.checkpoint_thresholds.insert(0, -1)
 
         for group in trainer.optimizer.param_groups:
-            # None is torch's default; False would also refuse its second best.
+            # None is torch's default; False would also refuse its foreach implementation.
             group["fused"] = self.fused_optimizer or None
         apply_lr_factors(trainer.optimizer, self.sae, self.lr_factors)
-        # Nothing of an interrupted run before this one.
+        # An earlier run of this runner may have been interrupted.
         self._interrupted = False
         before = {
             s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)

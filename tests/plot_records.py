@@ -1,7 +1,5 @@
-"""Made-up records to draw, and what a drawn panel shows."""
+"""Made-up records to draw, and the points of a drawn panel."""
 
-from collections.abc import Callable
-from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,7 +11,8 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reproduction import figures as plots
+from reproduction import figures
+from reproduction.figures import FIGURES
 
 Row = dict[str, Any]
 # Of a line: x, and there the mean over seeds and its standard deviation.
@@ -32,6 +31,7 @@ _METRICS = (
     "mse_other_domain",
     "fvu",
     "loss_recovered",
+    "loss_recovered_other_domain",
     "redundancy",
     "activation_similarity",
     "intra_expert_similarity",
@@ -104,7 +104,7 @@ def _make_curves() -> list[Row]:
             "k": 32,
             "seed": seed,
             "tokens": tokens,
-            "seconds": tokens / speed + seed,
+            "cpu_seconds": tokens / speed + seed,
             "fvu": 0.5 + 0.1 * seed - tokens / 10_000,
         }
         for label, speed in (("Scale 64/2", 100), ("TopK 576", 200))
@@ -114,37 +114,47 @@ def _make_curves() -> list[Row]:
 
 
 RUNS, SCORES, CURVES = _make_runs(), _make_scores(), _make_curves()
-# Every figure: what draws it, what from, and columns that it needs.
-FIGURES: dict[str, tuple[Callable[..., Figure], list[Row], list[str]]] = {
-    "2": (plots.plot_scaling_factors, RUNS, ["scaling_factors", "decomposition"]),
-    "3a": (plots.plot_mse, RUNS, ["mse", "label", "k", "seed"]),
-    "3b": (plots.plot_mse_other_domain, RUNS, ["mse_other_domain"]),
-    "3c": (plots.plot_loss_recovered, RUNS, ["loss_recovered"]),
-    "3d": (plots.plot_autointerp, SCORES, ["autointerp_accuracy", "quantile"]),
-    "4a": (plots.plot_mse_by_experts, RUNS, ["mse", "num_experts", "feature_scaling"]),
-    "4c": (plots.plot_loss_recovered_by_experts, RUNS, ["loss_recovered"]),
-    "5a": (plots.plot_mse_with_scaling_by_experts, RUNS, ["mse", "experts_per_token"]),
-    "5b": (plots.plot_scaling_effect, RUNS, ["mse", "decomposition"]),
-    "6a": (plots.plot_expert_similarity, RUNS, ["intra_expert_similarity"]),
-    "6b": (plots.plot_expert_usage, RUNS, ["expert_counts"]),
-    "7a": (plots.plot_similarity_reduction, RUNS, ["activation_similarity"]),
-    "7b": (plots.plot_activation_similarity, RUNS, ["activation_similarity"]),
-    "redundancy": (plots.plot_redundancy, RUNS, ["redundancy"]),
-    "8a": (plots.plot_redundancy_by_experts, RUNS, ["redundancy"]),
-    "8b": (partial(plots.plot_redundancy_with_scaling, k=32), RUNS, ["redundancy"]),
-    "10": (plots.plot_decompositions, RUNS, ["mse", "decomposition"]),
-    "11": (plots.plot_overlap_histogram, RUNS, ["overlap_histogram"]),
-    "curves": (plots.plot_learning_curves, CURVES, ["fvu", "seconds", "tokens"]),
+ROWS = {"scores": SCORES, "curves": CURVES}
+# Columns that each figure needs.
+NEEDED = {
+    "figure-2": ["scaling_factors", "decomposition"],
+    "figure-3a": ["mse", "label", "k", "seed"],
+    "figure-3b": ["mse_other_domain"],
+    "figure-3c": ["loss_recovered_other_domain"],
+    "figure-3d": ["autointerp_accuracy", "quantile"],
+    "figure-4a": ["mse", "num_experts", "feature_scaling"],
+    "figure-4b": ["mse_other_domain"],
+    "figure-4c": ["loss_recovered"],
+    "figure-4d": ["loss_recovered_other_domain"],
+    "figure-5a": ["mse", "experts_per_token"],
+    "figure-5b": ["mse", "decomposition"],
+    "figure-6a": ["intra_expert_similarity"],
+    "figure-6b": ["expert_counts"],
+    "figure-7a": ["activation_similarity"],
+    "figure-7b": ["activation_similarity"],
+    "figure-8": ["redundancy"],
+    "figure-8a": ["redundancy"],
+    "figure-8b": ["redundancy"],
+    "figure-10": ["mse", "decomposition"],
+    "figure-11": ["overlap_histogram"],
+    "loss-recovered": ["loss_recovered"],
+    "learning-curves": ["fvu", "cpu_seconds", "tokens"],
 }
-WITH_LABELS = ("3a", "3b", "3c", "3d", "redundancy", "curves")
+FEW_LABELS = ["Scale 64/2", "TopK 576"]
+WITH_LABELS = [name for name, plot in FIGURES.items() if plot.line == "label"]
 
 
-def draw(figure: str, rows: list[Row] | None = None, **settings: Any) -> Figure:
+def usual_rows(name: str) -> list[Row]:
+    """The rows that a figure is drawn of."""
+    return ROWS.get(FIGURES[name].source, RUNS)
+
+
+def draw(name: str, rows: list[Row] | None = None, **settings: Any) -> Figure:
     """A figure, of its usual rows and a few labels unless others are given."""
-    plot, usual, _ = FIGURES[figure]
-    if figure in WITH_LABELS:
-        settings = {"labels": ["Scale 64/2", "TopK 576"], **settings}
-    return plot(pd.DataFrame(usual if rows is None else rows), **settings)
+    if name in WITH_LABELS:
+        settings = {"labels": FEW_LABELS, **settings}
+    frame = pd.DataFrame(usual_rows(name) if rows is None else rows)
+    return figures.draw(name, frame, **settings)
 
 
 def where(**conditions: Any) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sae_lens.saes.sae import SAE
 
-from reproduction.demo import DemoConfig, runner_config, sae_configs
+from examples.train_scale_smollm2 import DemoConfig, runner_config, sae_configs
 from sae_lens_scale.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -102,7 +102,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def handlers_are_restored():
-    """Whatever a run ends with, the handlers are those from before it."""
+    """After any run the handlers are those from before it."""
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     yield
     after = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]

@@ -1,10 +1,10 @@
-"""What the figures share: colours, axes, and lines with their spread over seeds."""
+"""Parts that the figures share: colours, axes, and lines with their spread over seeds."""
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,26 +18,19 @@ from matplotlib.ticker import (
     FormatStrFormatter,
     LogLocator,
     NullLocator,
+    PercentFormatter,
+    SymmetricalLogLocator,
 )
 
-from reproduction.paper import PaperFigure, paper_figure
+from .points import Point, over_seeds
 
-from .records import Point, over_seeds, select
-
+# Names of the horizontal axes.
 _NAMES = {
     "k": "active latents per token, k",
     "experts_per_token": "active experts per token, e",
     "quantile": "activation quantile",
-    "seconds": "training time, seconds",
+    "cpu_seconds": "training time, seconds",
     "tokens": "training tokens",
-    "mse": "squared error, sum over d_in",
-    "mse_other_domain": "squared error, sum over d_in, other domain",
-    "loss_recovered_other_domain": "loss recovered, other domain",
-    "fvu": "fraction of variance unexplained",
-    "autointerp_accuracy": "accuracy of the judge",
-    "omega": "omega, mean over experts",
-    "redundancy": "latents with a decoder cosine above 0.9",
-    "activation_similarity_reduction": "reduction of activation similarity",
 }
 # Okabe and Ito's colours, which colour-blind readers tell apart, and some of Tol's, each with a
 # marker.
@@ -61,8 +54,8 @@ _PALETTE = {
     "#DDAA33": "2",
     "#6699CC": "1",
 }
-# Whose colours these are: by first word, and Scale SAEs by their e.
-_OWNERS = ["Scale 2", "Scale 4", "Scale 8", "Switch", "TopK", "Gated", "Full"]
+# Starts of the paper's labels, Scale SAEs with their e: the palette's first colours are theirs.
+_OF_PAPER = ["Scale 2", "Scale 4", "Scale 8", "Switch", "TopK", "Gated", "Full"]
 # Columns of numbers, by their short names, and the number that gets the lightest colour,
 # unless there is a larger one.
 _ORDERED = {"experts_per_token": ("e", 16), "k": ("k", 128)}
@@ -70,98 +63,18 @@ _ORDERED = {"experts_per_token": ("e", 16), "k": ("k", 128)}
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How a line is drawn, and what the legend calls it."""
+    """Name of a line in the legend, and its look."""
 
     name: str
     color: str
     marker: str
 
 
-def line_figure(
-    runs: pd.DataFrame,
-    x: str,
-    metric: str,
-    line: str,
-    figure_number: str | None,
-    *,
-    title: str | None = None,
-    log_y: bool = False,
-) -> Figure:
-    """
-    Lines with the spread over seeds, and the paper's in a panel of their own beside them.
-
-    Shares have linear axes, and the same in both panels. Errors have logarithmic ones that
-    span the same factor in both: activations of another model have other norms, but equal
-    ratios look equal.
-
-    Args:
-        runs: What :func:`.records.select` returned.
-        x: Column of the horizontal axis.
-        metric: Column of the vertical axis.
-        line: Column that tells the lines apart.
-        figure_number: The paper's figure to draw beside; None for none.
-        title: Title of the figure.
-        log_y: Whether the vertical axis is logarithmic.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ValueError: If a point has two runs with the same seed, a number is infinite, or,
-            where the axis is logarithmic, not positive.
-    """
-    points = over_seeds(runs, line, x, metric)
-    if log_y:
-        require_positive(runs[metric].tolist(), metric)
-    paper = None if figure_number is None else paper_figure(figure_number)
-    share_y = paper is not None and not log_y and metric.startswith(paper.metric)
-    figure, panels = panel_figure(
-        1 if paper is None else 2, title, share_x=True, share_y=share_y
-    )
-    draw_lines(panels[0], points, line)
-    panels[0].set_ylabel(name_of(metric))
-    if paper is not None:
-        panels[0].set_title("measured", fontsize=10)
-        panels[1].set_title(paper_title(paper), fontsize=10)
-        of_paper = over_seeds(paper.results, line, x, paper.metric)
-        draw_lines(panels[1], of_paper, line, linestyle="--")
-        if not share_y:
-            panels[1].set_ylabel(name_of(paper.metric))
-    for axes in panels:
-        finish_axes(axes, x, log_y)
-    if log_y:
-        _equal_ratios(panels)
-    add_legend(figure, in_order=line in _ORDERED)
-    set_caption(figure, seeds_caption(points, "bars are standard deviations"))
-    return figure
-
-
-def by_experts_figure(
-    runs: pd.DataFrame,
-    metric: str,
-    num_experts: int | None,
-    figure_number: str | None,
-    *,
-    title: str | None = None,
-    log_y: bool = False,
-) -> Figure:
-    """A metric of SAEs without feature scaling against k, a line for each e."""
-    runs = select(
-        runs,
-        ["experts_per_token", "k", "seed"],
-        [metric],
-        num_experts=num_experts,
-        feature_scaling=False,
-    )
-    return line_figure(
-        runs, "k", metric, "experts_per_token", figure_number, title=title, log_y=log_y
-    )
-
-
 def panel_figure(
     columns: int, title: str | None, share_x: bool = False, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of its own, not pyplot's: it leaves the caller's backend alone."""
+    """A figure with panels in a row."""
+    # A figure of its own, not pyplot's: it leaves the caller's backend alone.
     figure = Figure(figsize=(1.6 + 4.8 * columns, 4.4), layout="constrained")
     panels = figure.subplots(1, columns, squeeze=False, sharex=share_x, sharey=share_y)
     if title is not None:
@@ -192,19 +105,19 @@ def draw_lines(
 
 
 def draw_curves(
-    axes: Axes, runs: pd.DataFrame, curves: Sequence[Sequence[float]], line: str
+    axes: Axes, runs: pd.DataFrame, curves: Sequence[Any], line: str
 ) -> list[Point]:
     """
     Draw whole curves, one for each run, as means with bands.
 
     Args:
-        axes: Where.
+        axes: Panel.
         runs: A row for each run.
-        curves: What each run has at 0, 1, 2, ...; NaN where nothing is to be drawn.
+        curves: Lists of numbers, the values of each run at 0, 1, 2, ...; NaN is not drawn.
         line: Column that tells the lines apart.
 
     Returns:
-        Each line as one point, whose ``seeds`` count.
+        A point for each line, for :func:`seeds_caption`.
     """
     points = over_seeds(runs.assign(one=1.0), line, "one", "one")
     lines = runs[line].tolist()
@@ -213,28 +126,29 @@ def draw_curves(
             [y for y, of in zip(curves, lines, strict=True) if of == value]
         )
         mean = of_line.mean(axis=0)
-        x = np.arange(len(mean))
-        axes.plot(x, mean, color=style.color, label=style.name, linewidth=1.5)
-        if len(of_line) > 1:
-            draw_band(axes, x, mean, of_line.std(axis=0, ddof=1), style.color)
+        std = of_line.std(axis=0, ddof=1) if len(of_line) > 1 else None
+        draw_curve(axes, range(len(mean)), mean, std, style)
     return points
 
 
-def draw_band(axes: Axes, x: Any, mean: Any, std: Any, color: str) -> None:
-    """Shade a standard deviation above and below a mean."""
-    axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+def draw_curve(axes: Axes, x: Any, mean: Any, std: Any, style: LineStyle) -> None:
+    """Draw a mean, and around it a band of a standard deviation unless that is None."""
+    axes.plot(x, mean, color=style.color, label=style.name, linewidth=1.5)
+    if std is not None:
+        low, high = mean - std, mean + std
+        axes.fill_between(x, low, high, color=style.color, alpha=0.2, linewidth=0)
 
 
 def line_styles(values: Sequence[Any], column: str) -> dict[Any, LineStyle]:
     """
     Names and colours of lines, the same in every figure.
 
-    Numbers of latents and experts go from dark to light. Of labels the paper's SAEs have
-    colours of their own; others get what is left, in order.
+    Numbers of latents and experts go from dark to light. Labels of the paper's SAEs have
+    colours of their own; other labels get the remaining ones, in order.
 
     Args:
-        values: What the column holds, repetitions included.
-        column: Which column it is.
+        values: Values of a column, repetitions included.
+        column: Name of the column.
 
     Returns:
         The style of each value, in the order of the legend.
@@ -242,15 +156,11 @@ def line_styles(values: Sequence[Any], column: str) -> dict[Any, LineStyle]:
     values = [*dict.fromkeys(values)]
     if column in _ORDERED:
         name, lightest = _ORDERED[column]
-        markers = [*_PALETTE.values()]
+        steps, markers = math.log(max(lightest, *values)), [*_PALETTE.values()]
         return {
             value: LineStyle(
                 f"{name} = {value:g}",
-                to_hex(
-                    colormaps["viridis"](
-                        0.9 * math.log(value) / math.log(max(lightest, *values))
-                    )
-                ),
+                to_hex(colormaps["viridis"](0.9 * math.log(value) / steps)),
                 markers[round(math.log2(value)) % len(markers)],
             )
             for value in sorted(values)
@@ -275,7 +185,7 @@ def line_styles(values: Sequence[Any], column: str) -> dict[Any, LineStyle]:
 
 
 def _label_colors(labels: Sequence[str]) -> dict[str, str]:
-    own = dict(zip(_OWNERS, _PALETTE, strict=False))
+    own = dict(zip(_OF_PAPER, _PALETTE, strict=False))
     colors: dict[str, str] = {}
     for label in labels:
         words = re.split(r"\W+", label)
@@ -288,13 +198,21 @@ def _label_colors(labels: Sequence[str]) -> dict[str, str]:
     )
 
 
-def finish_axes(axes: Axes, x: str, log_y: bool = False) -> None:
-    """Scales, ticks and the name of the horizontal axis."""
+def finish_axes(axes: Axes, x: str, scale: str = "linear") -> None:
+    """
+    Set the scales, ticks and the name of the horizontal axis.
+
+    Args:
+        axes: Panel.
+        x: Column of the horizontal axis, or its name.
+        scale: Scale of the vertical axis; see :class:`.kinds.Metric`.
+    """
     axes.set_xlabel(name_of(x))
     if x in _ORDERED:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    if log_y:
+    tidy(axes)
+    if scale == "log":
         axes.set_yscale("log")
         bottom, top = axes.get_ylim()
         # Between neighbours of these there would be an axis without numbers.
@@ -302,11 +220,26 @@ def finish_axes(axes: Axes, x: str, log_y: bool = False) -> None:
         axes.yaxis.set_major_locator(AutoLocator() if top < 3 * bottom else steps)
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    elif scale == "share":
+        # Often zero, and differing by powers of ten where they are not.
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_ylim(-1e-4, max(1.5 * axes.get_ylim()[1], 2e-3))
+        ticks = SymmetricalLogLocator(base=10, linthresh=1e-3, subs=(1, 2, 5))
+        axes.yaxis.set_major_locator(ticks)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    elif scale == "percent":
+        axes.axhline(0, color="gray", linewidth=1)
+        axes.yaxis.set_major_formatter(PercentFormatter())
+
+
+def tidy(axes: Axes) -> None:
+    """Add a faint grid, and leave out two sides of the frame."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _equal_ratios(panels: Sequence[Axes]) -> None:
+def equalize_ratios(panels: Sequence[Axes]) -> None:
+    """Let logarithmic vertical axes span the same factor, around their own middles."""
     limits = [axes.get_ylim() for axes in panels]
     factor = max(top / bottom for bottom, top in limits)
     for axes, (bottom, top) in zip(panels, limits, strict=True):
@@ -314,24 +247,13 @@ def _equal_ratios(panels: Sequence[Axes]) -> None:
         axes.set_ylim(middle / math.sqrt(factor), middle * math.sqrt(factor))
 
 
-def require_positive(values: Sequence[float], name: str) -> None:
-    """Refuse what has no place on a logarithmic axis, or under a fraction."""
-    if min(values) <= 0:
-        raise ValueError(f"{name} must be positive, got {min(values)}")
-
-
 def name_of(column: str) -> str:
-    """What an axis calls a column."""
+    """Name of an axis: a column's, in words."""
     return _NAMES.get(column, column.replace("_", " "))
 
 
-def paper_title(paper: PaperFigure) -> str:
-    """Title of a panel with the paper's numbers."""
-    return "paper (GPT-2 small" + (f", {paper.dataset})" if paper.dataset else ")")
-
-
 def seeds_caption(points: Sequence[Point], spread: str) -> str:
-    """Of how many seeds points are means; ``spread`` says how the figure shows theirs."""
+    """Number of seeds that points are means over, and ``spread`` if there are several."""
     fewest, most = (f(p.seeds for p in points) for f in (min, max))
     if most == 1:
         return "1 seed"
@@ -340,37 +262,26 @@ def seeds_caption(points: Sequence[Point], spread: str) -> str:
 
 
 def set_caption(figure: Figure, text: str) -> None:
-    """Small print below a figure."""
+    """Put small print below a figure."""
     figure.supxlabel(text, fontsize=8, color="dimgray")
 
 
-def add_legend(
-    figure: Figure,
-    loc: Literal["outside right upper", "outside upper right"] = "outside right upper",
-    ncols: int = 1,
-    in_order: bool = False,
-) -> None:
+def add_legend(figure: Figure, line: str, **place: Any) -> None:
     """
-    One legend beside all panels, in which each name is there once.
+    Add one legend for all panels, with each name once.
 
     Args:
-        figure: Where.
-        loc: Where in it.
-        ncols: Number of columns.
-        in_order: Sort by the numbers with which the names end.
+        figure: Figure.
+        line: Column that tells the lines apart; its numbers, of any panel, are put in order.
+        place: Arguments of ``Figure.legend``; by default it is on the right.
     """
     handles: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
     names = [*handles]
-    if in_order:
+    if line in _ORDERED:
         names.sort(key=lambda name: float(name.split()[-1]))
-    figure.legend(
-        [handles[name] for name in names],
-        names,
-        fontsize=8,
-        frameon=False,
-        loc=loc,
-        ncols=ncols,
-    )
+    place = {"loc": "outside right upper", **place}
+    lines = [handles[name] for name in names]
+    figure.legend(lines, names, fontsize=8, frameon=False, **place)

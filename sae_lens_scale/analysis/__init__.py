@@ -1,7 +1,7 @@
 """
-What trained SAEs have learned: measurements on tensors and SAEs.
+Measurements on trained SAEs and their tensors.
 
-Pictures are in :mod:`.plots` and automated interpretability in :mod:`.autointerp`, which need
+Plots are in :mod:`.plots` and automated interpretability in :mod:`.autointerp`, which need
 extras of the package.
 """
 

@@ -1,4 +1,4 @@
-"""The passages of a corpus that fire latents most (MaxAct, Appendix A.3 of the Scale SAE paper)."""
+"""Passages of a corpus that fire latents most (MaxAct, Appendix A.3 of the Scale SAE paper)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from sae_lens.util import (
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-# Where token ids come from.
+# Source of token ids.
 Tokens = ActivationsStore | Iterable[torch.Tensor]
 
 # Feature activations that exist at a time while a batch is encoded: 256 MiB in float32.
 _MAX_ACTIVATIONS = 2**26
-# Where a window reaches beyond its passage.
+# Placeholder in a window that reaches beyond its passage.
 _NO_TOKEN = -1
 
 
@@ -31,12 +31,12 @@ class Context:
 
     Attributes:
         activation: The latent's feature activation on that token, gate included.
-        passage: Which passage of the corpus it is, counted from 0.
-        position: Where in the passage that token is, counted from 0.
+        passage: Index of the passage in the corpus, from 0.
+        position: Position of that token in the passage, from 0.
         tokens: The tokens around it as text, itself included.
         activations: The latent's feature activation on each of them; 0 on excluded
             tokens.
-        peak: Where in ``tokens`` that token is.
+        peak: Index of that token in ``tokens``.
     """
 
     activation: float
@@ -50,7 +50,7 @@ class Context:
 @dataclass(frozen=True)
 class LatentContexts:
     """
-    What fires a latent most.
+    Strongest contexts of a latent.
 
     Attributes:
         latent: Its index in ``range(d_sae)``.
@@ -91,13 +91,13 @@ def top_activating_contexts(
             store of SAELens, which is read from where it stands to the end of its data
             set, but for the last, incomplete batch.
         latents: Indices in ``range(d_sae)``.
-        n: How many passages to keep for each latent.
-        window: How many tokens to keep on either side of the strongest, inside the
+        n: Number of passages to keep for each latent.
+        window: Number of tokens to keep on either side of the strongest, inside the
             passage.
         max_batches: Stop after so many batches.
         exclude_special_tokens: Ids of tokens that do not count; ``True`` for the
             tokenizer's BOS, EOS and their like, as in SAELens's evaluation.
-        verbose: Whether to show progress.
+        verbose: Show a progress bar.
 
     Returns:
         One entry per latent, in the order of ``latents``.
@@ -139,7 +139,7 @@ def top_activating_contexts(
 def _strongest_of_batch(
     ids: torch.Tensor, acts: torch.Tensor, first_passage: int, n: int, window: int
 ) -> dict[str, torch.Tensor]:
-    """Each latent's strongest passages in a batch; tensors ``[latents, passages, ...]``."""
+    """Find each latent's strongest passages in a batch; tensors ``[latents, passages, ...]``."""
     # argmax, unlike max, is known to return the first of equals.
     positions = acts.argmax(dim=1)
     peaks = acts.gather(1, positions[:, None]).squeeze(1)
@@ -225,15 +225,19 @@ def latent_activations(
         )
         x = cache[hook_name]
         x = x[:, :, head] if head is not None else x.flatten(2)
-        acts = _encode(sae, x.flatten(0, 1), chosen).view(*batch.shape, len(chosen))
+        acts = _activations_of(sae, x.flatten(0, 1), chosen).view(
+            *batch.shape, len(chosen)
+        )
         batch = batch.cpu()
         acts[torch.isin(batch, excluded)] = 0
         yield batch, acts
 
 
-def _encode(sae: SAE[Any], x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """The latents' activations for ``[tokens, d_in]``, never all of them at a time."""
-    # What an SAE on hook_z does with heads has been done.
+def _activations_of(
+    sae: SAE[Any], x: torch.Tensor, latents: torch.Tensor
+) -> torch.Tensor:
+    """Encode ``x [tokens, d_in]`` in parts, and keep the activations of some latents."""
+    # The caller has joined the heads of hook_z, as the SAE would.
     joins_heads = sae.hook_z_reshaping_mode
     if joins_heads:
         sae.turn_off_forward_pass_hook_z_reshaping()
@@ -288,7 +292,7 @@ def _store_batches(store: ActivationsStore) -> Iterator[torch.Tensor]:
 
 def hook_of(model: HookedTransformer, sae: SAE[Any]) -> str:
     """
-    The hook that an SAE was trained on.
+    Find the hook that an SAE was trained on.
 
     Args:
         model: The language model.
@@ -312,7 +316,7 @@ def excluded_ids(
     model: HookedTransformer, exclude_special_tokens: bool | Iterable[int]
 ) -> torch.Tensor:
     """
-    Token ids that SAELens's argument ``exclude_special_tokens`` stands for.
+    Look up the token ids that SAELens's argument ``exclude_special_tokens`` stands for.
 
     Args:
         model: The language model, with its tokenizer.
@@ -336,7 +340,7 @@ def excluded_ids(
 
 def token_strings(model: HookedTransformer, ids: torch.Tensor) -> list[str]:
     """
-    Each token as text.
+    Decode each token to text.
 
     Args:
         model: The language model, with its tokenizer.

@@ -1,4 +1,4 @@
-"""How much of the language model's loss an SAE preserves (equation A.2 of the Scale SAE paper)."""
+"""Loss Recovered: the language model's loss with an SAE (equation A.2 of the Scale SAE paper)."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from .contexts import Tokens, excluded_ids, hook_of, token_batches
 @dataclass(frozen=True)
 class LossRecovered:
     """
-    What splicing an SAE in costs the language model, against having nothing there.
+    Cost of splicing an SAE into the language model, against zeros in its place.
 
     Cross-entropies are in nats per predicted token.
 
@@ -30,7 +30,7 @@ class LossRecovered:
             activations; SAELens's ``ce_loss_with_sae``.
         without_sae: Cross-entropy of the language model as it is.
         with_ablation: Cross-entropy with zeros in place of the activations.
-        predictions: How many predicted tokens these are means over.
+        predictions: Number of predicted tokens that these are means over.
     """
 
     score: float
@@ -54,8 +54,8 @@ def loss_recovered(
     """
     Measure equation A.2 with SAELens's evaluation, on any batches of tokens.
 
-    The same numbers as those of ``sae_lens.evals.run_evals`` on the same tokens. What
-    SAELens does: the ablation puts zeros (not means) at *all* positions, special tokens
+    The numbers are those of ``sae_lens.evals.run_evals`` on the same tokens. In SAELens,
+    the ablation puts zeros (not means) at *all* positions, special tokens
     included; the reconstruction leaves special tokens as they are; and predictions made
     *at* special tokens (from the BOS, say) are left out of all three means, while
     predictions *of* them count.
@@ -71,7 +71,7 @@ def loss_recovered(
             tokenizer's BOS, EOS and their like.
         activation_scaler: The trainer's, for a training SAE whose normalisation is not
             folded in.
-        verbose: Whether to show progress.
+        verbose: Show a progress bar.
 
     Returns:
         The score and the three cross-entropies.

@@ -1,4 +1,4 @@
-"""What a mixture's experts are: how much they are used, how alike, how amplified."""
+"""Experts of a mixture: their use, coactivation, similarity and amplification."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -24,10 +24,10 @@ _BLOCK = 8192
 @dataclass(frozen=True)
 class ExpertUsage:
     """
-    How a router spreads tokens over its experts.
+    Distribution of tokens over the experts of a router.
 
     Attributes:
-        counts: How often each expert was selected, ``num_experts`` entries.
+        counts: Number of tokens that selected each expert, ``num_experts`` entries.
         idle_experts: Number of experts that no token selected.
         entropy: Entropy of the router's selections divided by its maximum: 1 if all experts
             are selected equally often, 0 if it is always the same one. Shared experts,
@@ -41,9 +41,10 @@ class ExpertUsage:
     @property
     def cumulative_shares(self) -> list[float]:
         """
-        Cumulative distribution of the selections, experts in descending order of use
-        (figure 6b of the Scale SAE paper): entry i is the share of all selections that
-        went to the i + 1 most used experts. The last of the ``num_experts`` entries is 1.
+        Cumulative distribution of the selections (figure 6b of the Scale SAE paper).
+
+        Entry i of the ``num_experts`` entries is the share of all selections that went to
+        the i + 1 most used experts, so that the last is 1.
         """
         total = sum(self.counts)
         descending = sorted(self.counts, reverse=True)
@@ -59,8 +60,8 @@ class ExpertPair:
         first: One expert.
         second: The other, of larger index.
         tokens: Number of tokens that selected both.
-        lift: That number divided by what it would be on average if tokens that select
-            one were as likely as all others to select the other.
+        lift: That number divided by its expectation if the experts were selected
+            independently: the product of their counts, divided by the number of tokens.
     """
 
     first: int
@@ -72,12 +73,12 @@ class ExpertPair:
 @dataclass(frozen=True)
 class ExpertCoactivation:
     """
-    Which experts are selected together.
+    Pairs of experts that tokens select together.
 
     Attributes:
         tokens: Number of tokens.
         pairs_used: Number of pairs of experts that at least one token selected together.
-        pairs: Number of pairs that there are.
+        pairs: Number of all pairs of experts.
         strongest: The pairs that most tokens selected together, most frequent first.
     """
 
@@ -90,7 +91,7 @@ class ExpertCoactivation:
 @dataclass(frozen=True)
 class SetSimilarity:
     """
-    How alike the decoder rows of a set of latents are.
+    Similarity of the decoder rows of a set of latents.
 
     Attributes:
         mean_cosine: Mean cosine over all pairs of different latents.
@@ -112,8 +113,8 @@ class ExpertSimilarity:
         threshold: Cosine that ``share_above`` refers to.
         intra: Mean over all experts.
         inter: Mean over random sets of latents of all experts, each as large as an expert.
-        per_expert: What ``intra`` is the mean of, ``num_experts`` entries.
-        per_sample: What ``inter`` is the mean of.
+        per_expert: The values whose mean is ``intra``, ``num_experts`` entries.
+        per_sample: The values whose mean is ``inter``.
     """
 
     threshold: float
@@ -172,12 +173,12 @@ def expert_coactivation(
             pairs.
         activations: Batches of raw activations of the language model, each
             ``[..., d_in]``.
-        num_strongest: How many pairs the summary lists at most.
+        num_strongest: Number of pairs that the summary lists at most.
 
     Returns:
-        How many tokens selected experts i and j, ``[num_experts, num_experts]``, int64, on
-        the SAE's device: symmetric, with the counts of :func:`expert_usage` on the
-        diagonal. And a summary of it.
+        Number of tokens that selected experts i and j, ``[num_experts, num_experts]``,
+        int64, on the SAE's device: symmetric, with the counts of :func:`expert_usage` on
+        the diagonal. And a summary of it.
 
     Raises:
         ValueError: If the SAE is no mixture, activations are not finite, there are no
@@ -231,15 +232,15 @@ def expert_similarity(
     threshold: float = 0.9,
 ) -> ExpertSimilarity:
     """
-    Compare decoder rows within experts, and within random sets of latents of any expert
-    (figure 6a of the Scale SAE paper).
+    Compare decoder rows within experts and within random sets of latents (figure 6a of
+    the Scale SAE paper).
 
-    Of each set, three measures: the mean cosine over all pairs i < j of its latents; the
+    Each set has three measures: the mean cosine over all pairs i < j of its latents; the
     mean of each latent's largest cosine with another latent of the set; and the share of
-    latents for which that exceeds the threshold, which is what section 3.3.1 calls
-    redundancy and what the authors' code plots for experts and random sets. A random set
-    is drawn without replacement from all latents and as large as an expert, so about one
-    in num_experts of its pairs share an expert. Rows of zeros have cosine 0 with all
+    latents for which that exceeds the threshold, which section 3.3.1 calls redundancy and
+    the authors' code plots for experts and random sets. A random set is drawn without
+    replacement from all latents and as large as an expert, so about one in num_experts of
+    its pairs share an expert. Rows of zeros have cosine 0 with all
     others.
 
     Args:
@@ -293,16 +294,16 @@ def expert_similarity(
 
 def scaling_factors(sae: SAE[Any]) -> list[float]:
     """
-    The learned omega of each expert (equation 2.5 and figure 2 of the Scale SAE paper).
+    Return the learned omega of each expert (equation 2.5, figure 2 of the Scale SAE paper).
 
     An expert's encoder deviates from its low-pass part 1 + omega times as much as its
     unscaled weights do.
 
     Args:
-        sae: A Scale SAE that was trained with feature scaling: in training; from a
-            training checkpoint; or exported, when omega is part of W_enc and on record in
-            its metadata. Training that goes on from an export has omegas of its own, which
-            count from zero, and these are meant once any of them has moved.
+        sae: A Scale SAE that was trained with feature scaling: in training, from a
+            training checkpoint, or exported. An export has omega in W_enc and in its
+            metadata. Training that goes on from an export has omegas of its own, which
+            start at zero; they are returned once any of them has moved.
 
     Returns:
         ``num_experts`` values.

@@ -1,4 +1,4 @@
-"""Picture of what an SAE makes of each token."""
+"""Picture of the latents and experts that each token activates."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,13 @@ def plot_token_explanations(
     explanations: Sequence[TokenExplanation], title: str
 ) -> Figure:
     """
-    Each token's strongest latents, grouped by expert (after figure 9 of the paper).
+    Draw each token's strongest latents, grouped by expert (after figure 9 of the paper).
 
     A row per token. A bar is a latent, as long as its feature activation; bars of one
     expert stand together in one colour, which is the expert's in the whole picture.
 
     Args:
-        explanations: What :func:`~sae_lens_scale.analysis.tokens.explain_tokens` found.
+        explanations: Results of :func:`~sae_lens_scale.analysis.tokens.explain_tokens`.
         title: Title of the picture.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How alike the latents of a dictionary are."""
+"""Redundancy: similarity of the latents of a dictionary."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +14,7 @@ PROGRESS_DELAY = 5
 @dataclass(frozen=True)
 class FeatureRedundancy:
     """
-    How many latents have a near-duplicate.
+    Share of latents that have a near-duplicate.
 
     Attributes:
         num_latents: Number of latents that were compared.
@@ -55,8 +55,8 @@ def unit_rows(
     largest = rows.abs().amax(dim=-1, keepdim=True)
     if not largest.isfinite().all():
         raise ValueError("W_dec must be finite, got NaN or infinite values")
-    # Of very small or large entries the squares would vanish or overflow. The norm of
-    # what is left is at least 1, but for rows of zeros.
+    # Squares of very small or large entries would vanish or overflow. After this the norm
+    # of a row that is not zero is at least 1.
     rows = rows / torch.where(largest > 0, largest, 1)
     return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1)
 
@@ -66,7 +66,7 @@ def max_cosine_similarity(
     W_dec: Float[torch.Tensor, "d_sae d_in"], block_size: int = 2048
 ) -> Float[torch.Tensor, " d_sae"]:
     """
-    Each latent's largest cosine with any other latent.
+    Compute each latent's largest cosine with any other latent.
 
     Exact, in blocks of latents against latents, each pair of blocks once; a row of zeros
     has cosine 0 with every other row. Shows a progress bar when it takes long.
@@ -97,17 +97,17 @@ def feature_redundancy(
     num_experts: int = 1,
 ) -> FeatureRedundancy:
     """
-    Share of latents that nearly duplicate another (section 3.3.1 and figure 8 of the Scale
-    SAE paper).
+    Measure the share of latents that nearly duplicate another (section 3.3.1 and figure 8
+    of the Scale SAE paper).
 
-    Experts that learn the same features, which the paper is about, are a part of it only:
-    an expert may also repeat itself. With ``num_experts`` the two are told apart.
+    A duplicate may be of another expert, which is the paper's subject, or of the same one;
+    ``num_experts`` separates the two.
 
     Args:
         W_dec: Decoder weights, ``[d_sae, d_in]``; see :func:`max_cosine_similarity`.
         threshold: Cosine that a latent's largest one has to exceed, between -1 and 1.
-        alive: Which latents are alive, ``[d_sae]``. If given, these are also measured
-            apart from the rest, at no extra cost.
+        alive: Mask of the latents that are alive, ``[d_sae]``. If given, these are also
+            measured apart from the rest, at no extra cost.
         block_size: Latents per block; see :func:`max_cosine_similarity`.
         num_experts: Number of experts, each of equally many neighbouring latents; divides
             d_sae.
@@ -149,8 +149,14 @@ def feature_redundancy(
 
 
 class _MaxCosines(NamedTuple):
-    """Largest cosines of each latent, all ``[d_sae]``: among those that came first, with any
-    other, and with any of another expert."""
+    """
+    Largest cosines of each latent, all ``[d_sae]``.
+
+    Attributes:
+        among_first: With another of the latents that came first.
+        overall: With any other latent.
+        between_experts: With a latent of another expert.
+    """
 
     among_first: Float[torch.Tensor, " d_sae"]
     overall: Float[torch.Tensor, " d_sae"]

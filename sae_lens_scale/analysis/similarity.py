@@ -1,4 +1,4 @@
-"""How alike the sets of latents are that different tokens activate."""
+"""Similarity of the sets of latents that different tokens activate."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -31,7 +31,7 @@ class ActivationSimilarity:
         similarity: Mean over pairs of tokens of the latents that both activate, divided
             by ``k``.
         tokens: Number of tokens.
-        k: What it was divided by.
+        k: The divisor.
         l0: Mean number of latents that a token activates.
     """
 
@@ -75,8 +75,8 @@ def activation_similarity(
     sae: SAE[Any], activations: Iterable[torch.Tensor], k: float | None = None
 ) -> ActivationSimilarity:
     """
-    Mean similarity of the sets of latents that tokens activate (equation A.3 and figure 7
-    of the Scale SAE paper).
+    Measure the mean similarity of the sets of latents that tokens activate (equation A.3
+    and figure 7 of the Scale SAE paper).
 
     With S_i the latents that are not zero on token i, this is the mean of
     ``|S_i ∩ S_j| / k`` over all pairs of different tokens. A latent that fires on c
@@ -93,7 +93,7 @@ def activation_similarity(
             activate fewer latents count as less similar, even to their equals.
 
     Returns:
-        The similarity, with what it was computed from.
+        The similarity, with the numbers that it was computed from.
 
     Raises:
         ValueError: If there are fewer than two tokens, activations are not finite, k is
@@ -131,8 +131,8 @@ def overlap_histogram(
     seed: int = 0,
 ) -> OverlapHistogram:
     """
-    Distribution of the number of latents that two tokens both activate (k_ij, appendix D
-    and figure 11 of the Scale SAE paper).
+    Count the latents that two tokens both activate, for all pairs of tokens (k_ij,
+    appendix D and figure 11 of the Scale SAE paper).
 
     Counts all pairs among the tokens given, or among a uniform random sample of them if
     there are more than ``max_tokens``. Time grows with the square of the tokens counted;
@@ -143,8 +143,8 @@ def overlap_histogram(
         sae: Any SAE of SAELens, mixture or dense.
         activations: Batches of raw activations of the language model, each
             ``[..., d_in]``.
-        max_tokens: How many tokens to count pairs among at most, at least 2.
-        seed: Of the sample; how tokens are divided into batches does not change it.
+        max_tokens: Number of tokens to count pairs among at most, at least 2.
+        seed: Seed of the sample, which does not depend on the division into batches.
 
     Returns:
         The histogram.
@@ -186,7 +186,7 @@ def _count_overlaps(
     latents: Int[torch.Tensor, " n"],
     largest: int,
 ) -> Int[torch.Tensor, " overlaps"]:
-    """Pairs of tokens by how many latents they share; ``lengths`` divides ``latents``."""
+    """Count pairs of tokens by shared latents; ``lengths`` divides ``latents`` by token."""
     tokens = len(lengths)
     used, latents = latents.unique(return_inverse=True)
     starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -198,7 +198,7 @@ def _count_overlaps(
         begin, end = int(starts[start]), int(starts[start + size])
         positions = torch.arange(size, device=lengths.device)
         positions = positions.repeat_interleave(lengths[start : start + size])
-        # Which of the block's tokens activate each latent. Sums in float32 are exact.
+        # For each latent the block's tokens that activate it. Sums in float32 are exact.
         members = torch.zeros(
             max(1, len(used)), size, dtype=torch.float32, device=lengths.device
         )
@@ -222,7 +222,7 @@ def finite_batches(
 
     Args:
         activations: Batches of any shape.
-        device: Where to move them.
+        device: Device to move them to.
 
     Yields:
         The same batches on the device.
@@ -243,24 +243,24 @@ def active_latents(
     sae: SAE[Any], activations: Iterable[torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """
-    The latents that are not zero on each token, compactly.
+    Find the latents that are not zero on each token.
 
-    A mixture's are found without d_sae values for each token, unless an edit by hooks
-    may change which they are.
+    For a mixture d_sae values per token are never built, unless a hook may change the
+    activations.
 
     Args:
         sae: Any SAE of SAELens.
         activations: Batches of raw activations, each ``[..., d_in]``.
 
     Yields:
-        For each batch, how many latents each token activates, ``[tokens]``, and these
-        latents, one token's after the other's, ``[sum of the former]``; both int64.
+        For each batch the number of latents that each token activates, ``[tokens]``, and
+        these latents, token after token, ``[sum of the former]``; both int64.
 
     Raises:
         ValueError: If activations are not finite.
     """
     for batch in finite_batches(activations, sae.device):
-        # An edit may change the values that encode returns, or select an expert twice.
+        # A hook may change the values that encode returns, or select an expert twice.
         if (
             isinstance(sae, MixtureSAE)
             and type(sae).encode is MixtureSAE.encode

@@ -1,4 +1,4 @@
-"""What an SAE makes of a text, token by token (Appendix B of the Scale SAE paper)."""
+"""Explanation of a text token by token: experts and latents (Appendix B of the Scale SAE paper)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ class ActiveLatent:
 @dataclass(frozen=True)
 class TokenExplanation:
     """
-    What the SAE makes of one token.
+    Experts and strongest latents of one token.
 
     Attributes:
         token: The token as text.
@@ -59,7 +59,7 @@ def explain_tokens(
         sae: An SAE whose metadata names its hook. A dense one counts as a single
             expert, whose gate is 1.
         text: The text; the tokenizer's BOS is prepended if the SAE was trained so.
-        max_latents: How many latents to list per token at most.
+        max_latents: Number of latents listed per token at most.
 
     Returns:
         One explanation per token, the BOS excluded.
@@ -78,7 +78,7 @@ def explain_tokens(
         tokens,
         saes=[sae],
         use_error_term=True,
-        # Each that is d_sae wide and not needed would cost as much as the activations.
+        # Hooks that are d_sae wide and not needed would cost as much as the activations.
         names_filter=[f"{hook_name}.{name}" for name in names],
     )
     acts = cache[f"{hook_name}.hook_sae_acts_post"][0]

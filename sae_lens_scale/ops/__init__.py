@@ -1,41 +1,37 @@
-"""Pure-PyTorch operations of mixture-of-experts SAEs; nothing here knows SAELens.
+"""
+Sparse products of mixture-of-experts SAEs; nothing here knows SAELens.
 
-Every operation has a slow counterpart written straight from the formula in
-:mod:`reference`, which the tests hold it to.
+Autograd functions over two backends, plain PyTorch and Triton. Every operation has a slow
+counterpart written straight from the formula, which the tests hold it to.
 """
 
-from .autograd import Selection
 from .buffers import BufferPool
-from .decode import decode_dense, decoder_norm
+from .dense_decode import decode_dense, decoder_norm
 from .encoder_products import encoder_products
 from .grouped_products import grouped_decode, grouped_encode
-from .select import select_latents, take
+from .indexing import index_select, lookup
+from .pattern import SparsityPattern
+from .sparse_latents import SparseLatents
 from .sparse_products import (
     latent_sums,
     sampled_products,
     sparse_decode,
     transposed_latent_sums,
 )
-from .topk import select_topk
-from .types import DecompositionName, GateName, SparseLatents, TopKOver
 
 __all__ = [
     "BufferPool",
-    "DecompositionName",
-    "GateName",
-    "Selection",
     "SparseLatents",
-    "TopKOver",
+    "SparsityPattern",
     "decode_dense",
     "decoder_norm",
     "encoder_products",
     "grouped_decode",
     "grouped_encode",
+    "index_select",
     "latent_sums",
+    "lookup",
     "sampled_products",
-    "select_latents",
-    "select_topk",
     "sparse_decode",
-    "take",
     "transposed_latent_sums",
 ]

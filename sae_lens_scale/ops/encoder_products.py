@@ -1,4 +1,4 @@
-"""Products with the encoder of the latents that TopK kept: differentiable and sparse."""
+"""Products with the encoder at the surviving latents, differentiable and sparse."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import torch
 from einops import reduce
 from jaxtyping import Float
 
-from .autograd import Selection, eagerly, one_by_one
+from .autograd import opaque_to_compiler, vmap_by_loop
+from .pattern import SparsityPattern
 from .sparse_products import sampled_products, sparse_decode, transposed_latent_sums
 
 
@@ -20,17 +21,17 @@ class _EncoderProducts(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
-        x, center, W_enc, _, _, indices, order, experts, num_experts, pool = inputs
+        x, b_dec, W_enc, _, _, indices, order, experts, num_experts, pool = inputs
         ctx.num_experts, ctx.pool = num_experts, pool
-        ctx.save_for_backward(x, center, W_enc, indices, order, experts)
-        ctx.save_for_forward(x, center, W_enc, indices, order, experts)
+        ctx.save_for_backward(x, b_dec, W_enc, indices, order, experts)
+        ctx.save_for_forward(x, b_dec, W_enc, indices, order, experts)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def _restore(ctx: Any) -> tuple[Any, ...]:
-        x, center, W_enc, indices, order, experts = ctx.saved_tensors
-        latents = Selection(indices, W_enc.shape[1], order, ctx.pool)
-        return x - center, W_enc, latents, Selection(experts, ctx.num_experts)
+        x, b_dec, W_enc, indices, order, experts = ctx.saved_tensors
+        latents = SparsityPattern(indices, W_enc.shape[1], order, ctx.pool)
+        return x - b_dec, W_enc, latents, SparsityPattern(experts, ctx.num_experts)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
@@ -41,42 +42,44 @@ class _EncoderProducts(torch.autograd.Function):
         size = latents.size // experts.size
         # A mean takes an equal part of each of its latents.
         part = None if grad_means is None else grad_means / size
-        grad_x = grad_center = grad_W = None
-        if ctx.needs_input_grad[0]:
-            grad_x = sparse_decode(grad, W_enc.T, latents)
-            if part is not None:
-                sums = reduce(W_enc, "d (N n) -> N d", "sum", n=size)
-                grad_x = grad_x + sparse_decode(part, sums, experts)
-        if ctx.needs_input_grad[1]:
-            # The sum of all tokens' gradients, none of which is formed.
-            total = _totals(grad, latents)
-            if part is not None:
-                total = total + _totals(part, experts).repeat_interleave(size)
-            grad_center = -(W_enc @ total.to(W_enc.dtype))
-        if ctx.needs_input_grad[2]:
-            grad_W = transposed_latent_sums(grad, centered, latents)
-            if part is not None:
-                shared = transposed_latent_sums(part, centered, experts)
-                by_expert = grad_W.unflatten(1, (-1, size))
-                if torch.is_grad_enabled():
-                    # Somebody derives this gradient, maybe of a batch of gradients.
-                    grad_W = (by_expert + shared.unsqueeze(-1)).flatten(1)
-                else:
-                    by_expert.add_(shared.unsqueeze(-1))
-        return grad_x, grad_center, grad_W, *[None] * 7
+        grad_x = grad_b_dec = grad_W = None
+        # The gradient of b_dec is one product for all tokens: not to be rounded.
+        with torch.autocast(W_enc.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x = sparse_decode(grad, W_enc.T, latents)
+                if part is not None:
+                    sums = reduce(W_enc, "d (N n) -> N d", "sum", n=size)
+                    grad_x = grad_x + sparse_decode(part, sums, experts)
+            if ctx.needs_input_grad[1]:
+                # The sum of all tokens' gradients, none of which is formed.
+                total = _totals(grad, latents)
+                if part is not None:
+                    total = total + _totals(part, experts).repeat_interleave(size)
+                grad_b_dec = -(W_enc @ total.to(W_enc.dtype))
+            if ctx.needs_input_grad[2]:
+                grad_W = transposed_latent_sums(grad, centered, latents)
+                if part is not None:
+                    shared = transposed_latent_sums(part, centered, experts)
+                    by_expert = grad_W.unflatten(1, (-1, size))
+                    if torch.is_grad_enabled():
+                        # Somebody derives this gradient, maybe of a batch of gradients.
+                        grad_W = (by_expert + shared.unsqueeze(-1)).flatten(1)
+                    else:
+                        by_expert.add_(shared.unsqueeze(-1))
+        return grad_x, grad_b_dec, grad_W, *[None] * 7
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         centered, W_enc, latents, experts = _EncoderProducts._restore(ctx)
-        x_t, center_t, W_t = tangents[:3]
+        x_t, b_dec_t, W_t = tangents[:3]
         size = latents.size // experts.size
         products = torch.zeros_like(latents.indices, dtype=W_enc.dtype)
         means = torch.zeros_like(experts.indices, dtype=W_enc.dtype)
         pairs = []
         if x_t is not None:
             pairs.append((x_t, W_enc))
-        if center_t is not None:
-            pairs.append((-center_t.expand_as(centered), W_enc))
+        if b_dec_t is not None:
+            pairs.append((-b_dec_t.expand_as(centered), W_enc))
         if W_t is not None:
             pairs.append((centered, W_t))
         for rows, W in pairs:
@@ -87,57 +90,62 @@ class _EncoderProducts(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        results = one_by_one(_EncoderProducts, info, in_dims, inputs)
+        results = vmap_by_loop(_EncoderProducts, info, in_dims, inputs)
         products, means = zip(*results, strict=True)
         return (torch.stack(products), torch.stack(means)), (0, 0)
 
 
-def _totals(values: torch.Tensor, selection: Selection) -> torch.Tensor:
+def _totals(values: torch.Tensor, pattern: SparsityPattern) -> torch.Tensor:
     # A sum of thousands of bfloat16 numbers in bfloat16 would be wrong.
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    zeros = values.new_zeros(selection.size)
-    return zeros.index_add(0, selection.indices.flatten(), values.flatten())
+    zeros = values.new_zeros(pattern.size)
+    return zeros.index_add(0, pattern.indices.flatten(), values.flatten())
 
 
-_encoder_products = eagerly(_EncoderProducts)
+_encoder_products = opaque_to_compiler(_EncoderProducts)
 
 
 def encoder_products(
     x: Float[torch.Tensor, "tokens d_in"],
-    center: Float[torch.Tensor, " d_in"],
+    b_dec: Float[torch.Tensor, " d_in"],
     W_enc: Float[torch.Tensor, "d_in d_sae"],
     products: Float[torch.Tensor, "tokens k"],
-    means: Float[torch.Tensor, "tokens experts_per_token"],
-    latents: Selection,
-    experts: Selection,
+    means: Float[torch.Tensor, "tokens experts_per_token"] | None,
+    latents: SparsityPattern,
+    experts: SparsityPattern,
 ) -> tuple[
-    Float[torch.Tensor, "tokens k"], Float[torch.Tensor, "tokens experts_per_token"]
+    Float[torch.Tensor, "tokens k"],
+    Float[torch.Tensor, "tokens experts_per_token"] | None,
 ]:
     """
-    Make known products with the encoder differentiable, at the selected latents only.
+    Make known products with the encoder differentiable, at the surviving latents only.
 
-    The encoder's gradient is then as sparse as TopK's: sums over the tokens that kept a
-    latent, in memory that is written once. The gradient of ``center`` is a product of one
-    vector with the weights, instead of one for each token.
+    The encoder's gradient is then as sparse as the activations: sums over the tokens that
+    kept a latent, in memory that is written once. The gradient of ``b_dec`` is a product
+    of one vector with the weights, instead of one for each token.
 
     Args:
         x: Inputs, ``[tokens, d_in]``.
-        center: What is subtracted from each, ``[d_in]``.
+        b_dec: Vector that is subtracted from each, ``[d_in]``.
         W_enc: Encoder weights, ``[d_in, d_sae]``.
-        products: ``(x - center) . W_enc[:, j]`` for each selected latent j; a gradient
+        products: ``(x - b_dec) . W_enc[:, j]`` for each surviving latent j; a gradient
             that they have themselves is dropped.
-        means: ``(x - center)`` times the mean encoder vector of each selected expert,
-            likewise.
-        latents: The latents that each token selected.
-        experts: The experts that each token selected; latent j belongs to expert
+        means: ``(x - b_dec)`` times the mean encoder vector of each selected expert,
+            likewise; None if they are not wanted.
+        latents: The surviving latents of each token.
+        experts: The selected experts of each token; latent j belongs to expert
             ``j // (d_sae / experts.size)``.
 
     Returns:
         ``products`` and ``means``, as functions of the first three arguments.
     """
-    return _encoder_products(
+    no_means = means is None
+    if no_means:
+        means = products[:, :0]
+        experts = experts._replace(indices=experts.indices[:, :0])
+    products, means = _encoder_products(
         x,
-        center,
+        b_dec,
         W_enc,
         products,
         means,
@@ -147,3 +155,4 @@ def encoder_products(
         experts.size,
         latents.pool,
     )
+    return products, None if no_means else means

@@ -1,17 +1,21 @@
 """
 Products with the weights of the selected experts only.
 
-As in :mod:`.latent_products`, three products are each other's derivatives, here of dense
+As in :mod:`.sparse_products`, three products are each other's derivatives, here of dense
 ``rows`` ``[tokens, width]``, ``acts`` ``[tokens, experts_per_token, n]`` that are dense
 within each selected expert, and the experts' matrices ``[num_experts, width, n]``.
 """
+
+from types import ModuleType
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 
-from . import torch_backend as kernels
-from .autograd import BilinearProduct, Selection
+from . import torch_backend
+from .autograd import BilinearProduct
+from .backend import backend_for
+from .pattern import SparsityPattern
 
 
 def grouped_encode(
@@ -37,7 +41,7 @@ def grouped_encode(
         ``[tokens, experts_per_token, d_sae / num_experts]``.
     """
     matrices = rearrange(W_enc, "d (N n) -> N d n", N=num_experts)
-    return _ENCODE(x, matrices, Selection(expert_indices, num_experts).with_order())
+    return _ENCODE(x, matrices, SparsityPattern(expert_indices, num_experts).sorted())
 
 
 def grouped_decode(
@@ -63,22 +67,35 @@ def grouped_decode(
         The sum over experts of ``acts @ W_dec``, ``[tokens, d_in]``.
     """
     matrices = rearrange(W_dec, "(N n) d -> N d n", N=num_experts)
-    return _DECODE(acts, matrices, Selection(expert_indices, num_experts).with_order())
+    return _DECODE(
+        acts, matrices, SparsityPattern(expert_indices, num_experts).sorted()
+    )
+
+
+def _backend(a: torch.Tensor, b: torch.Tensor, *sizes: int) -> ModuleType:
+    """torch's own grouped kernel, where it has one; see :func:`.backend_for`."""
+    if torch_backend.has_grouped_kernel(a, *sizes):
+        return torch_backend
+    return backend_for(a, b)
 
 
 _ENCODE = BilinearProduct(
-    kernels.grouped_encode,
-    lambda grad, _, matrices, s: _DECODE(grad, matrices, s),
-    lambda grad, rows, _, s: _SUMS(rows, grad, s),
+    lambda rows, matrices, p: _backend(
+        rows, matrices, *matrices.shape[1:]
+    ).grouped_encode(rows, matrices, p),
+    lambda grad, _, matrices, p: _DECODE(grad, matrices, p),
+    lambda grad, rows, _, p: _SUMS(rows, grad, p),
 )
 _DECODE = BilinearProduct(
-    kernels.grouped_decode,
-    lambda grad, _, matrices, s: _ENCODE(grad, matrices, s),
-    lambda grad, acts, _, s: _SUMS(grad, acts, s),
+    lambda acts, matrices, p: _backend(
+        acts, matrices, *matrices.shape[1:]
+    ).grouped_decode(acts, matrices, p),
+    lambda grad, _, matrices, p: _ENCODE(grad, matrices, p),
+    lambda grad, acts, _, p: _SUMS(grad, acts, p),
 )
 # For each expert, ``rows.T @ acts`` over its tokens.
 _SUMS = BilinearProduct(
-    kernels.grouped_sums,
-    lambda grad, _, acts, s: _DECODE(acts, grad, s),
-    lambda grad, rows, _, s: _ENCODE(rows, grad, s),
+    torch_backend.grouped_sums,
+    lambda grad, _, acts, p: _DECODE(acts, grad, p),
+    lambda grad, rows, _, p: _ENCODE(rows, grad, p),
 )

@@ -1,5 +1,5 @@
 """
-Products over the latents that each token selected, and over no others.
+Products over the surviving latents of each token, and over no others.
 
 Three products of tokens' ``values`` ``[tokens, k]``, dense ``rows`` ``[tokens, width]``
 and per-latent ``weights`` ``[num_latents, width]``, each linear in both of its factors:
@@ -16,14 +16,15 @@ one in one of its factors is another one. So an SAE whose TopK keeps k latents n
 import torch
 from jaxtyping import Float
 
-from . import torch_backend as kernels
-from .autograd import BilinearProduct, Selection
+from .autograd import BilinearProduct
+from .backend import backend_for
+from .pattern import SparsityPattern
 
 
 def sparse_decode(
     values: Float[torch.Tensor, "tokens k"],
     weights: Float[torch.Tensor, "num_latents width"],
-    latents: Selection,
+    latents: SparsityPattern,
 ) -> Float[torch.Tensor, "tokens width"]:
     """
     Sum the rows of each token's latents, weighted by its values.
@@ -42,7 +43,7 @@ def sparse_decode(
 def sampled_products(
     rows: Float[torch.Tensor, "tokens width"],
     weights: Float[torch.Tensor, "num_latents width"],
-    latents: Selection,
+    latents: SparsityPattern,
 ) -> Float[torch.Tensor, "tokens k"]:
     """
     Dot products of each token's row with the rows of its latents.
@@ -62,7 +63,7 @@ def sampled_products(
 def latent_sums(
     values: Float[torch.Tensor, "tokens k"],
     rows: Float[torch.Tensor, "tokens width"],
-    latents: Selection,
+    latents: SparsityPattern,
 ) -> Float[torch.Tensor, "num_latents width"]:
     """
     Sum, for each latent, the rows of the tokens that selected it, weighted by its values.
@@ -84,7 +85,7 @@ def latent_sums(
 def transposed_latent_sums(
     values: Float[torch.Tensor, "tokens k"],
     rows: Float[torch.Tensor, "tokens width"],
-    latents: Selection,
+    latents: SparsityPattern,
 ) -> Float[torch.Tensor, "width num_latents"]:
     """
     :func:`latent_sums` transposed, as the gradient of an encoder is stored.
@@ -101,38 +102,42 @@ def transposed_latent_sums(
 
 
 def _latent_sums(
-    values: torch.Tensor, rows: torch.Tensor, latents: Selection
+    values: torch.Tensor, rows: torch.Tensor, latents: SparsityPattern
 ) -> torch.Tensor:
     out = latents.empty((latents.size, rows.shape[-1]), rows)
-    kernels.latent_sums(values, rows, latents, out)
+    backend_for(values, rows, out).latent_sums(values, rows, latents, out)
     return out
 
 
 def _transposed_latent_sums(
-    values: torch.Tensor, rows: torch.Tensor, latents: Selection
+    values: torch.Tensor, rows: torch.Tensor, latents: SparsityPattern
 ) -> torch.Tensor:
     out = latents.empty((rows.shape[-1], latents.size), rows)
-    kernels.latent_sums(values, rows, latents, out.T)
+    backend_for(values, rows, out).latent_sums(values, rows, latents, out.T)
     return out
 
 
 _SPARSE_DECODE = BilinearProduct(
-    lambda values, weights, s: kernels.sparse_decode(values, weights, s.indices),
-    lambda grad, _, weights, s: sampled_products(grad, weights, s),
-    lambda grad, values, _, s: latent_sums(values, grad, s),
+    lambda values, weights, p: backend_for(values, weights).sparse_decode(
+        values, weights, p
+    ),
+    lambda grad, _, weights, p: sampled_products(grad, weights, p),
+    lambda grad, values, _, p: latent_sums(values, grad, p),
 )
 _SAMPLED_PRODUCTS = BilinearProduct(
-    lambda rows, weights, s: kernels.sampled_products(rows, weights, s.indices),
-    lambda grad, _, weights, s: sparse_decode(grad, weights, s),
-    lambda grad, rows, _, s: latent_sums(grad, rows, s),
+    lambda rows, weights, p: backend_for(rows, weights).sampled_products(
+        rows, weights, p
+    ),
+    lambda grad, _, weights, p: sparse_decode(grad, weights, p),
+    lambda grad, rows, _, p: latent_sums(grad, rows, p),
 )
 _LATENT_SUMS = BilinearProduct(
     _latent_sums,
-    lambda grad, _, rows, s: sampled_products(rows, grad, s),
-    lambda grad, values, _, s: sparse_decode(values, grad, s),
+    lambda grad, _, rows, p: sampled_products(rows, grad, p),
+    lambda grad, values, _, p: sparse_decode(values, grad, p),
 )
 _TRANSPOSED_LATENT_SUMS = BilinearProduct(
     _transposed_latent_sums,
-    lambda grad, _, rows, s: sampled_products(rows, grad.T, s),
-    lambda grad, values, _, s: sparse_decode(values, grad.T, s),
+    lambda grad, _, rows, p: sampled_products(rows, grad.T, p),
+    lambda grad, values, _, p: sparse_decode(values, grad.T, p),
 )

@@ -1,21 +1,13 @@
-"""
-What computes the products of :mod:`.latent_products` and :mod:`.grouped`.
+"""Plain PyTorch for the products of :mod:`.sparse_products` and :mod:`.grouped_products`."""
 
-The GPU kernels of :mod:`.triton_kernels` where they support a tensor, plain PyTorch
-otherwise: chosen per call, by device and dtype. Nothing here knows autograd.
-"""
-
-import os
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
-from .autograd import Selection
+from .pattern import SparsityPattern
 
 # Bytes of the results that are computed at a time on the CPU: enough to keep cores busy,
 # little enough to stay in their caches until copied; fewer where the copy is a transpose.
@@ -23,45 +15,27 @@ _CHUNK_BYTES = 8 << 20
 _TRANSPOSED_CHUNK_BYTES = 2 << 20
 
 
-def _triton_for(*tensors: torch.Tensor) -> ModuleType | None:
-    """The GPU kernels, if they support all of these tensors."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (tensors[0].is_cuda or interpreted) or not _has_triton():
-        return None
-    from . import triton_backend as triton_kernels
-
-    return triton_kernels if all(map(triton_kernels.supports, tensors)) else None
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def sparse_decode(
-    values: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
+    values: torch.Tensor, weights: torch.Tensor, latents: SparsityPattern
 ) -> torch.Tensor:
-    """``out[t] = sum_i values[t, i] weights[indices[t, i]]``, in the dtype of weights."""
-    if triton := _triton_for(values, weights):
-        return triton.sparse_decode(values, weights, indices)
+    """``out[t] = sum_i values[t, i] weights[indices[t, i]]``; ``[tokens, width]``."""
+    indices = latents.indices
     if not indices.numel():
         return weights.new_zeros(len(indices), weights.shape[-1])
     # Rows that are not contiguous would all be gathered first.
     return F.embedding_bag(
         indices,
         _with_contiguous_rows(weights),
-        per_sample_weights=values.to(weights.dtype),
+        per_sample_weights=values,
         mode="sum",
     )
 
 
 def sampled_products(
-    rows: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
+    rows: torch.Tensor, weights: torch.Tensor, latents: SparsityPattern
 ) -> torch.Tensor:
-    """``out[t, i] = rows[t] . weights[indices[t, i]]``, in the dtype of weights."""
-    if triton := _triton_for(rows, weights):
-        return triton.sampled_products(rows, weights, indices)
-    rows = rows.to(weights.dtype)
+    """``out[t, i] = rows[t] . weights[indices[t, i]]``; ``[tokens, k]``."""
+    indices = latents.indices
     if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
         return _sampled_addmm(rows, weights, indices)
     out = weights.new_empty(indices.shape)
@@ -101,17 +75,17 @@ def _silence_beta_warning() -> None:
 
 
 def latent_sums(
-    values: torch.Tensor, rows: torch.Tensor, latents: Selection, out: torch.Tensor
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    latents: SparsityPattern,
+    out: torch.Tensor,
 ) -> None:
     """Write, for each latent, the sum of its tokens' rows times values into ``out``."""
-    indices, order = latents.indices, latents.find_order()
-    if triton := _triton_for(values, rows, out):
-        triton.latent_sums(values, rows, indices, order, out)
-        return
+    order = _order(latents)
     rows = _with_contiguous_rows(rows)
-    tokens = order // max(1, indices.shape[-1])
-    weights = values.to(rows.dtype).flatten()[order]
-    counts = torch.bincount(indices.flatten(), minlength=len(out))
+    tokens = order // max(1, latents.indices.shape[-1])
+    weights = values.flatten()[order]
+    counts = latents.counts()
     ends = counts.cumsum(0)
     step, boundaries = len(out), [0, len(order)]
     if out.device.type == "cpu":
@@ -131,80 +105,117 @@ def latent_sums(
 
 
 def grouped_encode(
-    rows: torch.Tensor, matrices: torch.Tensor, experts: Selection
+    rows: torch.Tensor, matrices: torch.Tensor, experts: SparsityPattern
 ) -> torch.Tensor:
-    """``rows @ matrices`` ``[tokens, experts_per_token, n]`` of each token's experts."""
-    order, shape = experts.find_order(), (*experts.indices.shape, matrices.shape[-1])
-    if triton := _triton_for(rows, matrices):
-        tokens = order // experts.indices.shape[-1]
-        return _triton_grouped(triton, rows, tokens, matrices, experts).view(shape)
-    out = rows.new_empty(len(order), matrices.shape[-1])
+    """``rows @ matrices`` of each token's experts; ``[tokens, experts_per_token, n]``."""
+    shape = (*experts.indices.shape, matrices.shape[-1])
+    out = rows.new_empty(experts.indices.numel(), matrices.shape[-1])
+    if has_grouped_kernel(rows, *matrices.shape[1:]):
+        order = _order(experts)
+        sorted_rows = rows.index_select(0, order // experts.indices.shape[-1])
+        products = _grouped_mm(sorted_rows, matrices, experts)
+        return out.index_copy_(0, order, products).view(shape)
     for expert, pairs, tokens in _groups(experts):
         products = rows.index_select(0, tokens) @ matrices[expert]
-        # Under autocast, products have another dtype than their factors.
+        # Autocast computes them in another dtype.
         out.index_copy_(0, pairs, products.to(out.dtype))
     return out.view(shape)
 
 
 def grouped_decode(
-    acts: torch.Tensor, matrices: torch.Tensor, experts: Selection
+    acts: torch.Tensor, matrices: torch.Tensor, experts: SparsityPattern
 ) -> torch.Tensor:
     """``acts @ matrices.mT``, summed over each token's experts; ``[tokens, width]``."""
     flat = acts.flatten(0, 1)
-    if triton := _triton_for(acts, matrices):
-        order = experts.find_order()
-        out = _triton_grouped(triton, flat, order, matrices.mT, experts)
-        return out.view(*experts.indices.shape, matrices.shape[1]).sum(dim=1)
+    if has_grouped_kernel(acts, *matrices.shape[1:]):
+        order = _order(experts)
+        products = _grouped_mm(flat.index_select(0, order), matrices.mT, experts)
+        by_pair = torch.empty_like(products).index_copy_(0, order, products)
+        by_slot = by_pair.view(*experts.indices.shape, -1)
+        return by_slot.sum(dim=1, dtype=torch.float32).to(acts.dtype)
     out = acts.new_zeros(len(acts), matrices.shape[1])
     # index_add_ adds row by row, but copes with a token that has an expert twice.
     distinct = experts.indices.sort(dim=-1).values.diff(dim=-1).all()
     for expert, pairs, tokens in _groups(experts):
-        products = flat.index_select(0, pairs) @ matrices[expert].T
+        products = (flat.index_select(0, pairs) @ matrices[expert].T).to(out.dtype)
         if distinct:
             out.index_copy_(0, tokens, out.index_select(0, tokens).add_(products))
         else:
-            out.index_add_(0, tokens, products.to(out.dtype))
+            out.index_add_(0, tokens, products)
     return out
 
 
 def grouped_sums(
-    rows: torch.Tensor, acts: torch.Tensor, experts: Selection
+    rows: torch.Tensor, acts: torch.Tensor, experts: SparsityPattern
 ) -> torch.Tensor:
     """``rows.T @ acts`` over the tokens of each expert; ``[num_experts, width, n]``."""
-    out = rows.new_zeros(experts.size, rows.shape[-1], acts.shape[-1])
     flat = acts.flatten(0, 1)
+    if has_grouped_kernel(rows, rows.shape[-1], acts.shape[-1]):
+        order = _order(experts)
+        sorted_rows = rows.index_select(0, order // experts.indices.shape[-1])
+        sums = _grouped_mm(sorted_rows.T, flat.index_select(0, order), experts)
+        return sums.to(rows.dtype)
+    out = rows.new_zeros(experts.size, rows.shape[-1], acts.shape[-1])
     for expert, pairs, tokens in _groups(experts):
         out[expert] = rows.index_select(0, tokens).T @ flat.index_select(0, pairs)
     return out
 
 
-def _triton_grouped(
-    triton: ModuleType,
-    rows: torch.Tensor,
-    row_indices: torch.Tensor,
-    matrices: torch.Tensor,
-    experts: Selection,
-) -> torch.Tensor:
-    """One product for each (token, slot) pair, in float32 under autocast too."""
-    dtype, device = rows.dtype, rows.device.type
+def has_grouped_kernel(factor: torch.Tensor, *sizes: int) -> bool:
+    """
+    Whether torch has a kernel of its own for grouped products of such factors.
+
+    It has for bfloat16 on NVIDIA GPUs of compute capability 8.0 or more, where rows begin
+    at multiples of 16 bytes. Elsewhere ``torch.nn.functional.grouped_mm`` is a loop.
+
+    Args:
+        factor: One of the factors.
+        sizes: Lengths of the rows of factors and result.
+    """
+    return (
+        factor.is_cuda
+        and not torch.version.hip
+        and hasattr(F, "grouped_mm")
+        and _product_dtype(factor) == torch.bfloat16
+        and torch.cuda.get_device_capability(factor.device) >= (8, 0)
+        and factor.numel() > 0
+        and all(size % 8 == 0 for size in sizes)
+    )
+
+
+def _product_dtype(factor: torch.Tensor) -> torch.dtype:
+    """The dtype in which a matrix product is computed, autocast included."""
+    device = factor.device.type
     if torch.is_autocast_enabled(device):
-        rows = rows.to(torch.get_autocast_dtype(device))
-        matrices = matrices.to(torch.get_autocast_dtype(device))
-    order = experts.find_order()
-    expert_of_pair = experts.indices.flatten()[order]
-    out = triton.grouped_products(rows, row_indices, matrices, order, expert_of_pair)
-    return out.to(dtype)
+        return torch.get_autocast_dtype(device)
+    return factor.dtype
 
 
-def _groups(experts: Selection) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def _grouped_mm(
+    a: torch.Tensor, b: torch.Tensor, experts: SparsityPattern
+) -> torch.Tensor:
+    """torch's grouped product of what is sorted by expert, in the dtype of ``a``."""
+    dtype = _product_dtype(a)
+    ends = experts.counts().cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(a.to(dtype), b.to(dtype), offs=ends).to(a.dtype)
+
+
+def _groups(
+    experts: SparsityPattern,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Each expert that has tokens; its (token, slot) pairs, flattened; their tokens."""
-    order = experts.find_order()
-    counts = torch.bincount(experts.indices.flatten(), minlength=experts.size).tolist()
+    order, counts = _order(experts), experts.counts().tolist()
     tokens = order // experts.indices.shape[-1]
     groups = zip(order.split(counts), tokens.split(counts), strict=True)
     for expert, (pairs, its_tokens) in enumerate(groups):
         if len(pairs):
             yield expert, pairs, its_tokens
+
+
+def _order(pattern: SparsityPattern) -> torch.Tensor:
+    order = pattern.sorted().order
+    assert order is not None
+    return order
 
 
 def _with_contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 
+from .pattern import SparsityPattern
+
 # Rows and columns of the tiles in which rows are gathered: enough loads in flight to hide
 # their latency, few enough for registers.
 _TILE_ROWS = 8
@@ -105,9 +107,10 @@ def _sparse_decode_kernel(
 def sparse_decode(
     values: Float[torch.Tensor, "tokens k"],
     weights: Float[torch.Tensor, "num_latents width"],
-    indices: Int[torch.Tensor, "tokens k"],
+    latents: SparsityPattern,
 ) -> Float[torch.Tensor, "tokens width"]:
     """``out[t] = sum_i values[t, i] weights[indices[t, i]]``, in the dtype of weights."""
+    indices = latents.indices
     (tokens, k), width = indices.shape, weights.shape[1]
     out = weights.new_empty(tokens, width)
     if not out.numel():
@@ -178,9 +181,10 @@ def _sampled_products_kernel(
 def sampled_products(
     rows: Float[torch.Tensor, "tokens width"],
     weights: Float[torch.Tensor, "num_latents width"],
-    indices: Int[torch.Tensor, "tokens k"],
+    latents: SparsityPattern,
 ) -> Float[torch.Tensor, "tokens k"]:
     """``out[t, i] = rows[t] . weights[indices[t, i]]``, in the dtype of weights."""
+    indices = latents.indices
     (tokens, k), width = indices.shape, weights.shape[1]
     out = weights.new_empty(tokens, k)
     if not out.numel():
@@ -317,24 +321,24 @@ def _sum_long_latents_kernel(
 def latent_sums(
     values: Float[torch.Tensor, "tokens k"],
     rows: Float[torch.Tensor, "tokens width"],
-    indices: Int[torch.Tensor, "tokens k"],
-    order: Int[torch.Tensor, " tokens_k"],
+    latents: SparsityPattern,
     out: Float[torch.Tensor, "num_latents width"],
 ) -> None:
     """
     ``out[j] = sum of values[t, i] rows[t] over all indices[t, i] = j``.
 
-    No atomics: the pairs of a latent, which ``order`` makes neighbours, are cut into pieces
-    of limited length, and those of latents that have several are added in a second step.
+    No atomics: the pairs of a latent, neighbours once sorted, are cut into pieces of limited
+    length, and those of latents that have several are added in a second step.
 
     Args:
         values: Values of the selected latents, ``[tokens, k]``.
         rows: One row for each token, ``[tokens, width]``.
-        indices: The latents of each token, ``[tokens, k]``.
-        order: ``indices.flatten().argsort(stable=True)``.
-        out: Where all sums are written, ``[num_latents, width]``; its contents are ignored.
+        latents: The latents of each token.
+        out: Tensor that all sums are written to, ``[num_latents, width]``; its contents are
+            ignored.
     """
     out.zero_()
+    indices, order = latents.indices, _order(latents)
     (num_latents, width), k, pairs = out.shape, indices.shape[1], len(order)
     if not pairs or not out.numel():
         return
@@ -517,6 +521,47 @@ def grouped_products(
         num_warps=warps,
     )
     return out
+
+
+def grouped_encode(
+    rows: torch.Tensor, matrices: torch.Tensor, experts: SparsityPattern
+) -> torch.Tensor:
+    """``rows @ matrices`` of each token's experts; ``[tokens, experts_per_token, n]``."""
+    tokens = _order(experts) // experts.indices.shape[-1]
+    products = _grouped(rows, tokens, matrices, experts)
+    return products.view(*experts.indices.shape, matrices.shape[-1])
+
+
+def grouped_decode(
+    acts: torch.Tensor, matrices: torch.Tensor, experts: SparsityPattern
+) -> torch.Tensor:
+    """``acts @ matrices.mT``, summed over each token's experts; ``[tokens, width]``."""
+    flat = acts.flatten(0, 1)
+    products = _grouped(flat, _order(experts), matrices.mT, experts)
+    return products.view(*experts.indices.shape, matrices.shape[1]).sum(dim=1)
+
+
+def _grouped(
+    rows: torch.Tensor,
+    row_indices: torch.Tensor,
+    matrices: torch.Tensor,
+    experts: SparsityPattern,
+) -> torch.Tensor:
+    """One product for each (token, slot) pair, in the dtype of rows under autocast too."""
+    dtype, device = rows.dtype, rows.device.type
+    if torch.is_autocast_enabled(device):
+        rows = rows.to(torch.get_autocast_dtype(device))
+        matrices = matrices.to(torch.get_autocast_dtype(device))
+    order = _order(experts)
+    expert_of_pair = experts.indices.flatten()[order]
+    out = grouped_products(rows, row_indices, matrices, order, expert_of_pair)
+    return out.to(dtype)
+
+
+def _order(pattern: SparsityPattern) -> torch.Tensor:
+    order = pattern.sorted().order
+    assert order is not None
+    return order
 
 
 _INTERPRETED = not isinstance(_sparse_decode_kernel, triton.JITFunction)

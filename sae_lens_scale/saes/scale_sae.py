@@ -14,17 +14,16 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import nn
 from typing_extensions import override
 
-from sae_lens_scale.ops import DecompositionName, GateName, TopKOver, take
-from sae_lens_scale.saes.mixture.feature_scaling import (
-    low_pass_products,
-    scale_pre_acts,
-    scaled_encoder,
+from .mixture.config import (
+    MixtureSAEConfig,
+    MixtureTrainingSAEConfig,
+    require_choice,
 )
-
-from .mixture.config import MixtureSAEConfig, require_choice
-from .mixture.encoding import Encoding, Inputs
+from .mixture.feature_scaling import DECOMPOSITIONS, DecompositionName, scaled_encoder
 from .mixture.inference import MixtureSAE
-from .mixture.training import Metrics, MixtureTrainingSAE, MixtureTrainingSAEConfig
+from .mixture.routing import GateName
+from .mixture.selection import TopKOver
+from .mixture.training import Metrics, MixtureTrainingSAE
 
 
 @dataclass
@@ -35,19 +34,15 @@ class ScaleSAEConfig(MixtureSAEConfig):
     Args:
         num_experts (int): Number of experts (N); divides d_sae.
         experts_per_token (int): Number of experts that each token selects (e).
-        num_shared_experts (int): How many of these are the same for all tokens: the first
-            experts, with gate 1. The router chooses the others. Not in the paper.
+        num_shared_experts (int): Number of these that are the same for all tokens: the
+            first experts, with gate 1. The router chooses the others. Not in the paper.
         k (int): Number of latents kept per token, over all its experts together; at
             most experts_per_token * d_sae / num_experts.
-        gate (GateName): What multiplies a selected expert's activations: "softmax" (its
-            probability over all experts; equation 2.4 of the paper), "renormalized"
-            (divided by the sum over the selected experts), "rescaled" (that times
-            experts_per_token, so that gates average 1), "double_softmax" (softmax of
-            the selected probabilities; the authors' code) or "uniform" (1). With one
-            expert per token, "renormalized", "rescaled" and "double_softmax" are all 1,
-            and a router whose gates are 1 learns from load balancing only.
-        topk_over (TopKOver): What TopK ranks candidates by: "activations" (equation 2.3
-            of the Scale SAE paper) or "gated_activations" (its authors' code).
+        gate (GateName): Multiplier of a selected expert's activations: an entry of
+            :data:`.GATES`. With one expert per token, all but "softmax" are 1, and a router
+            whose gates are 1 learns from load balancing only.
+        topk_over (TopKOver): Selection of the latents that survive: an entry of
+            :data:`.SELECTIONS`.
         rescale_acts_by_decoder_norm (bool): Whether to treat the decoder as if its rows
             had unit norm, by moving their norms into the activations before TopK.
             Requires that the SAE was trained this way.
@@ -114,7 +109,7 @@ class ScaleSAE(MixtureSAE[ScaleSAEConfig]):
         decomposition = require_choice(
             "metadata.training_architecture_details['decomposition']",
             details.get("decomposition"),
-            DecompositionName,
+            DECOMPOSITIONS,
         )
         record_omega(self.cfg, omega)
         W_enc = state_dict["W_enc"]
@@ -147,23 +142,20 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
     Args:
         num_experts (int): Number of experts (N); divides d_sae.
         experts_per_token (int): Number of experts that each token selects (e).
-        num_shared_experts (int): How many of these are the same for all tokens: the first
-            experts, with gate 1. The router chooses the others. Not in the paper.
+        num_shared_experts (int): Number of these that are the same for all tokens: the
+            first experts, with gate 1. The router chooses the others. Not in the paper.
         k (int): Number of latents kept per token, over all its experts together; at
             most experts_per_token * d_sae / num_experts.
-        gate (GateName): What multiplies a selected expert's activations: "softmax" (its
-            probability over all experts; equation 2.4 of the paper), "renormalized"
-            (divided by the sum over the selected experts), "rescaled" (that times
-            experts_per_token, so that gates average 1), "double_softmax" (softmax of
-            the selected probabilities; the authors' code) or "uniform" (1). With one
-            expert per token, "renormalized", "rescaled" and "double_softmax" are all 1,
-            and a router whose gates are 1 learns from load balancing only.
-        topk_over (TopKOver): What TopK ranks candidates by: "activations" (equation 2.3
-            of the Scale SAE paper) or "gated_activations" (its authors' code).
+        gate (GateName): Multiplier of a selected expert's activations: an entry of
+            :data:`.GATES`. With one expert per token, all but "softmax" are 1, and a router
+            whose gates are 1 learns from load balancing only.
+        topk_over (TopKOver): Selection of the latents that survive: an entry of
+            :data:`.SELECTIONS`.
         feature_scaling (bool): Whether to learn how strongly each expert's encoder weights
             deviate from their low-pass part (equation 2.5).
-        decomposition (DecompositionName): The low-pass part: "mean" (of the expert's
-            encoder vectors; the paper's method), "identity" or "learned" (Appendix C).
+        decomposition (DecompositionName): The low-pass part of an expert's encoder
+            weights: an entry of :data:`.DECOMPOSITIONS`. The paper's method is "mean"; the
+            others are ablations of its Appendix C, and train more slowly.
         rescale_acts_by_decoder_norm (bool): Treat the decoder as if its rows had unit
             norm, by moving their norms into the activations before TopK. Decoder norms
             drift during training and would otherwise sway which latents are selected.
@@ -208,7 +200,7 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("decomposition", self.decomposition, DecompositionName)
+        require_choice("decomposition", self.decomposition, DECOMPOSITIONS)
 
     @override
     @classmethod
@@ -242,51 +234,23 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
         self.register_parameter("W_low_pass", W_low_pass)
 
     @override
-    def _scale(
-        self,
-        products: torch.Tensor,
-        inputs: Inputs,
-        mean_products: torch.Tensor,
-        expert_indices: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        slots: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if self.omega is None:
-            return products
-        decomposition = self.cfg.decomposition
-        if decomposition == "mean":
-            low = mean_products.unsqueeze(-1)
-        else:
-            low = low_pass_products(
-                inputs.sae_in,
-                expert_indices,
-                self.W_enc,
-                self.cfg.num_experts,
-                decomposition,
-                self.W_low_pass,
-            )
-        omega = take(self.omega, expert_indices)
-        if slots is not None:
-            omega = omega.gather(-1, slots)
-            if decomposition == "identity" and offsets is not None:
-                low = low.squeeze(-2).gather(-1, offsets)
-            else:
-                low = low.squeeze(-1).gather(-1, slots)
-        else:
-            omega = omega.unsqueeze(-1)
-            if decomposition == "identity" and offsets is not None:
-                low = low.expand(*expert_indices.shape, -1)
-                low = low.gather(-1, offsets[expert_indices])
-        return scale_pre_acts(products, low, omega)
+    def _applied_encoder(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.omega is None or self.cfg.decomposition == "mean":
+            return self.W_enc, self.omega
+        # The decompositions of Appendix C are for comparison: written out, not fast.
+        return self._scaled_encoder(self.omega), None
+
+    def _scaled_encoder(self, omega: torch.Tensor) -> torch.Tensor:
+        return scaled_encoder(
+            self.W_enc, omega, self.cfg.decomposition, self.W_low_pass
+        )
 
     @torch.no_grad()
     def effective_W_enc(self) -> torch.Tensor:
         """The encoder that is applied, omega included, ``[d_in, d_sae]``."""
         if self.omega is None:
             return self.W_enc.detach()
-        return scaled_encoder(
-            self.W_enc, self.omega, self.cfg.decomposition, self.W_low_pass
-        )
+        return self._scaled_encoder(self.omega)
 
     @override
     @torch.no_grad()
@@ -341,8 +305,8 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
 
     @override
     @torch.no_grad()
-    def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
-        metrics = super()._metrics(step_input, encoding)
+    def _metrics(self, step_input: TrainStepInput) -> Metrics:
+        metrics = super()._metrics(step_input)
         if self.omega is not None:
             metrics["omega/mean"] = self.omega.mean()
             metrics["omega/min"] = self.omega.min()

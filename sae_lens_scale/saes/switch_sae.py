@@ -22,12 +22,11 @@ class SwitchSAEConfig(MixtureSAEConfig):
     Args:
         num_experts (int): Number of experts (N); divides d_sae.
         k (int): Number of latents kept per token; at most d_sae / num_experts.
-        gate (GateName): What multiplies the selected expert's activations: "softmax"
-            (its probability) or "uniform" (1, the "heaviside" of Mudide et al.).
-            "renormalized", "rescaled" and "double_softmax" are all 1 for one expert.
-            A router whose gates are 1 learns from load balancing only.
-        topk_over (TopKOver): What TopK ranks candidates by: "activations" (equation 2.3
-            of the Scale SAE paper) or "gated_activations" (its authors' code).
+        gate (GateName): Multiplier of the selected expert's activations: an entry of
+            :data:`.GATES`. For one expert all but "softmax" are 1, and a router whose gates
+            are 1 learns from load balancing only.
+        topk_over (TopKOver): Selection of the latents that survive: an entry of
+            :data:`.SELECTIONS`.
         rescale_acts_by_decoder_norm (bool): Whether to treat the decoder as if its rows
             had unit norm, by moving their norms into the activations before TopK.
             Requires that the SAE was trained this way.
@@ -71,12 +70,11 @@ class SwitchTrainingSAEConfig(MixtureTrainingSAEConfig):
     Args:
         num_experts (int): Number of experts (N); divides d_sae.
         k (int): Number of latents kept per token; at most d_sae / num_experts.
-        gate (GateName): What multiplies the selected expert's activations: "softmax"
-            (its probability) or "uniform" (1, the "heaviside" of Mudide et al.).
-            "renormalized", "rescaled" and "double_softmax" are all 1 for one expert.
-            A router whose gates are 1 learns from load balancing only.
-        topk_over (TopKOver): What TopK ranks candidates by: "activations" (equation 2.3
-            of the Scale SAE paper) or "gated_activations" (its authors' code).
+        gate (GateName): Multiplier of the selected expert's activations: an entry of
+            :data:`.GATES`. For one expert all but "softmax" are 1, and a router whose gates
+            are 1 learns from load balancing only.
+        topk_over (TopKOver): Selection of the latents that survive: an entry of
+            :data:`.SELECTIONS`.
         rescale_acts_by_decoder_norm (bool): Treat the decoder as if its rows had unit
             norm, by moving their norms into the activations before TopK. Decoder norms
             drift during training and would otherwise sway which latents are selected.

@@ -93,7 +93,7 @@ def by_hand(
 
 
 def assert_same(actual: list[LatentContexts], expected: list[LatentContexts]) -> None:
-    """Numbers may differ by what another batch size rounds; all else is equal."""
+    """Numbers may differ by the rounding of another batch size; all else is equal."""
     for got, want in zip(actual, expected, strict=True):
         assert got.latent == want.latent
         for a, b in zip(got.contexts, want.contexts, strict=True):

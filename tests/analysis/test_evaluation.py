@@ -226,7 +226,7 @@ def test_other_bad_arguments_are_refused(tiny_model: HookedSAETransformer):
 
 
 def test_a_hook_without_effect_is_refused(tiny_model: HookedSAETransformer):
-    # Whatever comes before it, the logits are all alike.
+    # The logits are all alike, and do not depend on the tokens before.
     model = copy.deepcopy(tiny_model)
     model.unembed.W_U.data.zero_()
     with pytest.raises(ValueError, match="must change the model's loss"):

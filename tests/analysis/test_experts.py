@@ -1,4 +1,4 @@
-"""What a mixture's experts are, against loops over tokens, experts and pairs."""
+"""Measurements on experts, against loops over tokens, experts and pairs."""
 
 import json
 import math

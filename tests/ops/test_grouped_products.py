@@ -1,17 +1,9 @@
-"""Ops on their own: each against a plain formula, in outputs and gradients."""
+"""Grouped products against the dense product, in outputs and gradients."""
 
 import pytest
 import torch
 
-from sae_lens_scale.ops import (
-    SparseLatents,
-    TopKOver,
-    decode_dense,
-    decoder_norm,
-    grouped_decode,
-    grouped_encode,
-    select_topk,
-)
+from sae_lens_scale.ops import grouped_decode, grouped_encode, torch_backend
 
 D_IN, D_SAE = 6, 24
 
@@ -85,66 +77,41 @@ def test_grouped_decode_is_the_dense_decode_of_the_selected_experts(
     assert_same(got, wide.flatten(1) @ W, acts, W)
 
 
-@pytest.mark.parametrize("k", [1, 5, 12, 100])
-@pytest.mark.parametrize("topk_over", ["activations", "gated_activations"])
-@pytest.mark.parametrize("batch", [(), (1,), (0,), (9,), (2, 5)])
-def test_select_topk_finds_the_largest_candidates_of_all_experts_together(
-    k: int, topk_over: TopKOver, batch: tuple[int, ...]
+@pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "grouped_mm"),
+    reason="torch has no grouped product",
+)
+@pytest.mark.parametrize(("tokens", "num_experts", "e", "only"), SHAPES[:-1])
+def test_torchs_own_grouped_product_gives_the_same(
+    tokens: int,
+    num_experts: int,
+    e: int,
+    only: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    pre, gates = draw(*batch, 2, 6), draw(*batch, 2, seed=1).abs()
-    positions = select_topk(pre, gates, k, topk_over)
-    assert positions.shape == (*batch, min(k, 12))
-    ranking = (pre if topk_over == "activations" else pre * gates[..., None]).flatten(
-        -2
+    # torch has none for float64, and wants rows at multiples of 16 bytes.
+    shapes = [(tokens, 8), (8, 96), (96, 8)]
+    parameters = [draw(*s, seed=i).float() for i, s in enumerate(shapes)]
+    x, W_enc, W_dec = (parameter.requires_grad_() for parameter in parameters)
+    indices = experts(tokens, num_experts, e, only)
+
+    def results() -> list[torch.Tensor]:
+        acts = grouped_encode(x, W_enc, indices, num_experts).sin()
+        recons = grouped_decode(acts, W_dec, indices, num_experts)
+        return [recons, *torch.autograd.grad(recons.sin().sum(), parameters)]
+
+    want, calls = results(), []
+    grouped_mm = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch_backend, "has_grouped_kernel", lambda *_: True)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "grouped_mm",
+        lambda *args, **kwargs: calls.append(1) or grouped_mm(*args, **kwargs),
     )
-    want = ranking.argsort(descending=True)[..., : min(k, 12)]
-    assert torch.equal(positions.sort().values, want.sort().values)
-    assert torch.equal(select_topk(pre, gates, k, topk_over, sorted=True), want)
+    for got, expected in zip(results(), want, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert len(calls) == 6, "two products and the two gradients of each"
 
 
-def test_select_topk_of_equal_candidates_selects_no_candidate_twice():
-    positions = select_topk(torch.ones(3, 2, 4), torch.ones(3, 2), 5, "activations")
-    assert all(len(set(row)) == 5 for row in positions.tolist())
-
-
-@pytest.mark.parametrize("batch", [(), (1,), (9,), (2, 5), (2, 3, 2)])
-def test_SparseLatents_dense_and_sparse_forms_agree(batch: tuple[int, ...]):
-    values = draw(*batch, 3)
-    indices = torch.rand(*batch, D_SAE).topk(3, dim=-1).indices
-    latents = SparseLatents(values, indices)
-    dense = latents.to_dense(D_SAE)
-    assert dense.shape == (*batch, D_SAE)
-    torch.testing.assert_close(dense.gather(-1, indices), values)
-    assert dense.count_nonzero() == values.numel()
-    assert torch.equal(latents.to_coo(D_SAE).to_dense(), dense)
-
-
-@pytest.mark.parametrize("active", [0, 1, D_SAE])
-@pytest.mark.parametrize("tokens", [0, 1, 9])
-def test_decode_dense_is_the_dense_product_however_few_are_active(
-    tokens: int, active: int
-):
-    acts = draw(tokens, D_SAE)
-    acts[:, active:] = 0
-    W = draw(D_SAE, D_IN, seed=1).requires_grad_()
-    acts.requires_grad_()
-    assert_same(decode_dense(acts, W), acts @ W, acts, W)
-
-
-def test_decode_dense_of_steered_activations():
-    acts, W = torch.zeros(9, D_SAE), draw(D_SAE, D_IN).float()
-    acts[3, 5], acts[4, 6], acts[5, 7] = -2, torch.inf, torch.nan
-    torch.testing.assert_close(decode_dense(acts, W), acts @ W, equal_nan=True)
-    with pytest.raises(RuntimeError, match="same dtype"):
-        decode_dense(acts.double(), W)
-
-
-def test_decoder_norm_has_a_floor_and_a_finite_gradient():
-    W = draw(4, D_IN)
-    W[2] = 0
-    W.requires_grad_()
-    norms = decoder_norm(W)
-    assert norms[2] == 1e-8
-    torch.testing.assert_close(norms[0], W[0].pow(2).sum().sqrt())
-    (gradient,) = torch.autograd.grad(norms.sum(), W)
-    assert gradient.isfinite().all()
+def test_torchs_own_grouped_product_is_for_bfloat16_on_gpus():
+    assert not torch_backend.has_grouped_kernel(draw(8, 8).bfloat16(), 8, 8)

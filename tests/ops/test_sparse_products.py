@@ -1,4 +1,4 @@
-"""Products over selected latents against their formulas, in all derivatives."""
+"""Sparse products against their formulas, in all derivatives."""
 
 import pytest
 import reference
@@ -6,7 +6,7 @@ import torch
 
 from sae_lens_scale.ops import (
     BufferPool,
-    Selection,
+    SparsityPattern,
     encoder_products,
     grouped_encode,
     latent_sums,
@@ -25,17 +25,17 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return values.requires_grad_()
 
 
-def select(tokens: int, k: int, popular: bool = False) -> Selection:
+def select(tokens: int, k: int, popular: bool = False) -> SparsityPattern:
     """Latents with repetitions, within tokens too; all of the last four, if popular."""
     low = NUM_LATENTS - 4 if popular else 0
     generator = torch.Generator().manual_seed(tokens + k)
     indices = torch.randint(low, NUM_LATENTS, (tokens, k), generator=generator)
-    return Selection(indices, NUM_LATENTS)
+    return SparsityPattern(indices, NUM_LATENTS)
 
 
-SELECTIONS = [
+PATTERNS = [
     select(7, 3),
-    select(7, 3).with_order(),
+    select(7, 3).sorted(),
     select(7, 3)._replace(pool=BufferPool()),
     select(1, 4),
     select(9, 1),
@@ -44,8 +44,8 @@ SELECTIONS = [
     select(4, 0),
 ]
 PRODUCTS = [sparse_decode, sampled_products, latent_sums, transposed_latent_sums]
-every_selection = pytest.mark.parametrize(
-    "selection", SELECTIONS, ids=lambda s: f"{tuple(s.indices.shape)}"
+every_pattern = pytest.mark.parametrize(
+    "pattern", PATTERNS, ids=lambda s: f"{tuple(s.indices.shape)}"
 )
 
 
@@ -71,44 +71,44 @@ def assert_same(
         assert_same(a, b, *inputs, order=order - 1)
 
 
-@every_selection
-def test_sparse_decode_is_its_formula(selection: Selection):
-    values, weights = draw(*selection.indices.shape), draw(NUM_LATENTS, WIDTH, seed=1)
-    got = sparse_decode(values, weights, selection)
-    want = reference.decode_selected(values, weights, selection.indices)
+@every_pattern
+def test_sparse_decode_is_its_formula(pattern: SparsityPattern):
+    values, weights = draw(*pattern.indices.shape), draw(NUM_LATENTS, WIDTH, seed=1)
+    got = sparse_decode(values, weights, pattern)
+    want = reference.decode_selected(values, weights, pattern.indices)
     assert_same(got, want, values, weights)
 
 
-@every_selection
-def test_sampled_products_are_their_formula(selection: Selection):
+@every_pattern
+def test_sampled_products_are_their_formula(pattern: SparsityPattern):
     rows, weights = (
-        draw(len(selection.indices), WIDTH),
+        draw(len(pattern.indices), WIDTH),
         draw(NUM_LATENTS, WIDTH, seed=1),
     )
-    got = sampled_products(rows, weights, selection)
-    want = reference.sample_products(rows, weights, selection.indices)
+    got = sampled_products(rows, weights, pattern)
+    want = reference.sample_products(rows, weights, pattern.indices)
     assert_same(got, want, rows, weights)
 
 
-@every_selection
-def test_latent_sums_are_their_formula(selection: Selection):
-    values = draw(*selection.indices.shape)
-    rows = draw(len(selection.indices), WIDTH, seed=1)
-    got = latent_sums(values, rows, selection)
-    want = reference.sum_by_latent(values, rows, selection.indices, NUM_LATENTS)
+@every_pattern
+def test_latent_sums_are_their_formula(pattern: SparsityPattern):
+    values = draw(*pattern.indices.shape)
+    rows = draw(len(pattern.indices), WIDTH, seed=1)
+    got = latent_sums(values, rows, pattern)
+    want = reference.sum_by_latent(values, rows, pattern.indices, NUM_LATENTS)
     assert_same(got, want, values, rows)
-    got = transposed_latent_sums(values, rows, selection)
+    got = transposed_latent_sums(values, rows, pattern)
     assert got.is_contiguous()
     assert_same(got, want.T, values, rows)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_forward_mode_and_vectorised_derivatives_agree(product):
-    selection = select(7, 3)
+    pattern = select(7, 3)
     a = draw(7, WIDTH if product is sampled_products else 3).detach()
     b = draw(7 if product in PRODUCTS[2:] else NUM_LATENTS, WIDTH, seed=1).detach()
-    forward = torch.func.jacfwd(product, argnums=(0, 1))(a, b, selection)
-    reverse = torch.func.jacrev(product, argnums=(0, 1))(a, b, selection)
+    forward = torch.func.jacfwd(product, argnums=(0, 1))(a, b, pattern)
+    reverse = torch.func.jacrev(product, argnums=(0, 1))(a, b, pattern)
     for ours, theirs in zip(forward, reverse, strict=True):
         assert ours.abs().max() > 0.1
         torch.testing.assert_close(ours, theirs)
@@ -119,37 +119,37 @@ def test_forward_mode_and_vectorised_derivatives_agree(product):
 def test_encoder_products_are_products_with_selected_latents_and_means(
     tokens: int, num_experts: int
 ):
-    x, center = draw(tokens, WIDTH), draw(WIDTH, seed=1)
+    x, b_dec = draw(tokens, WIDTH), draw(WIDTH, seed=1)
     W_enc = draw(WIDTH, NUM_LATENTS, seed=2)
     latents = select(tokens, 3)
     chosen = torch.rand(tokens, num_experts).topk(1, dim=-1).indices
-    experts = Selection(chosen, num_experts)
+    experts = SparsityPattern(chosen, num_experts)
     size = NUM_LATENTS // num_experts
-    dense = (x - center) @ W_enc
+    dense = (x - b_dec) @ W_enc
     want = dense.gather(-1, latents.indices)
     want_means = dense.unflatten(-1, (num_experts, size)).mean(-1).gather(-1, chosen)
     got, means = encoder_products(
-        x, center, W_enc, want.detach(), want_means.detach(), latents, experts
+        x, b_dec, W_enc, want.detach(), want_means.detach(), latents, experts
     )
-    inputs = (x, center, W_enc)
+    inputs = (x, b_dec, W_enc)
     assert_same(got, want, *inputs)
     assert_same(means, want_means, *inputs)
     assert_same(got + means, want + want_means, *inputs)
 
 
 def test_encoder_products_forward_and_reverse_derivatives_agree():
-    x, center, W_enc = draw(7, WIDTH), draw(WIDTH, seed=1), draw(WIDTH, 12, seed=2)
+    x, b_dec, W_enc = draw(7, WIDTH), draw(WIDTH, seed=1), draw(WIDTH, 12, seed=2)
     latents, chosen = select(7, 3), torch.tensor([[0, 2]] * 7)
 
     def products(
-        x: torch.Tensor, center: torch.Tensor, W_enc: torch.Tensor
+        x: torch.Tensor, b_dec: torch.Tensor, W_enc: torch.Tensor
     ) -> torch.Tensor:
         known, means = torch.zeros(7, 3).double(), torch.zeros(7, 2).double()
-        experts = Selection(chosen, 3)
-        both = encoder_products(x, center, W_enc, known, means, latents, experts)
+        experts = SparsityPattern(chosen, 3)
+        both = encoder_products(x, b_dec, W_enc, known, means, latents, experts)
         return torch.cat(both, dim=-1)
 
-    inputs = tuple(t.detach() for t in (x, center, W_enc))
+    inputs = tuple(t.detach() for t in (x, b_dec, W_enc))
     forward = torch.func.jacfwd(products, argnums=(0, 1, 2))(*inputs)
     reverse = torch.func.jacrev(products, argnums=(0, 1, 2))(*inputs)
     for ours, theirs in zip(forward, reverse, strict=True):
@@ -159,7 +159,7 @@ def test_encoder_products_forward_and_reverse_derivatives_agree():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_of_other_dtypes_keep_them(dtype: torch.dtype):
-    selection = select(7, 3)
+    pattern = select(7, 3)
     values, rows = draw(7, 3).detach(), draw(7, WIDTH, seed=1).detach()
     weights = draw(NUM_LATENTS, WIDTH, seed=2).detach()
     tolerance = 20 * torch.finfo(dtype).eps
@@ -168,37 +168,35 @@ def test_products_of_other_dtypes_keep_them(dtype: torch.dtype):
         (sampled_products, rows, weights),
         (latent_sums, values, rows),
     ):
-        got = product(a.to(dtype), b.to(dtype), selection)
+        got = product(a.to(dtype), b.to(dtype), pattern)
         assert got.dtype == dtype
-        want = product(a, b, selection)
+        want = product(a, b, pattern)
         torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
 def test_products_with_weights_that_are_stored_transposed():
-    selection = select(7, 3)
+    pattern = select(7, 3)
     weights = draw(WIDTH, NUM_LATENTS).T
     values, rows = draw(7, 3, seed=1), draw(7, WIDTH, seed=2)
-    got = sparse_decode(values, weights, selection)
+    got = sparse_decode(values, weights, pattern)
     torch.testing.assert_close(
-        got, sparse_decode(values, weights.contiguous(), selection)
+        got, sparse_decode(values, weights.contiguous(), pattern)
     )
-    got = sampled_products(rows, weights, selection)
+    got = sampled_products(rows, weights, pattern)
     torch.testing.assert_close(
-        got, sampled_products(rows, weights.contiguous(), selection)
+        got, sampled_products(rows, weights.contiguous(), pattern)
     )
 
 
 def test_results_do_not_depend_on_how_work_is_cut(monkeypatch: pytest.MonkeyPatch):
-    selection = select(40, 6).with_order()
+    pattern = select(40, 6).sorted()
     values, rows = draw(40, 6).detach(), draw(40, WIDTH, seed=1).detach()
     weights = draw(NUM_LATENTS, WIDTH, seed=2).detach().float()
-    whole = latent_sums(values, rows, selection)
-    sampled = sampled_products(rows.half(), weights.half(), selection)
+    whole = latent_sums(values, rows, pattern)
+    sampled = sampled_products(rows.half(), weights.half(), pattern)
     monkeypatch.setattr(kernels, "_CHUNK_BYTES", 3 * WIDTH * 8)
-    assert torch.equal(latent_sums(values, rows, selection), whole)
-    assert torch.equal(
-        sampled_products(rows.half(), weights.half(), selection), sampled
-    )
+    assert torch.equal(latent_sums(values, rows, pattern), whole)
+    assert torch.equal(sampled_products(rows.half(), weights.half(), pattern), sampled)
 
 
 def test_grouped_encode_with_an_encoder_stored_latent_by_latent():

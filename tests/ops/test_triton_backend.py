@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sae_lens_scale.ops import triton_backend as triton_kernels
+from sae_lens_scale.ops import SparsityPattern, triton_backend
 
 Run = Callable[..., Any]
 
@@ -43,11 +43,17 @@ TYPE_NAMES = {
 }
 
 
-def _on_gpu(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
-    copies = [tensor.cuda() for tensor in tensors]
+def _on_gpu(function: Callable[..., Any], *arguments: Any) -> Any:
+    def copy(argument: Any) -> Any:
+        if isinstance(argument, SparsityPattern):
+            return argument._replace(indices=argument.indices.cuda())
+        return argument.cuda()
+
+    copies = [copy(argument) for argument in arguments]
     result = function(*copies)
-    for tensor, copy in zip(tensors, copies, strict=True):
-        tensor.copy_(copy)
+    for argument, on_gpu in zip(arguments, copies, strict=True):
+        if isinstance(argument, torch.Tensor):
+            argument.copy_(on_gpu)
     return result.cpu() if isinstance(result, torch.Tensor) else result
 
 
@@ -137,7 +143,12 @@ def test_sparse_decode_sums_the_selected_rows(
     indices = random_indices(tokens, k, num_latents)
     rows = weights.double()[indices]
     expected = (values.double().unsqueeze(-1) * rows).sum(1).to(dtype)
-    out = run(triton_kernels.sparse_decode, values, weights, indices)
+    out = run(
+        triton_backend.sparse_decode,
+        values,
+        weights,
+        SparsityPattern(indices, num_latents),
+    )
     assert_close(out, expected, **TOLERANCES[dtype])
 
 
@@ -155,7 +166,12 @@ def test_sampled_products_are_dot_products_with_the_selected_rows(
     indices = random_indices(tokens, k, num_latents)
     selected = weights.double()[indices]
     expected = (selected * rows.double().unsqueeze(1)).sum(-1).to(dtype)
-    out = run(triton_kernels.sampled_products, rows, weights, indices)
+    out = run(
+        triton_backend.sampled_products,
+        rows,
+        weights,
+        SparsityPattern(indices, num_latents),
+    )
     assert_close(out, expected, **TOLERANCES[dtype])
 
 
@@ -171,9 +187,9 @@ def check_latent_sums(
     expected = products.new_zeros(num_latents, width)
     expected.index_add_(0, indices.flatten(), products.flatten(0, 1))
     order = indices.flatten().argsort(stable=True).repeat_interleave(2)[::2]
+    latents = SparsityPattern(indices, num_latents, order)
     memory = torch.full((num_latents, width + 2), torch.nan, dtype=dtype)
-    arguments = values, rows, indices, order, memory[:, 1:-1]
-    run(triton_kernels.latent_sums, *arguments)
+    run(triton_backend.latent_sums, values, rows, latents, memory[:, 1:-1])
     sums = memory[:, 1:-1]
     assert_close(sums, expected.to(dtype), equal_nan=True, **TOLERANCES[dtype])
     assert memory[:, [0, -1]].isnan().all()
@@ -251,7 +267,7 @@ def test_grouped_products_multiply_each_row_by_its_expert(
     for pair, row, expert in zip(order, row_indices, experts, strict=True):
         expected[pair] = rows[row].double() @ weights[expert].double()
     arguments = rows, row_indices, weights, order, experts
-    out = run(triton_kernels.grouped_products, *arguments)
+    out = run(triton_backend.grouped_products, *arguments)
     assert_close(out, expected, **TOLERANCES[dtype])
 
 
@@ -262,11 +278,16 @@ def test_tensors_of_different_dtypes_are_multiplied_in_the_wider_one(run: Run):
     indices = torch.tensor([[0, 3], [2, 1]])
     order = torch.arange(4)
     experts = torch.tensor([0, 0, 1, 1])
-    out = run(triton_kernels.sampled_products, wide[:, :, 0], narrow, indices)
+    out = run(
+        triton_backend.sampled_products,
+        wide[:, :, 0],
+        narrow,
+        SparsityPattern(indices, 4),
+    )
     expected = narrow.double()[indices] @ wide[:, :, 0].double().unsqueeze(-1)
     tolerance = TOLERANCES[torch.bfloat16]
     assert_close(out, expected.squeeze(-1).bfloat16(), **tolerance)
-    out = run(triton_kernels.grouped_products, narrow, order, wide, order, experts)
+    out = run(triton_backend.grouped_products, narrow, order, wide, order, experts)
     expected = (narrow.double().unsqueeze(1) @ wide.double()[experts]).squeeze(1)
     assert_close(out, expected.bfloat16(), **tolerance)
 
@@ -277,16 +298,16 @@ def test_grouped_products_of_float64_are_refused(name: str):
     tensors[name] = tensors[name].double()
     index = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=f"{name} .*not torch.float64"):
-        triton_kernels.grouped_products(
+        triton_backend.grouped_products(
             tensors["rows"], index, tensors["weights"], index, index
         )
 
 
 def test_supported_is_what_the_kernels_compute_with(run: Run):
-    assert run(triton_kernels.supports, torch.zeros(1))
-    assert not run(triton_kernels.supports, torch.zeros(1, dtype=torch.float64))
+    assert run(triton_backend.supports, torch.zeros(1))
+    assert not run(triton_backend.supports, torch.zeros(1, dtype=torch.float64))
     # Not interpreted here.
-    assert not triton_kernels.supports(torch.zeros(1))
+    assert not triton_backend.supports(torch.zeros(1))
 
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -298,7 +319,7 @@ def launches(
     """Kernels and arguments of all launches of all functions, with nothing computed."""
     recorded: list[Launch] = []
     monkeypatch.setattr(
-        triton_kernels,
+        triton_backend,
         "_launch",
         lambda kernel, _, *args, **constants: recorded.append(
             (kernel, args, constants)
@@ -308,11 +329,12 @@ def launches(
     weights = torch.zeros(9, 64, dtype=dtype)
     indices = torch.zeros(200, 3, dtype=torch.int64)
     order = torch.arange(600)
-    triton_kernels.sparse_decode(values, weights, indices)
-    triton_kernels.sampled_products(rows, weights, indices)
-    triton_kernels.latent_sums(values, rows, indices, order, weights)
+    latents = SparsityPattern(indices, len(weights)).sorted()
+    triton_backend.sparse_decode(values, weights, latents)
+    triton_backend.sampled_products(rows, weights, latents)
+    triton_backend.latent_sums(values, rows, latents, weights)
     experts = weights.view(3, 64, 3)
-    triton_kernels.grouped_products(rows, order // 3, experts, order, order // 200)
+    triton_backend.grouped_products(rows, order // 3, experts, order, order // 200)
     return recorded
 
 

@@ -1,4 +1,4 @@
-"""The paper's numbers, checked against what its text says of them."""
+"""The paper's numbers, checked against its text."""
 
 from statistics import mean
 

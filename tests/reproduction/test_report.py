@@ -238,7 +238,7 @@ def test_published_losses_are_of_one_text(folder: Path):
     ("page", "folder"),
     [
         ("README.md", RECORDS),
-        ("docs/reproduction-earlier.md", EARLIER),
+        ("docs/ablations.md", EARLIER),
         ("docs/reproduction.md", RECORDS),
     ],
 )

@@ -14,14 +14,14 @@ SCRIPT = """
 import sys
 import torch
 from helpers import gradients, scale_sae, step_input, switch_sae
-from sae_lens_scale.ops import triton_kernels
+from sae_lens_scale.ops import triton_backend
 
 calls = set()
 for name in ("sparse_decode", "sampled_products", "latent_sums", "grouped_products"):
-    def count(*args, kernel=getattr(triton_kernels, name), name=name):
+    def count(*args, kernel=getattr(triton_backend, name), name=name):
         calls.add(name)
         return kernel(*args)
-    setattr(triton_kernels, name, count)
+    setattr(triton_backend, name, count)
 results = {}
 for make in (scale_sae, switch_sae):
     sae = make(dtype="float32", multi_topk_coefficient=0.5)

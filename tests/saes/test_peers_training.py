@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import assert_close, gradients, scale_sae, step_input, switch_sae
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
+from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
-from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
+from sae_lens_scale import ScaleTrainingSAE
 
 both_architectures = pytest.mark.parametrize("architecture", ["scale", "switch"])
 sparse_or_dense = pytest.mark.parametrize(
@@ -93,18 +93,6 @@ class WithDecoderPenalty(ScaleTrainingSAE):
         return {**losses, "decoder_penalty": 0.5 * self.W_dec.square().sum()}
 
 
-class WithoutRouting(ScaleTrainingSAE):
-    @override
-    def calculate_aux_loss(  # type: ignore[override]
-        self,
-        step_input: TrainStepInput,
-        feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
-        sae_out: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        return {}
-
-
 def test_a_subclass_adds_its_own_loss():
     plain = scale_sae()
     sae = WithDecoderPenalty(copy.deepcopy(plain.cfg))
@@ -117,12 +105,6 @@ def test_a_subclass_adds_its_own_loss():
         gradients(sae, got.loss)["W_dec"] - gradients(plain, want.loss)["W_dec"]
     )
     assert_close(difference, plain.W_dec.detach())
-
-
-def test_a_subclass_that_cannot_take_the_routing_is_told_so():
-    sae = WithoutRouting(ScaleTrainingSAEConfig(d_in=512, d_sae=1024))
-    with pytest.raises(TypeError, match="'encoding'"):
-        sae.training_forward_pass(step_input(torch.zeros(3, 512)))
 
 
 @both_architectures

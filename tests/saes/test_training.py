@@ -280,3 +280,41 @@ def test_ScaleTrainingSAE_builds_on_the_meta_device():
         )
     )
     assert all(p.is_meta for p in sae.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["scale", "switch"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_step_under_autocast_has_the_gradients_of_one_without(
+    architecture: str, sparse: bool
+):
+    # Every candidate survives, so that rounding changes no selection of latents.
+    sae = fresh(architecture, k=16, use_sparse_activations=sparse, gate="uniform")
+    sae.b_enc.data += 10
+    x, dead = draw(50, 16), torch.arange(128) % 3 == 0
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = sae.training_forward_pass(step_input(x, dead)).loss
+        loss.backward()
+        gradients.append({n: p.grad for n, p in sae.named_parameters()})
+        sae.zero_grad()
+    for name, want in gradients[0].items():
+        if want is not None:
+            error = (gradients[1][name] - want).norm() / want.norm().clamp(min=1e-6)
+            assert error < 0.05, name
+
+
+@pytest.mark.parametrize("architecture", ["scale", "switch"])
+def test_attribution_through_dense_activations_works_under_autocast(architecture: str):
+    sae = fresh(architecture, k=16)
+    sae.b_enc.data += 10
+    x = draw(50, 16).requires_grad_()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            acts = sae.encode(x)
+            recons = sae.decode(acts)
+        assert (acts != 0).float().mean() > 0.05
+        found.append(torch.autograd.grad(recons.sum(), [x, acts]))
+    for got, want in zip(found[1], found[0], strict=True):
+        assert (got - want).norm() < 0.05 * want.norm()

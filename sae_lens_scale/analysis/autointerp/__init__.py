@@ -1,8 +1,8 @@
 """
 Automated interpretability (Appendix A.3, figure 3d of the Scale SAE paper), by delphi.
 
-EleutherAI's delphi builds the prompts, reads the judge's answers and says which are right;
-here are only what brings SAELens's SAEs to it and what counts its verdicts.
+EleutherAI's delphi builds the prompts, reads the judge's answers and decides which are right.
+This package hands SAELens's SAEs to it and counts its verdicts.
 
 delphi requires vllm, gigabytes of CUDA packages, though only its own client for local models
 uses it, and beside a torch without CUDA they break transformers. So it is installed in two
@@ -14,13 +14,13 @@ steps, the second without its requirements, which are in the first as far as the
 
 from .judges import Judge, local_judge, openai_judge
 from .pipeline import autointerp
-from .records import (
-    AutointerpSettings,
+from .results import (
     Interpretability,
     LatentInterpretation,
     QuantileScores,
     SkippedLatent,
 )
+from .settings import AutointerpSettings
 
 __all__ = [
     "AutointerpSettings",

@@ -1,4 +1,4 @@
-"""delphi, without what it imports and nothing here uses."""
+"""Import of delphi without the large packages that nothing here uses."""
 
 import sys
 from functools import cache
@@ -12,8 +12,8 @@ INSTALL = (
     "pip install --no-deps eai-delphi==0.1.3"
 )
 
-# Packages of hundreds of megabytes that delphi imports whatever part of it is wanted: for its
-# client for local models (vllm) and for non-activating passages that resemble activating ones.
+# Packages of hundreds of megabytes that every part of delphi imports: for its client for local
+# models (vllm) and for non-activating passages that resemble activating ones.
 _UNUSED = {
     "vllm": ["distributed", "distributed.parallel_state", "inputs"],
     "faiss": [],
@@ -33,7 +33,7 @@ class Delphi(NamedTuple):
 
 
 class _StandIn(ModuleType):
-    """A module that is not installed. What it offers can be named, not used."""
+    """Stand-in for a module that is not installed: its names can be imported, not used."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -48,13 +48,13 @@ class _StandIn(ModuleType):
 @cache
 def load_delphi() -> Delphi:
     """
-    Import delphi, whether or not the large packages are there that nothing here needs.
+    Import delphi, with or without the large packages that nothing here needs.
 
     Returns:
         Its modules.
 
     Raises:
-        ImportError: If delphi, or what it needs here, is not installed.
+        ImportError: If delphi, or a package that it needs here, is not installed.
     """
     stand_ins = {
         name: _StandIn(name)
@@ -77,6 +77,6 @@ def load_delphi() -> Delphi:
             f"Automated interpretability needs delphi ({error}): {INSTALL}"
         ) from error
     finally:
-        # Nobody else is to take them for the packages.
+        # Other code must not take them for the packages.
         for name in stand_ins:
             del sys.modules[name]

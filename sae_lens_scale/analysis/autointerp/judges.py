@@ -16,7 +16,7 @@ def openai_judge(
     **request: Any,
 ) -> Judge:
     """
-    A model behind any endpoint that speaks OpenAI's chat completions protocol.
+    Make a judge of a model behind an endpoint with OpenAI's chat completions protocol.
 
     Args:
         model: The model's name there.
@@ -57,12 +57,12 @@ def local_judge(
     max_new_tokens: int = 500,
 ) -> Judge:
     """
-    A Hugging Face model on this machine, decoding greedily.
+    Make a judge of a Hugging Face model on this machine, decoding greedily.
 
     Args:
         model: An instruction-tuned language model.
         tokenizer: Its tokenizer, with a chat template.
-        max_new_tokens: Where a reply ends at the latest.
+        max_new_tokens: Length of a reply in tokens at most.
 
     Returns:
         The judge. One call at a time.

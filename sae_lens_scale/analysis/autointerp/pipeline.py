@@ -23,15 +23,15 @@ from sae_lens_scale.analysis.contexts import (
 
 from .delphi_modules import Delphi, load_delphi
 from .judges import Judge
-from .records import (
-    AutointerpSettings,
+from .results import (
     Interpretability,
     LatentInterpretation,
     QuantileScores,
     SkippedLatent,
 )
+from .settings import AutointerpSettings
 
-# What delphi makes of a reply without an explanation.
+# delphi's explanation after a reply that holds none.
 _UNREADABLE = "Explanation could not be parsed."
 
 
@@ -49,7 +49,7 @@ def autointerp(
     verbose: bool = True,
 ) -> Interpretability:
     """
-    Let a judge explain latents, and measure how well its explanations foretell them.
+    Let a judge explain latents, and measure how well its explanations predict them.
 
     Appendix A.3 and figure 3d of the Scale SAE paper, by EleutherAI's delphi: the judge
     explains a latent from passages that fire it, and with nothing but its explanation
@@ -74,22 +74,22 @@ def autointerp(
         judge: The language model that explains and judges; see
             :func:`~sae_lens_scale.analysis.autointerp.openai_judge` and
             :func:`~sae_lens_scale.analysis.autointerp.local_judge`.
-        settings: How passages are cut, chosen and shown; delphi's own settings, with
-            explanations from the strongest passages, by default.
+        settings: Cutting, choice and number of passages; by default delphi's own settings,
+            with explanations from the strongest passages.
         max_batches: Stop reading the corpus after so many batches.
         exclude_special_tokens: Ids of tokens that fire nothing; ``True`` for the
             tokenizer's BOS, EOS and their like.
-        concurrency: How many latents are before the judge at a time, each in a thread.
-        verbose: Whether to show progress.
+        concurrency: Number of latents before the judge at a time, each in a thread.
+        verbose: Show a progress bar.
 
     Returns:
-        Explanations and scores, and which latents have none.
+        Explanations and scores, and the latents that have none.
 
     Raises:
         ImportError: If delphi is not installed.
         ValueError: If ``concurrency`` is less than 1; if no row of ``tokens`` is as long
             as a passage; and as ``top_activating_contexts``.
-        Exception: Whatever the judge raises.
+        Exception: Any exception of the judge.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
@@ -143,14 +143,14 @@ def autointerp(
 
 @dataclass(frozen=True)
 class _Corpus:
-    """Passages ``[passages, passage_length]``, and for each latent where it fires."""
+    """Passages ``[passages, passage_length]``, with the activations of each latent."""
 
     passages: torch.Tensor
     locations: Sequence[torch.Tensor]  # [activations, 2], passage and position
     activations: Sequence[torch.Tensor]  # [activations]
 
     def shortage(self, i: int, settings: AutointerpSettings) -> str | None:
-        """Why the i-th latent cannot be judged, if so."""
+        """Reason why the i-th latent cannot be judged, or None."""
         fires = len(self.locations[i][:, 0].unique())
         if fires < settings.min_passages:
             return f"fires in {fires} passages, fewer than {settings.min_passages}"
@@ -181,7 +181,7 @@ def _read_corpus(
             f"tokens must have rows of at least passage_length={length} tokens, got none"
         )
     location, activation = torch.cat(locations), torch.cat(activations)
-    # Within a latent as they are in the corpus, which delphi needs.
+    # Within a latent in the order of the corpus, which delphi needs.
     latent, order = location[:, 2].sort(stable=True)
     sizes = latent.bincount(minlength=num_latents).tolist()
     return _Corpus(
@@ -193,7 +193,7 @@ def _read_corpus(
 
 class _Decoder:
     """
-    What delphi asks a tokenizer for: the text of each token.
+    Tokenizer as delphi needs it: the text of each token.
 
     Since transformers 5 a tokenizer's ``batch_decode`` joins the tokens of a passage, and
     delphi would mark the wrong ones.
@@ -214,7 +214,7 @@ def _record(
     name: Any,
     settings: AutointerpSettings,
 ) -> Any:
-    """delphi's record of a latent, with the passages to explain and to judge."""
+    """Make delphi's record of a latent, with the passages to explain and to judge."""
     decoder = _Decoder(model)
     record = delphi.latents.constructor(
         delphi.latents.LatentRecord(name),
@@ -262,7 +262,7 @@ def _interpret(
     concurrency: int,
     verbose: bool,
 ) -> list[list[list[Any]]]:
-    """Explain each record; delphi's verdicts of detection and fuzzing, if explained."""
+    """Explain each record, and get delphi's verdicts of detection and fuzzing, if explained."""
     stopped = Event()
 
     async def interpret(record: Any) -> list[list[Any]]:
@@ -275,7 +275,7 @@ def _interpret(
         for scorer in (delphi.scorers.DetectionScorer, delphi.scorers.FuzzingScorer):
             score = scorer(client, n_examples_shown=settings.passages_per_prompt)
             verdicts.append((await score(record)).score)
-            # delphi takes a judge that fails for one that does not know.
+            # delphi counts an error of the judge as an answer that cannot be read.
             if client.error is not None:
                 raise client.error
         return verdicts
@@ -304,7 +304,7 @@ def _interpret(
 
 
 class _Client:
-    """A judge as delphi wants its clients."""
+    """Judge with the interface of delphi's clients."""
 
     def __init__(self, judge: Judge, delphi: Delphi, stopped: Event) -> None:
         self.judge = judge
@@ -313,7 +313,7 @@ class _Client:
         self.error: Exception | None = None
 
     async def generate(self, prompt: list[dict[str, str]], **_: Any) -> Any:
-        # What delphi passes along is the temperature, the judge's own affair.
+        # delphi also passes the temperature, which is the judge's own affair.
         if self.stopped.is_set():
             raise asyncio.CancelledError
         try:
@@ -355,7 +355,7 @@ def _quantile_scores(counts: torch.Tensor) -> QuantileScores:
 
 @contextmanager
 def _global_generators_kept() -> Iterator[None]:
-    """delphi seeds the global generators, and its import draws from one: restore them."""
+    """Restore the global generators, which delphi seeds and its import draws from."""
     state = random.getstate()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:

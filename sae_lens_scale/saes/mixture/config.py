@@ -1,16 +1,19 @@
-"""Configuration that Scale SAE and Switch SAE share, for inference."""
+"""Configuration of mixture SAEs, for inference and training."""
 
+import sys
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
-from sae_lens.saes.sae import SAEConfig
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from sae_lens.util import dtype_to_str
 from typing_extensions import override
 
-from sae_lens_scale.ops import GateName, TopKOver
+from .routing import GATES, GateName
+from .selection import SELECTIONS, TopKOver
 
 
 @dataclass
@@ -21,8 +24,10 @@ class MixtureSAEConfig(SAEConfig, ABC):
     Args:
         num_experts (int): Number of experts; divides d_sae.
         k (int): Number of latents kept per token, over all its experts together.
-        gate (GateName): What multiplies a selected expert's activations.
-        topk_over (TopKOver): Whether TopK ranks activations before or after the gate.
+        gate (GateName): Multiplier of a selected expert's activations: an entry of
+            :data:`.GATES`.
+        topk_over (TopKOver): Selection of the latents that survive: an entry of
+            :data:`.SELECTIONS`.
         rescale_acts_by_decoder_norm (bool): Whether to treat the decoder as if its
             rows had unit norm, by moving their norms into the activations.
     """
@@ -35,12 +40,12 @@ class MixtureSAEConfig(SAEConfig, ABC):
 
     @property
     def experts_per_token(self) -> int:
-        """How many experts each token selects."""
+        """Number of experts that each token selects."""
         return 1
 
     @property
     def num_shared_experts(self) -> int:
-        """How many of them, the first experts, all tokens select."""
+        """Number of them, the first experts, that all tokens select."""
         return 0
 
     @property
@@ -90,8 +95,73 @@ class MixtureSAEConfig(SAEConfig, ABC):
             # A string such as "False", from a JSON file, would count as true.
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{field.name} must be a bool, got {value!r}")
-        require_choice("gate", self.gate, GateName)
-        require_choice("topk_over", self.topk_over, TopKOver)
+        require_choice("gate", self.gate, GATES)
+        require_choice("topk_over", self.topk_over, SELECTIONS)
+
+
+@dataclass
+class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
+    """
+    Fields that the training configs of all mixture-of-experts SAEs share.
+
+    Args:
+        use_sparse_activations (bool): Whether a training step keeps feature
+            activations as a sparse tensor.
+        load_balance_coefficient (float): Weight alpha of the load-balancing loss.
+        aux_loss_coefficient (float): Weight of the dead-latent loss.
+        multi_topk_coefficient (float): Weight of the Multi-TopK loss.
+    """
+
+    rescale_acts_by_decoder_norm: bool = True
+    use_sparse_activations: bool = True
+    load_balance_coefficient: float = 0.03
+    # Gao et al.'s value; 1, as in SAELens's TopK, measured worse (docs/defaults.md).
+    aux_loss_coefficient: float = 1 / 32
+    multi_topk_coefficient: float = 0.0
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "load_balance_coefficient",
+            "aux_loss_coefficient",
+            "multi_topk_coefficient",
+        ):
+            value = getattr(self, name)
+            if not _is_finite_number(value) or value < 0:
+                raise ValueError(
+                    f"{name} must be a finite number of at least 0, got {value!r}"
+                )
+        norm = self.decoder_init_norm
+        if norm is not None and (not _is_finite_number(norm) or norm <= 0):
+            raise ValueError(
+                f"decoder_init_norm must be a finite number above 0 or None, got {norm!r}"
+            )
+        if self.normalize_activations in ("layer_norm", "constant_norm_rescale"):
+            for name in ("aux_loss_coefficient", "multi_topk_coefficient"):
+                if value := getattr(self, name):
+                    raise ValueError(
+                        f"{name} must be 0 with normalize_activations="
+                        f"{self.normalize_activations!r}, got {value}: what is decoded in "
+                        "normalised space would meet errors in the original one"
+                    )
+
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> Any:
+        # An inference export lacks the fields that only training has, but its metadata
+        # keeps them: training that goes on from it goes on as it was.
+        metadata = config_dict.get("metadata") or {}
+        if metadata.get("training_architecture") == cls.architecture():
+            details = metadata.get("training_architecture_details") or {}
+            config_dict = {**details, **config_dict}
+        return super().from_dict(config_dict)
+
+
+def _is_finite_number(value: Any) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # False for NaN and for huge integers.
 
 
 def _to_json_type(value: Any) -> Any:
@@ -103,8 +173,9 @@ def _to_json_type(value: Any) -> Any:
     return str(value) if isinstance(value, torch.device) else value
 
 
-def require_choice(name: str, value: Any, choices: Any) -> Any:
-    """Return ``value`` if it is one of a Literal's, else raise ValueError."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
+def require_choice(name: str, value: Any, registry: Mapping[Any, Any]) -> Any:
+    """Return ``value`` if it names an entry of a registry, else raise ValueError."""
+    # What cannot be hashed, a list say, names none.
+    if value not in list(registry):
+        raise ValueError(f"{name} must be one of {tuple(registry)}, got {value!r}")
     return value

@@ -1,9 +1,19 @@
-"""The dead-latent loss: latents that stopped firing learn to explain the residual."""
+"""
+The dead-latent loss: latents that stopped firing learn to explain the residual.
+
+AuxK of Gao et al. 2024 (appendix A.2) for a mixture of experts. For each token, its best
+dead candidates decode together, and are asked to reconstruct what the living latents left
+over. Candidates are the dead latents of the experts that the token's router selected, and
+no others: a latent of an expert that got no token has no part in the loss, and the loss
+stays finite.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 
-from sae_lens_scale.ops import grouped_decode
+from .selection import Selected
 
 
 def dead_offsets(
@@ -13,7 +23,7 @@ def dead_offsets(
     Bool[torch.Tensor, "num_experts most_dead"],
 ]:
     """
-    The dead latents of each expert, as if they were experts of their own.
+    Find the dead latents of each expert, as if they were experts of their own.
 
     Args:
         dead_mask: Which latents are dead, ``[d_sae]``.
@@ -30,54 +40,61 @@ def dead_offsets(
     return offsets, by_expert.gather(-1, offsets)
 
 
-def dead_latent_loss(
+@torch.no_grad()
+def strongest_dead(
     pre_acts: Float[torch.Tensor, "tokens experts_per_token most_dead"],
-    norms: Float[torch.Tensor, "tokens experts_per_token most_dead"] | None,
+    norms: Float[torch.Tensor, "num_experts most_dead"] | None,
+    experts: Int[torch.Tensor, "tokens experts_per_token"],
     is_dead: Bool[torch.Tensor, "tokens experts_per_token most_dead"],
-    gates: Float[torch.Tensor, "tokens experts_per_token"],
-    expert_indices: Int[torch.Tensor, "tokens experts_per_token"],
-    residual: Float[torch.Tensor, "tokens d_in"],
-    W_dec: Float[torch.Tensor, "num_experts_most_dead d_in"],
-    num_experts: int,
-) -> Float[torch.Tensor, ""]:
+    size: int,
+    select: Callable[[torch.Tensor, Sequence[int]], Selected],
+) -> Bool[torch.Tensor, "tokens experts_per_token most_dead"]:
     """
-    AuxK loss of Gao et al. 2024 (appendix A.2), for a mixture of experts.
-
-    For each token, its best dead candidates decode together, and are asked to
-    reconstruct what the living latents left over. Candidates are the dead latents of
-    the experts that the token's router selected, and no others: a latent of an
-    expert that got no token has no part in the loss, and the loss stays finite.
-
-    As in SAELens's TopK SAE, up to ``d_in // 2`` candidates take part, and the loss
-    is scaled down in proportion where there are fewer. How many there are differs
-    from token to token here; with a single expert it does not, and the loss equals
-    SAELens's.
+    Choose the dead candidates of each token that take part in the loss.
 
     Args:
-        pre_acts: Pre-activations of the candidates, as they multiply decoder rows,
-            ``[tokens, experts_per_token, most_dead]``; see :func:`dead_offsets`.
-        norms: What they are multiplied by before they are ranked, likewise.
-        is_dead: Which of them are of dead latents, likewise.
-        gates: Gates of the selected experts, ``[tokens, experts_per_token]``.
-        expert_indices: Selected experts, ``[tokens, experts_per_token]``.
-        residual: What the living latents left unexplained, ``[tokens, d_in]``.
-        W_dec: Decoder rows of the dead latents, ``[num_experts * most_dead, d_in]``.
-        num_experts: Number of experts (N).
+        pre_acts: Their pre-activations, ``[tokens, experts_per_token, most_dead]``; see
+            :func:`dead_offsets`.
+        norms: Decoder norms of these latents, ``[num_experts, most_dead]``, if candidates
+            are ranked with them.
+        experts: Selected experts, ``[tokens, experts_per_token]``.
+        is_dead: Which of the candidates are of dead latents, as ``pre_acts``.
+        size: Number of candidates that a token may have.
+        select: Rule that chooses; see :class:`.Selection`.
 
     Returns:
-        Squared error summed over d_in and averaged over tokens; a scalar.
+        Which candidates take part, likewise.
     """
-    k_aux = max(1, residual.shape[-1] // 2)
-    taken = is_dead
-    if pre_acts.shape[1:].numel() > k_aux:
-        ranking = pre_acts if norms is None else pre_acts * norms
-        ranking = ranking.detach().masked_fill(~is_dead, -torch.inf).flatten(-2)
-        top = ranking.topk(k_aux, dim=-1, sorted=False).indices
-        taken = torch.zeros_like(ranking, dtype=torch.bool).scatter_(-1, top, True)
-        # A token with fewer dead candidates than k_aux also drew living ones.
-        taken = taken.view_as(is_dead) & is_dead
-    acts = torch.where(taken, pre_acts, 0) * gates.unsqueeze(-1)
-    recons = grouped_decode(acts, W_dec, expert_indices, num_experts)
-    available = is_dead.sum(dim=(-2, -1))
-    scale = (available.to(residual.dtype) / k_aux).clamp(max=1)
+    ranking = pre_acts if norms is None else pre_acts * norms[experts]
+    flat = ranking.masked_fill(~is_dead, -torch.inf).flatten(1)
+    best = select(flat, (size,))
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen.scatter_(1, best.positions, True if best.mask is None else best.mask)
+    # A token with fewer dead candidates also drew living ones.
+    return chosen.view_as(is_dead) & is_dead
+
+
+def dead_latent_loss(
+    recons: Float[torch.Tensor, "tokens d_out"],
+    residual: Float[torch.Tensor, "tokens d_out"],
+    num_dead: Int[torch.Tensor, " tokens"],
+    size: int,
+) -> Float[torch.Tensor, ""]:
+    """
+    Squared error of the dead latents' reconstruction of the residual.
+
+    As in SAELens's TopK SAE, the loss is scaled down in proportion where there are fewer
+    than ``size`` dead candidates. Their number differs from token to token here; with a
+    single expert it does not, and the loss equals SAELens's.
+
+    Args:
+        recons: Reconstruction by each token's strongest dead candidates, ``[tokens, d_out]``.
+        residual: Error that the living latents left, ``[tokens, d_out]``.
+        num_dead: Dead latents among each token's candidates, ``[tokens]``.
+        size: Number of candidates that a token may have.
+
+    Returns:
+        Squared error summed over d_out and averaged over tokens; a scalar.
+    """
+    scale = (num_dead.to(residual.dtype) / size).clamp(max=1)
     return (scale * (recons - residual).pow(2).sum(dim=-1)).mean()

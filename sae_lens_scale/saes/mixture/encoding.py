@@ -1,37 +1,42 @@
-"""How a mixture-of-experts SAE encodes, compactly: input, route, products, TopK."""
+"""The forward path of a mixture SAE: input, route, products, select, keep."""
 
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
 from sae_lens.saes.sae import SAE
+from sae_lens.saes.topk_sae import TopK
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_lens_scale.ops import (
     BufferPool,
-    Selection,
     SparseLatents,
+    SparsityPattern,
     decoder_norm,
     encoder_products,
     grouped_encode,
-    select_topk,
-    take,
+    lookup,
 )
-from sae_lens_scale.saes.mixture.routing import Routing, route
 
 from .config import MixtureSAEConfig
+from .dispatch import Rows
+from .feature_scaling import ExpertScaling, expert_scaling
+from .routing import Routing, route
+from .selection import SELECTIONS, Selected, Selection
 
-# What SAELens's run-time activation normalisation leaves on the SAE between encode
+# SAELens's run-time activation normalisation leaves these on the SAE between encode
 # and decode.
 _RUN_TIME_NORM_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
-# Candidates that are ranked at a time on the CPU: what stays in a core's cache.
+# Candidates that are ranked at a time on the CPU: as many as stay in a core's cache.
 _CANDIDATES_AT_A_TIME = 1 << 17
+
+T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
 
 
 def is_hooked(hook: nn.Module) -> bool:
@@ -44,93 +49,98 @@ def is_hooked(hook: nn.Module) -> bool:
     )
 
 
-T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
+def is_overridden(sae: SAE[Any], *names: str) -> bool:
+    """Whether a subclass, or somebody on the SAE itself, replaced methods of this package."""
+    owners = [next(c for c in type(sae).__mro__ if name in vars(c)) for name in names]
+    return any(name in vars(sae) for name in names) or any(
+        owner.__module__.rpartition(".")[0] != __package__ for owner in owners
+    )
 
 
 class Inputs(NamedTuple):
     """
-    What router and encoder see of a batch.
+    Input of router and encoder.
 
     Attributes:
         x: The router's input, normalised, ``[..., d_in]``.
-        center: What the encoder's input is smaller by: b_dec, or zeros, ``[d_in]``.
+        b_dec: Vector that the encoder's input is smaller by, ``[d_in]``; zeros without
+            ``apply_b_dec_to_input``.
     """
 
     x: torch.Tensor
-    center: torch.Tensor
+    b_dec: torch.Tensor
 
-    @property
-    def sae_in(self) -> torch.Tensor:
-        """The encoder's input, ``[..., d_in]``."""
-        return self.x - self.center
+
+class DecoderInput(NamedTuple):
+    """
+    Latents of each row that decode together.
+
+    Attributes:
+        coefficients: Multipliers of their decoder rows, ``[rows, m]``: activations, but for
+            the decoder norms that rescale_acts_by_decoder_norm puts into these.
+        pattern: The latents, for the sparse products.
+    """
+
+    coefficients: torch.Tensor
+    pattern: SparsityPattern
 
 
 class Kept(NamedTuple):
     """
-    Which of a token's candidates are encoded further: those that TopK keeps and, where they
-    are wanted, the runners-up; all ``[..., k + runners_up]``.
+    Latents of each row that are kept: survivors, then runners-up.
 
     Attributes:
-        positions: Their positions among a token's candidates.
-        slots: The positions of their experts among the token's experts.
-        offsets: Their positions within their experts.
-        indices: Their positions among all latents.
+        selected: Their positions among the row's candidates, ``[rows, m]``.
+        slots: Positions of their experts among the row's experts, ``[rows, m]``.
+        pattern: The latents themselves, for the sparse products.
     """
 
-    positions: torch.Tensor
+    selected: Selected
     slots: torch.Tensor
-    offsets: torch.Tensor
-    indices: torch.Tensor
-
-
-class RunnersUp(NamedTuple):
-    """
-    The latents that come next after those that TopK keeps; all ``[..., runners_up]``.
-
-    Attributes:
-        coefficients: What would multiply their decoder rows.
-        selection: These latents, as ops want them.
-    """
-
-    coefficients: torch.Tensor
-    selection: Selection
+    pattern: SparsityPattern
 
 
 class Encoding(NamedTuple):
     """
-    All that encoding a batch computes, compactly.
+    Everything that encoding a batch computes, compactly.
 
     Attributes:
-        inputs: What router and encoder saw.
-        routing: The experts that each token selected, and their gates.
-        mean_products: Products of the encoder's input with the mean encoder vector of
-            each selected expert, ``[..., experts_per_token]``.
-        latents: The latents that survived TopK, and their activations, ``[..., k]``.
-        pre_acts: Their pre-activations as TopK ranked them before any gate, ``[..., k]``.
-        coefficients: What multiplies their decoder rows, ``[..., k]``: activations, but
-            for the decoder norms that rescale_acts_by_decoder_norm puts into these.
-        selection: The same latents, as ops want them.
-        candidates: Pre-activations of all latents of the selected experts, before any
-            norms, ``[..., experts_per_token, expert_size]``; only on request.
-        runners_up: The latents next in rank; only on request, and if there are any.
+        inputs: Input of router and encoder.
+        routing: Experts and gates of each token.
+        rows: Tokens where their experts are.
+        W_enc: Encoder vectors that rows are multiplied with, ``[d_in, d_sae]``.
+        scaling: Feature scaling of each row's experts; None without.
+        candidates: Pre-activations of all latents of the selected experts, before decoder
+            norms, ``[rows, experts_per_token, expert_size]``; None unless asked for.
+        latents: Surviving latents and their feature activations, ``[..., k]``.
+        pre_acts: Their pre-activations before any gate, ``[..., k]``, times decoder norms
+            if TopK ranks with these.
+        survivors: The same latents for the decoder.
+        runners_up: Latents next in rank for the decoder; None unless asked for.
     """
 
     inputs: Inputs
     routing: Routing
-    mean_products: torch.Tensor
+    rows: Rows
+    W_enc: torch.Tensor
+    scaling: ExpertScaling | None
+    candidates: torch.Tensor | None
     latents: SparseLatents
     pre_acts: torch.Tensor
-    coefficients: torch.Tensor
-    selection: Selection
-    candidates: torch.Tensor | None
-    runners_up: RunnersUp | None
+    survivors: DecoderInput
+    runners_up: DecoderInput | None
 
 
 class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
     """
-    What of an SAE with experts computes the activations that a batch has.
+    Encoder of a mixture SAE; :class:`.MixtureSAE` describes its hooks.
 
-    :class:`.MixtureSAE` says what its hooks show.
+    Two methods are seams, for subclasses that work otherwise: :meth:`selection` (which
+    candidates survive) and :meth:`dispatch` (where experts are), whose counterpart is
+    :meth:`.MixtureSAE.combine`.
+
+    In shapes ``rows`` counts tokens where their experts are, ``e`` experts of a row, ``n``
+    latents of an expert and ``m`` latents of a row that are kept.
     """
 
     b_enc: nn.Parameter
@@ -158,214 +168,150 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         )
         self.b_router = nn.Parameter(torch.zeros(cfg.d_in, **like))
 
+    @override
+    def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return TopK(self.cfg.k)
+
+    @property
+    def _k(self) -> int:
+        """Number of latents that a token keeps: that of SAELens's activation function."""
+        if not isinstance(self.activation_fn, TopK):
+            raise ValueError(
+                f"activation_fn must be SAELens's TopK, got {self.activation_fn}; "
+                "override selection() to choose latents by another rule"
+            )
+        return self.activation_fn.k
+
+    def selection(self) -> Selection:
+        """The rule by which candidates survive; :class:`.Selection` is its contract."""
+        return SELECTIONS[self.cfg.topk_over]
+
+    def dispatch(self, inputs: Inputs, routing: Routing) -> Rows:
+        """
+        Bring tokens to the experts that they selected.
+
+        Everything between here and :meth:`.MixtureSAE.combine` sees rows and no tokens:
+        products, selection, decoding. In one process a row is a token. An SAE whose experts
+        are held in several places gives each place a row for every token that selected an
+        expert held there, with that token's activations, the experts in question and their
+        gates; its selection ranks the rows of a token together, and its ``combine`` adds up
+        their partial reconstructions. Rows have to be differentiable in ``x``, ``b_dec``
+        and the gates.
+
+        Args:
+            inputs: Input of router and encoder.
+            routing: Experts and gates of each token.
+
+        Returns:
+            The rows of the experts that are here.
+        """
+        return Rows(
+            x=inputs.x.reshape(-1, self.cfg.d_in),
+            b_dec=inputs.b_dec,
+            experts=routing.indices.reshape(-1, self.cfg.experts_per_token),
+            gates=routing.weights.reshape(-1, self.cfg.experts_per_token),
+            shape=routing.indices.shape[:-1],
+        )
+
     def _encode(
-        self, x: torch.Tensor, with_candidates: bool = False, runners_up: int = 0
+        self, x: torch.Tensor, runners_up: int = 0, with_candidates: bool = False
     ) -> Encoding:
         """
-        Encode, compactly.
+        Encode, compactly: input, route, products, select, keep.
+
+        Products with all candidates are computed first, without a gradient, and those of
+        the kept latents are then made differentiable. All others have a gradient of zero,
+        so nothing is lost, and a backward pass costs as much as the latents that are kept,
+        not as all latents of the selected experts. Without gradients, kept latents have the
+        pre-activations by which they were ranked.
 
         Args:
             x: Activations of the language model, ``[..., d_in]``.
-            with_candidates: Whether to return all candidates. Their gradient makes a
-                backward pass as dense as the forward pass.
-            runners_up: How many latents to encode beyond those that TopK keeps; as many as
-                there are candidates left, at most.
+            runners_up: Number of latents to encode beyond the survivors; as many as there
+                are candidates left, at most.
+            with_candidates: Whether to return all candidates, with a gradient, which makes
+                the backward pass as dense as the forward pass. So does a hook on
+                pre-activations, which may make any of them depend on any other.
         """
-        k = self.cfg.k + runners_up
-        inputs = self._process_inputs(x)
+        inputs = self._inputs(x)
         routing = self._route(inputs.x)
+        rows = self.dispatch(inputs, routing)
+        W_enc, omega = self._applied_encoder()
         norms = None
         if self.cfg.rescale_acts_by_decoder_norm:
             norms = decoder_norm(self.W_dec)
-        # Whoever edits pre-activations may make any of them depend on any other.
+        sizes = (self._k, self._k + runners_up) if runners_up else (self._k,)
         if with_candidates or is_hooked(self.hook_sae_acts_pre):
-            products = self._products(inputs.sae_in, routing.indices)
-            candidates = self._candidates(products, inputs, routing.indices)
-            candidates = self._hook_pre_acts(candidates, routing.indices)
-            kept = self._kept(self._topk(candidates, routing, norms, k), routing)
-            pre_acts = candidates.flatten(-2).gather(-1, kept.positions)
-            selection, means = self._selection(kept.indices), products.mean(dim=-1)
+            products = self._products(rows, W_enc)
+            scaling = self._scaling(rows, omega, products)
+            candidates = self._pre_acts(
+                products, rows.experts, scaling, self._by_expert(self.b_enc)
+            )
+            candidates = self._hook_pre_acts(candidates, rows)
+            selected = self._select(candidates, rows.experts, rows.gates, norms, sizes)
+            kept = self._kept(selected, rows)
+            pre_acts = candidates.flatten(1).gather(1, selected.positions)
         else:
             candidates = None
             with torch.no_grad():
-                products = self._products(inputs.sae_in, routing.indices)
-                positions = self._topk_of_products(products, inputs, routing, norms, k)
-            kept = self._kept(positions, routing)
-            selection = self._selection(kept.indices)
-            pre_acts, means = self._kept_pre_acts(
-                products, kept, selection, inputs, routing.indices
-            )
-        gates = routing.weights.to(pre_acts.dtype).gather(-1, kept.slots)
-        # ReLU before the gate: -inf * 0 would be NaN.
-        coefficients = pre_acts.relu() * gates
-        indices, rest = kept.indices, None
-        if indices.shape[-1] > self.cfg.k:
-            cut = [self.cfg.k, indices.shape[-1] - self.cfg.k]
-            coefficients, next_coefficients = coefficients.split(cut, dim=-1)
-            indices, next_indices = indices.split(cut, dim=-1)
-            rest = RunnersUp(next_coefficients, self._selection(next_indices))
-            selection = self._selection(indices)
-            pre_acts = pre_acts[..., : self.cfg.k]
-        values = coefficients
+                products = self._products(rows, W_enc)
+                scaling = self._scaling(rows, omega, products)
+                selected, pre_acts = self._select_in_parts(
+                    products, rows, scaling, norms, sizes
+                )
+            kept = self._kept(selected, rows)
+            if torch.is_grad_enabled():
+                pre_acts, scaling = self._differentiable(
+                    products, rows, W_enc, omega, kept
+                )
+        survivors, runners = self._decoder_inputs(pre_acts, rows, kept)
+        indices = survivors.pattern.indices
+        values, pre_acts = survivors.coefficients, pre_acts[:, : indices.shape[1]]
         if norms is not None:
-            values = coefficients * norms[indices]
-            pre_acts = pre_acts * norms[indices]
+            values, pre_acts = values * norms[indices], pre_acts * norms[indices]
+        shape = (*rows.shape, indices.shape[1])
         return Encoding(
             inputs=inputs,
             routing=routing,
-            mean_products=means,
-            latents=SparseLatents(values, indices),
-            pre_acts=pre_acts,
-            coefficients=coefficients,
-            selection=selection,
+            rows=rows,
+            W_enc=W_enc,
+            scaling=scaling,
             candidates=candidates,
-            runners_up=rest,
+            latents=SparseLatents(values.view(shape), indices.view(shape)),
+            pre_acts=pre_acts.view(shape),
+            survivors=survivors,
+            runners_up=runners,
         )
 
-    def _candidates(
-        self,
-        products: torch.Tensor,
-        inputs: Inputs,
-        expert_indices: torch.Tensor,
-    ) -> torch.Tensor:
-        """Pre-activations of all latents of the selected experts, before any norm."""
-        scaled = self._scale(products, inputs, products.mean(dim=-1), expert_indices)
-        return scaled + take(self._by_expert(self.b_enc), expert_indices)
+    @override
+    def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
+        x, b_dec = self._default_inputs(sae_in)
+        return x - b_dec
 
-    def _topk(
-        self,
-        pre_acts: torch.Tensor,
-        routing: Routing,
-        norms: torch.Tensor | None,
-        k: int,
-    ) -> torch.Tensor:
-        with torch.no_grad():
-            if norms is not None:
-                pre_acts = pre_acts * self._by_expert(norms)[routing.indices]
-            return select_topk(
-                pre_acts,
-                routing.weights.to(pre_acts.dtype),
-                k,
-                self.cfg.topk_over,
-                # Runners-up stand behind the survivors.
-                sorted=k > self.cfg.k,
-            )
-
-    def _topk_of_products(
-        self,
-        products: torch.Tensor,
-        inputs: Inputs,
-        routing: Routing,
-        norms: torch.Tensor | None,
-        k: int,
-    ) -> torch.Tensor:
-        """Positions of the kept candidates, of which no more than needed exist at once."""
-        batch = products.shape[:-2]
-        tokens = batch.numel()
-        size = tokens
-        if products.device.type == "cpu":
-            size = _CANDIDATES_AT_A_TIME // products.shape[-2:].numel()
-        parts = [
-            t.reshape(tokens, *t.shape[len(batch) :]).split(max(1, size))
-            for t in (products, inputs.x, routing.indices, routing.weights)
-        ]
-        positions = [
-            self._topk(
-                self._candidates(p, inputs._replace(x=x), indices),
-                routing._replace(indices=indices, weights=weights),
-                norms,
-                k,
-            )
-            for p, x, indices, weights in zip(*parts, strict=True)
-        ]
-        return torch.cat(positions).view(*batch, positions[0].shape[-1])
-
-    def _kept(self, positions: torch.Tensor, routing: Routing) -> Kept:
-        size = self.cfg.expert_size
-        slots, offsets = positions // size, positions % size
-        indices = routing.indices.gather(-1, slots) * size + offsets
-        return Kept(positions, slots, offsets, indices)
-
-    def _selection(self, indices: torch.Tensor) -> Selection:
-        indices = indices.reshape(-1, indices.shape[-1])
-        selection = Selection(indices, self.cfg.d_sae, pool=self._gradient_memory)
-        if torch.is_grad_enabled() and self.W_dec.requires_grad:
-            # Encoder and decoder gradients will both need it.
-            return selection.with_order()
-        return selection
-
-    def _kept_pre_acts(
-        self,
-        products: torch.Tensor,
-        kept: Kept,
-        selection: Selection,
-        inputs: Inputs,
-        expert_indices: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept latents' pre-activations, and all mean products, differentiable."""
-        cfg = self.cfg
-        kept_products, means = encoder_products(
-            inputs.x.reshape(-1, cfg.d_in),
-            inputs.center,
-            self.W_enc,
-            products.flatten(-2)
-            .gather(-1, kept.positions)
-            .reshape(selection.indices.shape),
-            products.mean(dim=-1).reshape(-1, cfg.experts_per_token),
-            selection,
-            Selection(
-                expert_indices.reshape(-1, cfg.experts_per_token), cfg.num_experts
-            ),
-        )
-        means = means.view(expert_indices.shape)
-        scaled = self._scale(
-            kept_products.view(kept.indices.shape),
-            inputs,
-            means,
-            expert_indices,
-            kept.offsets,
-            kept.slots,
-        )
-        return scaled + take(self.b_enc, kept.indices), means
-
-    def _scale(
-        self,
-        products: torch.Tensor,
-        inputs: Inputs,
-        mean_products: torch.Tensor,
-        expert_indices: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        slots: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def _inputs(self, x: torch.Tensor) -> Inputs:
         """
-        Feature scaling of products with encoder vectors.
-
-        Args:
-            products: What to scale: products with all latents of the selected experts,
-                ``[..., experts_per_token, expert_size]``; or with some latents of each;
-                or with any of them, ``[..., n]``.
-            inputs: What the encoder sees.
-            mean_products: The products with the mean encoder vector of each selected
-                expert, ``[..., experts_per_token]``.
-            expert_indices: The selected experts, likewise.
-            offsets: Which of each expert's latents these are,
-                ``[num_experts, latents per expert]``; or, with slots, which latents of
-                their experts they are, ``[..., n]``. All if None.
-            slots: Which of the token's experts they belong to, ``[..., n]``.
+        Input of router and encoder; of an SAE that overrides process_sae_in what that
+        returns, with b_dec added back for the router.
         """
-        return products
+        if not is_overridden(self, "process_sae_in"):
+            return self._default_inputs(x)
+        b_dec = self._subtracted_b_dec()
+        return Inputs(self.process_sae_in(x) + b_dec, b_dec)
 
-    @contextmanager
-    def _keep_run_time_norm_state(self) -> Iterator[None]:
-        """For normalising without a decode; one that is pending stays undisturbed."""
-        state = vars(self)
-        pending = {name: state[name] for name in _RUN_TIME_NORM_STATE if name in state}
-        try:
-            yield
-        finally:
-            for name in _RUN_TIME_NORM_STATE:
-                state.pop(name, None)
-            state.update(pending)
+    def _default_inputs(self, x: torch.Tensor) -> Inputs:
+        x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
+        # A last dimension of 1 would broadcast against b_dec without an error.
+        if x.shape[-1:] != (self.cfg.d_in,):
+            raise ValueError(
+                f"the last dimension of x must be d_in={self.cfg.d_in}, "
+                f"got shape {tuple(x.shape)}"
+            )
+        return Inputs(self.run_time_activation_norm_fn_in(x), self._subtracted_b_dec())
+
+    def _subtracted_b_dec(self) -> torch.Tensor:
+        if self.cfg.apply_b_dec_to_input:
+            return self.b_dec
+        return self.W_enc.new_zeros(self.cfg.d_in)
 
     def _route(self, router_in: torch.Tensor) -> Routing:
         routing = route(
@@ -376,7 +322,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             self.cfg.gate,
             self.cfg.num_shared_experts,
         )
-        # Indices first: whoever edits weights needs to know whose they are.
+        # Indices first: to edit weights, one needs to know whose they are.
         indices = self.hook_expert_indices(routing.indices)
         if is_hooked(self.hook_expert_indices):
             self._require_expert_indices(indices, routing.indices.shape)
@@ -402,60 +348,185 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
                 f"{self.cfg.num_experts}), got {bad[0].item()}"
             )
 
-    @override
-    def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
-        return self._process_inputs(sae_in).sae_in
+    def _applied_encoder(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Encoder vectors that rows are multiplied with, ``[d_in, d_sae]``, and the omega that
+        scales these products, ``[num_experts]``; None without.
+        """
+        return self.W_enc, None
 
-    def _process_inputs(self, x: torch.Tensor) -> Inputs:
-        x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
-        # A last dimension of 1 would broadcast against b_dec without an error.
-        if x.shape[-1:] != (self.cfg.d_in,):
-            raise ValueError(
-                f"the last dimension of x must be d_in={self.cfg.d_in}, "
-                f"got shape {tuple(x.shape)}"
-            )
-        center = self.b_dec
-        if not self.cfg.apply_b_dec_to_input:
-            center = torch.zeros_like(center)
-        return Inputs(self.run_time_activation_norm_fn_in(x), center)
-
-    def _products(
-        self, sae_in: torch.Tensor, expert_indices: torch.Tensor
-    ) -> torch.Tensor:
-        """Products of the input with the encoder of the selected experts."""
-        products = grouped_encode(
-            sae_in.reshape(-1, self.cfg.d_in),
-            self.W_enc,
-            expert_indices.reshape(-1, self.cfg.experts_per_token),
-            self.cfg.num_experts,
+    def _products(self, rows: Rows, W_enc: torch.Tensor) -> torch.Tensor:
+        """Products with all latents of the selected experts, ``[rows, e, n]``."""
+        return grouped_encode(
+            rows.encoder_in, W_enc, rows.experts, self.cfg.num_experts
         )
-        return products.view(*expert_indices.shape, self.cfg.expert_size)
 
-    def _hook_pre_acts(
-        self, pre_acts: torch.Tensor, expert_indices: torch.Tensor
+    def _scaling(
+        self, rows: Rows, omega: torch.Tensor | None, products: torch.Tensor
+    ) -> ExpertScaling | None:
+        if omega is None:
+            return None
+        return expert_scaling(omega, rows.experts, products.mean(dim=-1))
+
+    def _pre_acts(
+        self,
+        products: torch.Tensor,
+        experts: torch.Tensor,
+        scaling: ExpertScaling | None,
+        b_enc: torch.Tensor,
     ) -> torch.Tensor:
+        """
+        Pre-activations, before any norm, from products with the selected experts.
+
+        Args:
+            products: Products with some latents of each expert, ``[rows, e, latents]``.
+            experts: The selected experts, ``[rows, e]``.
+            scaling: Their feature scaling.
+            b_enc: Biases of these latents, ``[num_experts, latents]``.
+        """
+        if scaling is not None:
+            scale, shift = (t.unsqueeze(-1) for t in scaling)
+            products = torch.addcmul(shift, products, scale)
+        return products + lookup(b_enc, experts)
+
+    def _select(
+        self,
+        pre_acts: torch.Tensor,
+        experts: torch.Tensor,
+        gates: torch.Tensor,
+        norms: torch.Tensor | None,
+        sizes: tuple[int, ...],
+    ) -> Selected:
+        with torch.no_grad():
+            if norms is not None:
+                pre_acts = pre_acts * self._by_expert(norms)[experts]
+            selection = self.selection()
+            ranking = selection.rank(pre_acts, gates.to(pre_acts.dtype))
+            return selection.select(ranking.flatten(1), sizes)
+
+    def _select_in_parts(
+        self,
+        products: torch.Tensor,
+        rows: Rows,
+        scaling: ExpertScaling | None,
+        norms: torch.Tensor | None,
+        sizes: tuple[int, ...],
+    ) -> tuple[Selected, torch.Tensor]:
+        """Select among candidates, of which no more than needed exist at once."""
+        b_enc = self._by_expert(self.b_enc)
+        step = len(products)
+        if products.device.type == "cpu" and self.selection().per_token:
+            step = _CANDIDATES_AT_A_TIME // products.shape[1:].numel()
+        found = []
+        for first in range(0, max(1, len(products)), max(1, step)):
+            part = slice(first, first + max(1, step))
+            experts = rows.experts[part]
+            scaling_of_part = None
+            if scaling is not None:
+                scaling_of_part = ExpertScaling(*(t[part] for t in scaling))
+            pre_acts = self._pre_acts(products[part], experts, scaling_of_part, b_enc)
+            selected = self._select(pre_acts, experts, rows.gates[part], norms, sizes)
+            found.append((selected, pre_acts.flatten(1).gather(1, selected.positions)))
+        if len(found) == 1:
+            return found[0]
+        return Selected.concatenate([s for s, _ in found]), torch.cat(
+            [p for _, p in found]
+        )
+
+    def _kept(self, selected: Selected, rows: Rows) -> Kept:
+        size = self.cfg.expert_size
+        slots, offsets = selected.positions // size, selected.positions % size
+        latents = rows.experts.gather(1, slots) * size + offsets
+        return Kept(selected, slots, self._pattern(latents))
+
+    def _pattern(self, latents: torch.Tensor) -> SparsityPattern:
+        pattern = SparsityPattern(latents, self.cfg.d_sae, pool=self._gradient_memory)
+        if torch.is_grad_enabled() and self.W_dec.requires_grad:
+            # Encoder and decoder gradients will both need its order.
+            return pattern.sorted()
+        return pattern
+
+    def _differentiable(
+        self,
+        products: torch.Tensor,
+        rows: Rows,
+        W_enc: torch.Tensor,
+        omega: torch.Tensor | None,
+        kept: Kept,
+    ) -> tuple[torch.Tensor, ExpertScaling | None]:
+        """Pre-activations of the kept latents, and the scaling, with their gradients."""
+        pre_acts, means = encoder_products(
+            rows.x,
+            rows.b_dec,
+            W_enc,
+            products.flatten(1).gather(1, kept.selected.positions),
+            None if omega is None else products.mean(dim=-1),
+            kept.pattern,
+            SparsityPattern(rows.experts, self.cfg.num_experts),
+        )
+        scaling = None
+        if omega is not None and means is not None:
+            scaling = expert_scaling(omega, rows.experts, means)
+            scale, shift = (t.gather(1, kept.slots) for t in scaling)
+            pre_acts = torch.addcmul(shift, pre_acts, scale)
+        return pre_acts + lookup(self.b_enc, kept.pattern.indices), scaling
+
+    def _decoder_inputs(
+        self, pre_acts: torch.Tensor, rows: Rows, kept: Kept
+    ) -> tuple[DecoderInput, DecoderInput | None]:
+        """Survivors and, if there are any, runners-up."""
+        gates = rows.gates.to(pre_acts.dtype).gather(1, kept.slots)
+        # ReLU before the gate: -inf * 0 would be NaN.
+        coefficients = pre_acts.relu() * gates
+        if kept.selected.mask is not None:
+            coefficients = torch.where(kept.selected.mask, coefficients, 0)
+        widths = [width for width in kept.selected.widths if width]
+        if len(widths) < 2:
+            return DecoderInput(coefficients, kept.pattern), None
+        survivors, runners = (
+            DecoderInput(c, self._pattern(latents))
+            for c, latents in zip(
+                coefficients.split(widths, dim=1),
+                kept.pattern.indices.split(widths, dim=1),
+                strict=True,
+            )
+        )
+        return survivors, runners
+
+    def _hook_pre_acts(self, pre_acts: torch.Tensor, rows: Rows) -> torch.Tensor:
         # The d_sae-wide tensor costs more than the whole encoder: only on request.
         if not is_hooked(self.hook_sae_acts_pre):
             return pre_acts
-        wide = self.hook_sae_acts_pre(self._to_wide(pre_acts, expert_indices))
-        wide = self._by_expert(wide)
-        return wide.gather(-2, expert_indices.unsqueeze(-1).expand_as(pre_acts))
+        wide = self._to_wide(pre_acts, rows.experts)
+        wide = self.hook_sae_acts_pre(wide.view(*rows.shape, self.cfg.d_sae))
+        wide = self._by_expert(wide.reshape(-1, self.cfg.d_sae))
+        return wide.gather(1, rows.experts.unsqueeze(-1).expand_as(pre_acts))
 
-    def _to_wide(
-        self, pre_acts: torch.Tensor, expert_indices: torch.Tensor
-    ) -> torch.Tensor:
-        """Candidates spread over all d_sae latents, -inf at those of other experts."""
+    def _to_wide(self, pre_acts: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Candidates spread over all latents, -inf at other experts'; ``[rows, d_sae]``."""
         cfg = self.cfg
         wide = pre_acts.new_full(
-            (*pre_acts.shape[:-2], cfg.num_experts, cfg.expert_size), -torch.inf
+            (len(pre_acts), cfg.num_experts, cfg.expert_size), -torch.inf
         )
-        index = expert_indices.unsqueeze(-1).expand_as(pre_acts)
+        index = experts.unsqueeze(-1).expand_as(pre_acts)
         # An expert that an edit selected twice has one place, which has one gradient.
-        same = expert_indices.unsqueeze(-1) == expert_indices.unsqueeze(-2)
+        same = experts.unsqueeze(-1) == experts.unsqueeze(-2)
         repeated = same.tril(-1).any(dim=-1, keepdim=True)
         pre_acts = torch.where(repeated, pre_acts.detach(), pre_acts)
-        return wide.scatter_(-2, index, pre_acts).flatten(-2)
+        return wide.scatter_(1, index, pre_acts).flatten(1)
 
     def _by_expert(self, per_latent: torch.Tensor) -> torch.Tensor:
         """Split the last dimension into experts and their latents."""
         return rearrange(per_latent, "... (N n) -> ... N n", N=self.cfg.num_experts)
+
+    @contextmanager
+    def _keep_run_time_norm_state(self) -> Iterator[None]:
+        """Normalise without a decode; one that is pending stays undisturbed."""
+        state = vars(self)
+        pending = {name: state[name] for name in _RUN_TIME_NORM_STATE if name in state}
+        try:
+            yield
+        finally:
+            for name in _RUN_TIME_NORM_STATE:
+                state.pop(name, None)
+            state.update(pending)

@@ -1,4 +1,4 @@
-"""What Scale SAE and Switch SAE share, for inference."""
+"""Mixture SAE for inference: the base of Scale SAE and Switch SAE."""
 
 from abc import ABC
 from pathlib import Path
@@ -10,10 +10,18 @@ from typing_extensions import override
 
 from sae_lens_scale.files import replacing_files
 from sae_lens_scale.ops import BufferPool, decode_dense, decoder_norm, sparse_decode
-from sae_lens_scale.saes.mixture.routing import Routing
 
-from .encoding import T_MIXTURE_CONFIG, Encoding, MixtureEncoder, is_hooked
+from .dispatch import Rows
+from .encoding import (
+    T_MIXTURE_CONFIG,
+    DecoderInput,
+    Encoding,
+    MixtureEncoder,
+    is_hooked,
+    is_overridden,
+)
 from .files import require_tensors
+from .routing import Routing
 
 
 class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
@@ -67,14 +75,19 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         return self.hook_sae_output(sae_out)
 
     def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
-        overridden = any(
-            getattr(getattr(self, name), "__func__", None)
-            is not getattr(MixtureSAE, name)
-            for name in ("encode", "decode")
-        )
-        if overridden or is_hooked(self.hook_sae_acts_post):
+        if self._goes_dense():
             return self.decode(self.encode(x))
-        return self._decode_encoding(self._encode(x))
+        encoding = self._encode(x)
+        return self._finish_decoding(self._recons_of(encoding, encoding.survivors))
+
+    def _goes_dense(self) -> bool:
+        """
+        Whether activations have to be d_sae wide: for a hook on them, or for an encode or
+        decode that is not this class's own.
+        """
+        return is_hooked(self.hook_sae_acts_post) or is_overridden(
+            self, "encode", "decode"
+        )
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
@@ -101,21 +114,35 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         if self.cfg.rescale_acts_by_decoder_norm:
             feature_acts = feature_acts * (1 / decoder_norm(self.W_dec))
         recons = decode_dense(feature_acts.reshape(-1, self.cfg.d_sae), self.W_dec)
-        return self._finish_decoding(
-            recons.view(*feature_acts.shape[:-1], self.cfg.d_in)
-        )
+        return self._finish_decoding(recons.view(*feature_acts.shape[:-1], self.d_out))
 
-    def _decode_encoding(self, encoding: Encoding) -> torch.Tensor:
-        """What decode returns for the same activations, from their compact form."""
-        coefficients = encoding.coefficients
-        recons = sparse_decode(
-            coefficients.reshape(encoding.selection.indices.shape),
-            self.W_dec,
-            encoding.selection,
-        )
-        return self._finish_decoding(
-            recons.view(*coefficients.shape[:-1], self.cfg.d_in)
-        )
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed; see :meth:`.MixtureTrainingSAE.target`."""
+        return self.W_dec.shape[1]
+
+    def combine(self, partial: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """
+        Add up what the rows of each token made of it; the counterpart of ``dispatch``.
+
+        It is called with partial reconstructions and with numbers per row, always for all
+        rows and all tokens, and has to be differentiable.
+
+        Args:
+            partial: One row for each row, ``[rows, width]``.
+            rows: The rows, as ``dispatch`` returned them.
+
+        Returns:
+            Sums over the rows of each token, ``[tokens, width]``; in one process, where a
+            row is a token, ``partial`` itself.
+        """
+        return partial
+
+    def _recons_of(self, encoding: Encoding, latents: DecoderInput) -> torch.Tensor:
+        """Sum of the latents' decoder rows, without bias, ``[..., d_out]``."""
+        partial = sparse_decode(latents.coefficients, self.W_dec, latents.pattern)
+        recons = self.combine(partial, encoding.rows)
+        return recons.view(*encoding.routing.indices.shape[:-1], self.d_out)
 
     def _finish_decoding(self, recons: torch.Tensor) -> torch.Tensor:
         recons = self.hook_sae_recons(recons + self.b_dec)
@@ -124,7 +151,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
 
     def route(self, x: torch.Tensor) -> Routing:
         """
-        The experts that each token selects, for analysis.
+        Find the experts that each token selects, for analysis.
 
         Args:
             x: Activations of the language model, ``[..., d_in]``.
@@ -136,11 +163,11 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
             ValueError: If the last dimension of ``x`` is not d_in.
         """
         with self._keep_run_time_norm_state():
-            return self._route(self._process_inputs(x).x)
+            return self._route(self._inputs(x).x)
 
     @override
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        # What moves or converts the parameters leaves this memory without a use.
+        # Parameters that move or change their dtype leave this memory without a use.
         self._gradient_memory = BufferPool()
         return super()._apply(*args, **kwargs)
 
@@ -221,7 +248,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         Check that a file's tensors are those of this SAE, before any is loaded.
 
         Args:
-            state_dict: What the file holds; subclasses adapt it in place.
+            state_dict: Tensors of the file; subclasses adapt it in place.
 
         Raises:
             ValueError: If tensors are missing, unknown, of another shape or not of
@@ -231,7 +258,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         require_tensors(self.cfg, state_dict, self._shapes_to_load(state_dict))
 
     def _shapes_to_load(self, state_dict: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """What a file has to hold, given what it does hold."""
+        """Shapes of the tensors that a file has to hold, given those that it holds."""
         return self._shapes()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,17 +1,51 @@
-"""Routing of tokens to experts, as functions over plain tensors."""
+"""Routing of tokens to experts."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
-from sae_lens_scale.ops import GateName
+GateName = Literal["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
+
+
+class Gate(NamedTuple):
+    """
+    A multiplier of the selected experts' activations.
+
+    Attributes:
+        weights: The gates, ``[..., experts]``, from the selected experts' probabilities and
+            from these divided by their sum, both of this shape.
+        formula: Formula for the documentation, of expert i.
+        source: Source of the formula.
+    """
+
+    weights: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    formula: str
+    source: str
+
+
+GATES: dict[GateName, Gate] = {
+    "softmax": Gate(lambda p, _: p, "p_i", "equation 2.4; Switch SAE"),
+    "renormalized": Gate(lambda _, share: share, "p_i / Σ_selected p", ""),
+    "rescaled": Gate(
+        lambda _, share: share * share.shape[-1],
+        "e · p_i / Σ_selected p, so that gates average 1",
+        "",
+    ),
+    "double_softmax": Gate(
+        lambda p, _: p.softmax(dim=-1),
+        "softmax over the selected p",
+        "the Scale SAE authors' code",
+    ),
+    "uniform": Gate(lambda p, _: torch.ones_like(p), "1", 'Switch SAE\'s "heaviside"'),
+}
 
 
 class Routing(NamedTuple):
     """
-    Which experts each token selected, and how much each counts.
+    The experts that each token selected, and how much each counts.
 
     Attributes:
         weights: Gates of the selected experts: shared ones, then the others, strongest
@@ -44,14 +78,9 @@ def route(
         x: Normalised activations before b_dec is subtracted, ``[..., d_in]``.
         W_router: Router weights, ``[d_in, num_experts]``.
         b_router: Router centre, ``[d_in]``.
-        experts_per_token: How many experts each token selects (e).
-        gate: What multiplies a selected expert's activations. ``"softmax"`` is p
-            itself (equation 2.4 of the Scale SAE paper, and Switch SAE);
-            ``"renormalized"`` divides it by its sum over the selected experts;
-            ``"rescaled"`` is that times e, so that gates average 1;
-            ``"double_softmax"`` is a softmax over the selected p (the Scale SAE
-            authors' code); ``"uniform"`` is 1 (Switch SAE's "heaviside").
-        num_shared_experts: How many experts, the first ones, all tokens select, with
+        experts_per_token: Number of experts that each token selects (e).
+        gate: Multiplier of a selected expert's activations; see :data:`GATES`.
+        num_shared_experts: Number of experts, the first ones, that all tokens select, with
             gate 1 (Dai et al. 2024, DeepSeekMoE). The others are routed as if there were
             no more, ``experts_per_token - num_shared_experts`` of them to each token.
 
@@ -74,13 +103,7 @@ def route(
     # The softmax over the selected logits is p divided by its selected sum.
     renormalized = selected.values.softmax(dim=-1)
     selected_p = probabilities.gather(-1, selected.indices)
-    weights = {
-        "softmax": lambda: selected_p,
-        "renormalized": lambda: renormalized,
-        "rescaled": lambda: renormalized * experts_per_token,
-        "double_softmax": lambda: selected_p.softmax(dim=-1),
-        "uniform": lambda: torch.ones_like(selected_p),
-    }[gate]()
+    weights = GATES[gate].weights(selected_p, renormalized)
     if not num_shared_experts:
         return Routing(weights, selected.indices, probabilities)
     shared = torch.arange(num_shared_experts, device=x.device)
@@ -126,7 +149,7 @@ def load_balance_loss(
     Args:
         routing: Routing of a batch.
         num_experts: Number of experts (N).
-        num_shared_experts: How many of them, the first ones, are shared.
+        num_shared_experts: Number of them, the first ones, that are shared.
 
     Returns:
         A scalar, differentiable through the probabilities.

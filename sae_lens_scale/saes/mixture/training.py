@@ -1,9 +1,8 @@
-"""What Scale SAE and Switch SAE share, for training."""
+"""Mixture SAE for training: the base of Scale SAE and Switch SAE in training."""
 
-import sys
 from abc import ABC
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -14,7 +13,6 @@ from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import (
     TrainCoefficientConfig,
     TrainingSAE,
-    TrainingSAEConfig,
     TrainStepInput,
     TrainStepOutput,
 )
@@ -26,90 +24,22 @@ from typing_extensions import override
 from sae_lens_scale.files import replacing_files
 from sae_lens_scale.ops import (
     decoder_norm,
+    grouped_decode,
     grouped_encode,
-    select_latents,
-    sparse_decode,
-    take,
+    index_select,
+    lookup,
 )
-from sae_lens_scale.saes.mixture.dead_latents import dead_latent_loss, dead_offsets
-from sae_lens_scale.saes.mixture.initialization import (
-    geometric_median,
-    spherical_kmeans,
-)
-from sae_lens_scale.saes.mixture.routing import load_balance_loss, routed_load
 
-from .config import MixtureSAEConfig
-from .encoding import Encoding, is_hooked
+from .config import MixtureTrainingSAEConfig
+from .dead_latents import dead_latent_loss, dead_offsets, strongest_dead
+from .encoding import Encoding, is_overridden
 from .files import require_tensors
 from .inference import MixtureSAE
+from .initialization import geometric_median, spherical_kmeans
+from .routing import load_balance_loss, routed_load
 
 # Of Gao et al. 2024, section 5.3.1.
 MULTI_TOPK_FACTOR = 4
-
-
-@dataclass
-class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
-    """
-    Fields that the training configs of all mixture-of-experts SAEs share.
-
-    Args:
-        use_sparse_activations (bool): Whether a training step keeps feature
-            activations as a sparse tensor.
-        load_balance_coefficient (float): Weight alpha of the load-balancing loss.
-        aux_loss_coefficient (float): Weight of the dead-latent loss.
-        multi_topk_coefficient (float): Weight of the Multi-TopK loss.
-    """
-
-    rescale_acts_by_decoder_norm: bool = True
-    use_sparse_activations: bool = True
-    load_balance_coefficient: float = 0.03
-    # Gao et al.'s value; 1, as in SAELens's TopK, measured worse (docs/defaults.md).
-    aux_loss_coefficient: float = 1 / 32
-    multi_topk_coefficient: float = 0.0
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in (
-            "load_balance_coefficient",
-            "aux_loss_coefficient",
-            "multi_topk_coefficient",
-        ):
-            value = getattr(self, name)
-            if not _is_finite_number(value) or value < 0:
-                raise ValueError(
-                    f"{name} must be a finite number of at least 0, got {value!r}"
-                )
-        norm = self.decoder_init_norm
-        if norm is not None and (not _is_finite_number(norm) or norm <= 0):
-            raise ValueError(
-                f"decoder_init_norm must be a finite number above 0 or None, got {norm!r}"
-            )
-        if self.normalize_activations in ("layer_norm", "constant_norm_rescale"):
-            for name in ("aux_loss_coefficient", "multi_topk_coefficient"):
-                if value := getattr(self, name):
-                    raise ValueError(
-                        f"{name} must be 0 with normalize_activations="
-                        f"{self.normalize_activations!r}, got {value}: what is decoded in "
-                        "normalised space would meet errors in the original one"
-                    )
-
-    @override
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any]) -> Any:
-        # An inference export lacks the fields that only training has, but its metadata
-        # keeps them: training that goes on from it goes on as it was.
-        metadata = config_dict.get("metadata") or {}
-        if metadata.get("training_architecture") == cls.architecture():
-            details = metadata.get("training_architecture_details") or {}
-            config_dict = {**details, **config_dict}
-        return super().from_dict(config_dict)
-
-
-def _is_finite_number(value: Any) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max  # False for NaN and for huge integers.
 
 
 # As TrainStepOutput types them.
@@ -129,6 +59,31 @@ class MixtureTrainingSAE(
 
     # Each routed expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
+    # The encoding that losses are being computed of: none or one. None outside of a training
+    # step, since it would keep the step's graph alive.
+    _shared_encoding: list[Encoding] | None = None
+
+    def target(self, step_input: TrainStepInput) -> torch.Tensor:
+        """
+        What the SAE learns to reconstruct; a seam.
+
+        All losses that compare with an input compare with this. Its width is that of W_dec
+        and b_dec, which a subclass may make another than d_in (a transcoder's, say) where
+        ``apply_b_dec_to_input`` is off.
+
+        Args:
+            step_input: The batch, ``sae_in`` of shape ``[tokens, d_in]``.
+
+        Returns:
+            ``[tokens, d_out]``; here ``sae_in``.
+        """
+        return step_input.sae_in
+
+    @override
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        if is_overridden(self, "encode_with_hidden_pre"):
+            return self.encode_with_hidden_pre(x)[0]
+        return super().encode(x)
 
     @override
     def encode_with_hidden_pre(
@@ -144,20 +99,19 @@ class MixtureTrainingSAE(
             Both ``[..., d_sae]``; pre-activations are -inf at latents whose expert
             was not selected.
         """
-        feature_acts, hidden_pre, _ = self._encode_widely(x)
-        return feature_acts, hidden_pre
-
-    def _encode_widely(
-        self, x: torch.Tensor, runners_up: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor, Encoding]:
-        encoding = self._encode(x, with_candidates=True, runners_up=runners_up)
-        candidates, experts = encoding.candidates, encoding.routing.indices
+        in_step = self._shared_encoding is not None
+        encoding = self._encode(
+            x, self._num_runners_up if in_step else 0, with_candidates=True
+        )
+        if in_step:
+            self._shared_encoding = [encoding]
+        candidates, experts = encoding.candidates, encoding.rows.experts
         assert candidates is not None
         if self.cfg.rescale_acts_by_decoder_norm:
             candidates = candidates * self._by_expert(decoder_norm(self.W_dec))[experts]
         feature_acts = encoding.latents.to_dense(self.cfg.d_sae)
-        hidden_pre = self._to_wide(candidates, experts)
-        return self.hook_sae_acts_post(feature_acts), hidden_pre, encoding
+        hidden_pre = self._to_wide(candidates, experts).view_as(feature_acts)
+        return self.hook_sae_acts_post(feature_acts), hidden_pre
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -170,29 +124,24 @@ class MixtureTrainingSAE(
         Returns:
             ``feature_acts`` and ``hidden_pre`` are those of
             :meth:`encode_with_hidden_pre`. With ``use_sparse_activations``, unless
-            ``hook_sae_acts_post`` is hooked, ``feature_acts`` is a sparse COO tensor and
-            ``hidden_pre`` holds the surviving latents only, ``[tokens, k]``.
+            ``hook_sae_acts_post`` is hooked or a method is overridden, ``feature_acts`` is
+            a sparse COO tensor and ``hidden_pre`` holds the surviving latents only,
+            ``[tokens, k]``.
 
         Raises:
             ValueError: If the loss is not finite. One such step would turn every
                 weight into NaN, without an error.
         """
-        # Hooks are written for dense activations.
-        if self.cfg.use_sparse_activations and not is_hooked(self.hook_sae_acts_post):
-            encoding = self._encode(step_input.sae_in, runners_up=self._num_runners_up)
-            feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
-            hidden_pre = encoding.pre_acts
-            sae_out = self._decode_encoding(encoding)
-        else:
-            feature_acts, hidden_pre, encoding = self._encode_widely(
-                step_input.sae_in, self._num_runners_up
+        with self._share_encoding():
+            feature_acts, hidden_pre, sae_out = self._reconstruct_for_training(
+                step_input.sae_in
             )
-            sae_out = self.decode(feature_acts)
-        mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
-        losses = {"mse_loss": mse_loss}
-        losses |= self.calculate_aux_loss(
-            step_input, feature_acts, hidden_pre, sae_out, encoding=encoding
-        )
+            errors = self.mse_loss_fn(sae_out, self.target(step_input))
+            losses = {"mse_loss": errors.sum(dim=-1).mean()}
+            losses |= self.calculate_aux_loss(
+                step_input, feature_acts, hidden_pre, sae_out
+            )
+            metrics = self._metrics(step_input) if step_input.is_logging_step else {}
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
             values = ", ".join(f"{n} {v.item()}" for n, v in losses.items())
@@ -209,10 +158,48 @@ class MixtureTrainingSAE(
             hidden_pre=hidden_pre,
             loss=loss,
             losses=losses,
-            metrics=self._metrics(step_input, encoding)
-            if step_input.is_logging_step
-            else {},
+            metrics=metrics,
         )
+
+    def _reconstruct_for_training(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Activations, pre-activations and the reconstruction; keeps the encoding."""
+        # Hooks and overrides are written for dense activations.
+        if not self.cfg.use_sparse_activations or self._goes_dense():
+            feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
+            return feature_acts, hidden_pre, self.decode(feature_acts)
+        encoding = self._encode(x, runners_up=self._num_runners_up)
+        self._shared_encoding = [encoding]
+        feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
+        sae_out = self._finish_decoding(self._recons_of(encoding, encoding.survivors))
+        return feature_acts, encoding.pre_acts, sae_out
+
+    @override
+    def _goes_dense(self) -> bool:
+        return super()._goes_dense() or is_overridden(self, "encode_with_hidden_pre")
+
+    @contextmanager
+    def _share_encoding(self) -> Iterator[None]:
+        """Let everything that runs within, and needs the encoding, have the same one."""
+        if self._shared_encoding is not None:
+            yield
+            return
+        self._shared_encoding = []
+        try:
+            yield
+        finally:
+            self._shared_encoding = None
+
+    def _encoding_of(self, sae_in: torch.Tensor) -> Encoding:
+        """The shared encoding; computed anew if there is none yet."""
+        if self._shared_encoding:
+            return self._shared_encoding[0]
+        with self._keep_run_time_norm_state():
+            encoding = self._encode(sae_in, runners_up=self._num_runners_up)
+        if self._shared_encoding is not None:
+            self._shared_encoding = [encoding]
+        return encoding
 
     @override
     def calculate_aux_loss(
@@ -221,8 +208,6 @@ class MixtureTrainingSAE(
         feature_acts: torch.Tensor,
         hidden_pre: torch.Tensor,
         sae_out: torch.Tensor,
-        *,
-        encoding: Encoding | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         The losses beside the reconstruction's, by name, already weighted.
@@ -231,115 +216,132 @@ class MixtureTrainingSAE(
             step_input: The batch, ``sae_in`` of shape ``[tokens, d_in]``.
             feature_acts: Not needed; for subclasses.
             hidden_pre: Not needed; for subclasses.
-            sae_out: Reconstruction of the batch, ``[tokens, d_in]``.
-            encoding: What encoding the batch computed, routing included; computed anew
-                if not given. A training step gives it, so overrides must accept it
-                (``**kwargs`` will do).
+            sae_out: Reconstruction of the batch, ``[tokens, d_out]``.
 
         Returns:
             Scalars, each of them part of the loss.
         """
-        if encoding is None:
-            with self._keep_run_time_norm_state():
-                encoding = self._encode(
-                    step_input.sae_in, runners_up=self._num_runners_up
-                )
         cfg = self.cfg
         losses: dict[str, torch.Tensor] = {}
-        if cfg.load_balance_coefficient:
-            balance = load_balance_loss(
-                encoding.routing, cfg.num_experts, cfg.num_shared_experts
-            )
-            losses["load_balance_loss"] = (
-                cfg.load_balance_coefficient * cfg.d_in * balance
-            )
-        if cfg.aux_loss_coefficient:
-            losses["auxiliary_reconstruction_loss"] = (
-                cfg.aux_loss_coefficient
-                * self._dead_latent_loss(step_input, encoding, sae_out)
-            )
-        if cfg.multi_topk_coefficient:
-            losses["multi_topk_loss"] = (
-                cfg.multi_topk_coefficient
-                * self._multi_topk_loss(step_input, encoding, sae_out)
-            )
+        with self._share_encoding():
+            encoding = self._encoding_of(step_input.sae_in)
+            if cfg.load_balance_coefficient:
+                balance = load_balance_loss(
+                    encoding.routing, cfg.num_experts, cfg.num_shared_experts
+                )
+                losses["load_balance_loss"] = (
+                    cfg.load_balance_coefficient * cfg.d_in * balance
+                )
+            if cfg.aux_loss_coefficient:
+                losses["auxiliary_reconstruction_loss"] = self.calculate_topk_aux_loss(
+                    sae_in=self.target(step_input),
+                    sae_out=sae_out,
+                    hidden_pre=hidden_pre,
+                    dead_neuron_mask=step_input.dead_neuron_mask,
+                )
+            if cfg.multi_topk_coefficient:
+                losses["multi_topk_loss"] = (
+                    cfg.multi_topk_coefficient
+                    * self._multi_topk_loss(step_input, encoding, sae_out)
+                )
         return losses
 
     @property
     def _num_runners_up(self) -> int:
-        """How many latents beyond k a training step needs."""
+        """Number of latents beyond k that a training step needs."""
         if not self.cfg.multi_topk_coefficient:
             return 0
-        return (MULTI_TOPK_FACTOR - 1) * self.cfg.k
+        return (MULTI_TOPK_FACTOR - 1) * self._k
 
     def _multi_topk_loss(
         self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor
     ) -> torch.Tensor:
         """The squared error of a TopK that keeps several times as many latents."""
-        cfg = self.cfg
-        candidates = cfg.experts_per_token * cfg.expert_size
-        assert encoding.runners_up is not None or cfg.k == candidates
         if encoding.runners_up is not None:
-            coefficients, selection = encoding.runners_up
-            recons = sparse_decode(
-                coefficients.reshape(selection.indices.shape), self.W_dec, selection
-            )
-            sae_out = sae_out + recons.view_as(sae_out)
-        return self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+            sae_out = sae_out + self._recons_of(encoding, encoding.runners_up)
+        return self.mse_loss_fn(sae_out, self.target(step_input)).sum(dim=-1).mean()
 
-    def _dead_latent_loss(
-        self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: torch.Tensor,
+        sae_out: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        dead_neuron_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        dead = step_input.dead_neuron_mask
-        if dead is None or not dead.any():
+        """
+        The dead-latent loss, weighted; see :mod:`.dead_latents`. Of the name and arguments
+        that it has in SAELens's TopK SAE.
+
+        Args:
+            sae_in: The input, or the target if that differs, ``[tokens, d_out]``.
+            sae_out: Its reconstruction, likewise.
+            hidden_pre: Not needed; for subclasses.
+            dead_neuron_mask: Which latents are dead, ``[d_sae]``; None for none.
+
+        Returns:
+            A scalar.
+        """
+        if dead_neuron_mask is None or not dead_neuron_mask.any():
             return sae_out.new_zeros(())
-        cfg, inputs, routing = self.cfg, encoding.inputs, encoding.routing
-        experts = routing.indices
-        # Only what is dead is computed, as if experts were made of nothing else.
-        offsets, is_dead = dead_offsets(dead, cfg.num_experts)
-        first = torch.arange(cfg.num_experts, device=dead.device) * cfg.expert_size
+        encoding, cfg = self._encoding_of(sae_in), self.cfg
+        rows = encoding.rows
+        offsets, is_dead = dead_offsets(dead_neuron_mask, cfg.num_experts)
+        first = torch.arange(cfg.num_experts, device=offsets.device) * cfg.expert_size
         latents = first.unsqueeze(-1) + offsets
-        if encoding.candidates is None:
-            W_enc = select_latents(
-                self.W_enc, 1, latents.flatten(), self._gradient_memory
-            )
-            # As in route: the center's gradient from a term that is zero.
-            center = inputs.center.detach()
-            products = grouped_encode(
-                (inputs.x - center).reshape(-1, cfg.d_in),
-                W_enc,
-                experts.reshape(-1, cfg.experts_per_token),
-                cfg.num_experts,
-            ).view(*experts.shape, offsets.shape[-1])
-            shift = (center - inputs.center) @ W_enc
-            products = products + take(shift.view_as(latents), experts)
-            scaled = self._scale(
-                products, inputs, encoding.mean_products, experts, offsets
-            )
-            pre_acts = scaled + take(take(self.b_enc, latents), experts)
-        else:
-            pre_acts = encoding.candidates.gather(-1, offsets[experts])
+        pre_acts = self._dead_pre_acts(encoding, offsets, latents)
+        is_dead = is_dead[rows.experts]
         norms = None
         if cfg.rescale_acts_by_decoder_norm:
-            norms = decoder_norm(self.W_dec.detach())[latents][experts].flatten(0, -3)
-        return dead_latent_loss(
-            pre_acts.flatten(0, -3),
-            norms,
-            is_dead[experts].flatten(0, -3),
-            routing.weights.reshape(-1, cfg.experts_per_token).to(pre_acts.dtype),
-            experts.reshape(-1, cfg.experts_per_token),
-            (step_input.sae_in - sae_out).detach().reshape(-1, cfg.d_in),
-            select_latents(self.W_dec, 0, latents.flatten(), self._gradient_memory),
-            cfg.num_experts,
+            norms = decoder_norm(self.W_dec.detach())[latents]
+        size = max(1, sae_out.shape[-1] // 2)
+        taken = strongest_dead(
+            pre_acts, norms, rows.experts, is_dead, size, self.selection().select
+        )
+        gates = rows.gates.to(pre_acts.dtype).unsqueeze(-1)
+        acts = torch.where(taken, pre_acts, 0) * gates
+        W_dec = index_select(self.W_dec, 0, latents.flatten(), self._gradient_memory)
+        recons = grouped_decode(acts, W_dec, rows.experts, cfg.num_experts)
+        residual = (sae_in - sae_out).detach().reshape(-1, self.d_out)
+        num_dead = is_dead.sum(dim=(-2, -1)).to(residual.dtype).unsqueeze(-1)
+        return cfg.aux_loss_coefficient * dead_latent_loss(
+            self.combine(recons, rows),
+            residual,
+            self.combine(num_dead, rows).squeeze(-1),
+            size,
+        )
+
+    def _dead_pre_acts(
+        self, encoding: Encoding, offsets: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Pre-activations of the dead latents of each row's experts, ``[rows, e, most_dead]``.
+
+        Args:
+            encoding: The batch's encoding.
+            offsets: Positions within each expert, ``[num_experts, most_dead]``.
+            latents: Positions among all latents, likewise.
+        """
+        rows, num_experts = encoding.rows, self.cfg.num_experts
+        if encoding.candidates is not None:
+            return encoding.candidates.gather(-1, offsets[rows.experts])
+        W_enc = index_select(
+            encoding.W_enc, 1, latents.flatten(), self._gradient_memory
+        )
+        # As in route: the gradient of b_dec comes from a term that is zero.
+        b_dec = rows.b_dec.detach()
+        pre_acts = grouped_encode(rows.x - b_dec, W_enc, rows.experts, num_experts)
+        shift = ((b_dec - rows.b_dec) @ W_enc).view_as(latents)
+        pre_acts = pre_acts + lookup(shift, rows.experts)
+        return self._pre_acts(
+            pre_acts, rows.experts, encoding.scaling, lookup(self.b_enc, latents)
         )
 
     @torch.no_grad()
-    def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
+    def _metrics(self, step_input: TrainStepInput) -> Metrics:
         """Diagnostics for the logger; docs/architectures.md says what they are."""
         num_experts = self.cfg.num_experts
-        load = routed_load(
-            encoding.routing.indices, num_experts, self.cfg.num_shared_experts
-        )
+        indices = self._encoding_of(step_input.sae_in).routing.indices
+        load = routed_load(indices, num_experts, self.cfg.num_shared_experts)
         self._logged_load = load
         metrics: Metrics = {
             "router/max_load": load.max() * len(load),

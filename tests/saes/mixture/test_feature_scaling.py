@@ -6,8 +6,7 @@ import torch
 
 from sae_lens_scale.ops import grouped_encode
 from sae_lens_scale.saes.mixture.feature_scaling import (
-    low_pass_products,
-    scale_pre_acts,
+    expert_scaling,
     scaled_encoder,
 )
 
@@ -31,17 +30,13 @@ def test_scaled_encoder_is_the_papers_formula(
         torch.testing.assert_close(got[:, rows].T, low + (1 + omega[i]) * (M - low))
 
 
-@pytest.mark.parametrize("decomposition", ["mean", "identity", "learned"])
-def test_scale_pre_acts_equals_a_product_with_the_scaled_encoder(decomposition: str):
+def test_expert_scaling_equals_a_product_with_the_scaled_encoder():
     x, W, omega = draw(7, 5), draw(5, 12, seed=1), draw(3, seed=2)
-    A = draw(5, 5, seed=3) if decomposition == "learned" else None
     indices = torch.rand(7, 3).topk(2, dim=-1).indices
     products = grouped_encode(x, W, indices, 3)
-    low = low_pass_products(x, indices, W, 3, decomposition, A)  # type: ignore[arg-type]
-    if decomposition == "mean":
-        torch.testing.assert_close(low, products.mean(-1, keepdim=True))
-    got = scale_pre_acts(products, low, omega[indices].unsqueeze(-1))
-    W_hat = scaled_encoder(W, omega, decomposition, A)  # type: ignore[arg-type]
+    scaling = expert_scaling(omega, indices, products.mean(-1))
+    got = scaling.scale[..., None] * products + scaling.shift[..., None]
+    W_hat = scaled_encoder(W, omega, "mean")
     torch.testing.assert_close(got, grouped_encode(x, W_hat, indices, 3))
 
 

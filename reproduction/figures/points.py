@@ -1,7 +1,7 @@
-"""From a frame of runs to the points that a figure draws."""
+"""Points of a figure's lines: from a frame of runs to means over seeds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -12,14 +12,14 @@ import pandas as pd
 @dataclass(frozen=True)
 class Point:
     """
-    A point of a line: what the runs at one place have, over their seeds.
+    A point of a line, of the runs that differ in their seed only.
 
     Attributes:
-        line: Which line it is on.
-        x: Where.
+        line: Value that tells the line from others.
+        x: Place on the horizontal axis.
         mean: Mean over seeds.
         std: Standard deviation (of a sample); None for a single seed.
-        seeds: How many there are.
+        seeds: Number of seeds.
     """
 
     line: Any
@@ -31,20 +31,19 @@ class Point:
 
 def select(
     runs: pd.DataFrame,
-    columns: Sequence[str],
-    values: Sequence[str],
+    needs: Sequence[str],
     labels: Sequence[str] | None = None,
-    **conditions: Any,
+    where: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """
-    The rows that a figure shows.
+    Select the rows that a figure shows.
 
     Args:
         runs: A row for each run.
-        columns: Columns that identify a point; rows that lack one are left out.
-        values: Columns that are drawn; likewise.
+        needs: Columns that a figure is drawn of; rows that lack one are left out.
         labels: Keep the rows of these, in this order; all if None.
-        conditions: Columns, and the value that they have to have. None for any.
+        where: Columns, and the value that they must have: None for any, or a function of
+            the column, such as ``pd.Series.min``.
 
     Returns:
         A part of ``runs``.
@@ -52,27 +51,25 @@ def select(
     Raises:
         ValueError: If a column or a label is missing, or no row is left.
     """
-    conditions = {n: value for n, value in conditions.items() if value is not None}
-    needed = [*columns, *values]
-    require_columns(
-        runs, [*needed, *conditions, *([] if labels is None else ["label"])]
-    )
+    where = {name: value for name, value in (where or {}).items() if value is not None}
+    require_columns(runs, [*needs, *where, *([] if labels is None else ["label"])])
+    where = {n: v(runs[n]) if callable(v) else v for n, v in where.items()}
     if labels is not None:
         known = runs["label"].unique().tolist()
         unknown = [label for label in labels if label not in known]
         if unknown:
             raise ValueError(f"labels must be among {known}, got {unknown}")
         runs = pd.concat([runs.loc[runs["label"] == label] for label in labels])
-    for name, value in conditions.items():
+    for name, value in where.items():
         runs = runs.loc[runs[name] == value]
-    runs = runs.dropna(subset=[*columns, *values])
+    runs = runs.dropna(subset=[*needs])
     for label in labels or ():
         if label not in set(runs["label"]):
-            raise ValueError(f"runs with label {label!r} lack {', '.join(needed)}")
+            raise ValueError(f"runs with label {label!r} lack {', '.join(needs)}")
     if runs.empty:
-        where = "".join(f", {n}={value!r}" for n, value in conditions.items())
+        conditions = "".join(f", {name}={value!r}" for name, value in where.items())
         raise ValueError(
-            f"runs must have rows with {', '.join(needed)}{where}, got none"
+            f"runs must have rows with {', '.join(needs)}{conditions}, got none"
         )
     return runs
 
@@ -84,8 +81,14 @@ def require_columns(runs: pd.DataFrame, names: Sequence[str]) -> None:
         raise ValueError(f"runs must have the columns {missing}, has {[*runs.columns]}")
 
 
+def require_positive(values: Sequence[float], name: str) -> None:
+    """Refuse numbers without a place on a logarithmic axis, or under a fraction."""
+    if min(values) <= 0:
+        raise ValueError(f"{name} must be positive, got {min(values)}")
+
+
 def with_mean_decomposition(runs: pd.DataFrame) -> pd.DataFrame:
-    """Leave out what is scaled by one of the other decompositions (appendix C)."""
+    """Leave out runs scaled by one of the other decompositions (appendix C)."""
     require_columns(runs, ["feature_scaling", "decomposition"])
     other = runs["feature_scaling"].eq(True) & runs["decomposition"].ne("mean")
     return runs.loc[~other]

@@ -1,10 +1,11 @@
-"""Decoding of d_sae-wide activations."""
+"""Decoding of activations that are d_sae wide."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from .autograd import BilinearProduct, Selection
+from .autograd import BilinearProduct
+from .pattern import SparsityPattern
 
 # How many times faster than on its own an activation is decoded in a dense product: 838 ms
 # for 100 million of them, against 8 ms for 131 thousand and 60 ms to find these (2 x86
@@ -40,14 +41,16 @@ def decode_dense(
     Returns:
         ``[tokens, d_in]``, without decoder bias.
     """
-    return _DECODE_DENSE(acts, W_dec, _NOTHING)
+    return _DECODE_DENSE(acts, W_dec, _NO_PATTERN)
 
 
-def _decode(acts: torch.Tensor, W_dec: torch.Tensor, _: Selection) -> torch.Tensor:
-    if acts.device.type != "cpu" or acts.dtype != W_dec.dtype:
-        return acts @ W_dec
-    if acts.count_nonzero() * _DENSE_SPEEDUP >= acts.numel():
-        return acts @ W_dec
+def _decode(
+    acts: torch.Tensor, W_dec: torch.Tensor, _: SparsityPattern
+) -> torch.Tensor:
+    on_cpu = acts.device.type == "cpu"
+    if not on_cpu or acts.count_nonzero() * _DENSE_SPEEDUP >= acts.numel():
+        # Autocast computes it in another dtype.
+        return (acts @ W_dec).to(acts.dtype)
     tokens, latents = acts.nonzero(as_tuple=True)
     counts = torch.bincount(tokens, minlength=len(acts))
     return F.embedding_bag(
@@ -59,9 +62,9 @@ def _decode(acts: torch.Tensor, W_dec: torch.Tensor, _: Selection) -> torch.Tens
     )
 
 
-_NOTHING = Selection(torch.zeros(0, 0, dtype=torch.int64), 0)
+_NO_PATTERN = SparsityPattern(torch.zeros(0, 0, dtype=torch.int64), 0)
 _DECODE_DENSE = BilinearProduct(
     _decode,
-    lambda grad, _, W_dec, _selection: grad @ W_dec.T,
-    lambda grad, acts, _, _selection: acts.T @ grad,
+    lambda grad, _, W_dec, _pattern: grad @ W_dec.T,
+    lambda grad, acts, _, _pattern: acts.T @ grad,
 )

@@ -50,7 +50,7 @@ def test_a_weak_real_judge_goes_all_the_way(smollm2: HookedSAETransformer):
         system = messages[0]["content"]
         stage = "fuzzing" if "<< and >>" in system else "detection"
         replies["explain" if "[EXPLANATION]" in system else stage].append(reply)
-        # Which a better judge would not forget.
+        # A better judge writes the mark itself.
         return reply if "[EXPLANATION]:" in reply else f"[EXPLANATION]: {reply}"
 
     settings = AutointerpSettings(

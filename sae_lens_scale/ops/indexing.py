@@ -1,15 +1,15 @@
-"""Selecting what belongs to some latents or experts, with well-behaved gradients."""
+"""Indexing of weights by latent or expert, with well-behaved gradients."""
 
 from typing import Any
 
 import torch
 from jaxtyping import Int
 
-from .autograd import eagerly
+from .autograd import opaque_to_compiler
 from .buffers import BufferPool
 
 
-class _SelectLatents(torch.autograd.Function):
+class _IndexSelect(torch.autograd.Function):
     @staticmethod
     def forward(
         weights: torch.Tensor, dim: int, latents: torch.Tensor, *_: Any
@@ -33,43 +33,44 @@ class _SelectLatents(torch.autograd.Function):
         return gradient.index_add_(ctx.dim, latents, grads[0]), None, None, None
 
 
-_select_latents = eagerly(_SelectLatents)
+_index_select = opaque_to_compiler(_IndexSelect)
 
 
-def select_latents(
+def index_select(
     weights: torch.Tensor,
     dim: int,
     latents: Int[torch.Tensor, " n"],
     pool: BufferPool,
 ) -> torch.Tensor:
     """
-    Weights of some latents; ``weights.index_select(dim, latents)``.
+    ``weights.index_select(dim, latents)``, with a gradient in memory that is reused.
 
     Args:
         weights: One row or column for each latent.
-        dim: Which dimension counts the latents.
-        latents: Those to select.
+        dim: The dimension that counts the latents.
+        latents: Latents to select, ``[n]``.
         pool: Memory for the gradient, which is as large as the weights.
 
     Returns:
         A copy of the selected rows or columns.
     """
-    return _select_latents(weights, dim, latents, pool)
+    return _index_select(weights, dim, latents, pool)
 
 
-def take(per_item: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def lookup(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """
-    ``per_item[indices]``, with a gradient that is the same in every run.
+    ``table[indices]``, with a gradient that is the same in every run.
 
-    That of indexing is summed by all threads at once, and in bfloat16 if parameters are.
+    The gradient of plain indexing is summed by all threads at once, and in bfloat16 if
+    the table is.
 
     Args:
-        per_item: One number or row for each item.
+        table: One number or row for each item, ``[items, ...]``.
         indices: Items, of any shape.
 
     Returns:
         In the shape of ``indices``, with the dimensions of a row at the end.
     """
-    wide = per_item.to(torch.promote_types(per_item.dtype, torch.float32))
-    taken = wide.index_select(0, indices.flatten())
-    return taken.view(*indices.shape, *per_item.shape[1:]).to(per_item.dtype)
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    found = wide.index_select(0, indices.flatten())
+    return found.view(*indices.shape, *table.shape[1:]).to(table.dtype)

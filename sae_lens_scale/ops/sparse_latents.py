@@ -1,21 +1,17 @@
-"""Types that all layers share."""
+"""Feature activations of the latents that survive, compactly."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 
-from .autograd import eagerly, one_by_one
+from .autograd import opaque_to_compiler, vmap_by_loop
 from .buffers import zeros
-
-GateName = Literal["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
-TopKOver = Literal["activations", "gated_activations"]
-DecompositionName = Literal["mean", "identity", "learned"]
 
 
 class SparseLatents(NamedTuple):
     """
-    The latents that survive TopK, compactly: at most ``k`` per token.
+    Latents that survive the selection: at most ``k`` per token.
 
     Attributes:
         values: Feature activations, after ReLU and gate. Shape ``[..., k]``.
@@ -68,7 +64,7 @@ class _ToDense(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return torch.stack(one_by_one(_ToDense, info, in_dims, inputs)), 0
+        return torch.stack(vmap_by_loop(_ToDense, info, in_dims, inputs)), 0
 
 
-_to_dense = eagerly(_ToDense)
+_to_dense = opaque_to_compiler(_ToDense)

@@ -1,0 +1,101 @@
+"""Texts of the experiments: those of the package, An Anarchist FAQ and biomedical questions."""
+
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, IterableDataset, load_dataset
+
+from sae_lens_scale.loading import text
+from sae_lens_scale.loading.smollm2 import default_cache_dir
+
+_ANARCHISM = Path("usr/share/doc/anarchism/html")
+
+
+def load_text(
+    name: str, split: Literal["train", "test", "all"]
+) -> Dataset | IterableDataset:
+    """
+    Load a text to run a language model on.
+
+    Args:
+        name: "anarchism" (An Anarchist FAQ, prose on politics and history, from Debian's
+            package of that name, which is fetched with apt-get where it is not installed);
+            "hle-biomedical" (the biomedical questions of Humanity's Last Exam, ``cais/hle``
+            on the hub, which asks its users to log in); or any name that
+            :func:`sae_lens_scale.loading.text.load_text` takes.
+        split: "train" and "test" share no document; "all" is both.
+
+    Returns:
+        The documents, in the column ``"text"``.
+
+    Raises:
+        ValueError: ``split`` is none of the three, or there are too few texts to split.
+        FileNotFoundError: There is no such text.
+        RuntimeError: Debian's package could not be fetched.
+    """
+    if name == "hle-biomedical":
+        return _hle_biomedical(split)
+    if name == "anarchism":
+        name = str(fetch_anarchism())
+    return text.load_text(name, split)
+
+
+def fetch_anarchism() -> Path:
+    """
+    Find the text of Debian's package ``anarchism``, fetching it if it is missing.
+
+    Returns:
+        Folder of the text, in HTML: the installed package's, or one in the cache, which
+        ``SAE_LENS_SCALE_CACHE`` names.
+
+    Raises:
+        RuntimeError: It could not be fetched. The message says how to do it by hand.
+    """
+    installed = Path("/", _ANARCHISM)
+    cached = default_cache_dir() / "anarchism"
+    if installed.is_dir():
+        return installed
+    if not (cached / _ANARCHISM).is_dir():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=".download-", dir=cached.parent
+        ) as temporary:
+            try:
+                for command in (
+                    "apt-get download -q anarchism",
+                    "dpkg -x anarchism_*.deb anarchism",
+                ):
+                    subprocess.run(
+                        ["sh", "-c", command],
+                        cwd=temporary,
+                        check=True,
+                        text=True,
+                        capture_output=True,
+                    )
+            except subprocess.CalledProcessError as error:
+                raise RuntimeError(
+                    f"Debian's package anarchism could not be fetched "
+                    f"({error.stderr.strip()}). Install it, or unpack it with dpkg -x in "
+                    f"{cached}."
+                ) from error
+            # Whole or not at all.
+            Path(temporary, "anarchism").rename(cached)
+    return cached / _ANARCHISM
+
+
+def _hle_biomedical(split: str) -> Dataset:
+    if split != "all":
+        raise ValueError("split must be 'all' for hle-biomedical: it is too short")
+    questions: Any = load_dataset("cais/hle", split="test")
+    rows = questions.remove_columns(
+        [
+            c
+            for c in questions.column_names
+            if c not in ("question", "answer", "category")
+        ]
+    ).filter(lambda row: row["category"] == "Biology/Medicine")
+    return Dataset.from_dict(
+        {"text": [f"{row['question']}\n{row['answer']}" for row in rows]}
+    )

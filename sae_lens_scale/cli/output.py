@@ -1,0 +1,89 @@
+"""Results and errors as the commands print them."""
+
+import argparse
+import os
+import pickle
+import sys
+from typing import Any
+
+from safetensors import SafetensorError
+
+# Errors whose text says enough without their type.
+_SELF_EXPLANATORY = (
+    argparse.ArgumentError,
+    ValueError,
+    OSError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+def print_result(text: str) -> None:
+    """
+    Print a command's result.
+
+    Args:
+        text: The result. Nothing is wrong if its reader has closed the pipe.
+
+    Raises:
+        OSError: If it cannot be written for any other reason.
+    """
+    try:
+        print(text, flush=True)  # noqa: T201
+    except OSError as error:
+        # Python flushes once more at exit, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def complain(text: str) -> None:
+    """
+    Print an error.
+
+    Args:
+        text: The error in one line.
+    """
+    print(f"sae-lens-scale: error: {text}", file=sys.stderr)  # noqa: T201
+
+
+def error_text(error: BaseException) -> str:
+    """
+    Describe an error in one line.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        Its own text, after its type where that is needed to understand it.
+    """
+    text = " ".join(str(error).split())
+    if text and isinstance(error, _SELF_EXPLANATORY):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def table(values: dict[str, Any]) -> str:
+    """
+    Format values as a text table, one a line.
+
+    Args:
+        values: The values by name; a dictionary stands for a group of them.
+
+    Returns:
+        The table.
+    """
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += [(f"{name}.{key}", _cell(entry)) for key, entry in value.items()]
+        else:
+            rows.append((name, _cell(value)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {cell}" for name, cell in rows)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

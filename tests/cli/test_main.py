@@ -1,0 +1,90 @@
+"""The command line as a whole: usage, errors, exit codes, pipes."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
+from sae_lens_scale.cli import main
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("train --architecture nonsense", 2, "invalid choice: 'nonsense'"),
+        ("train --architecture scale --nonsense 1", 2, "arguments: --nonsense 1"),
+        ("train --architecture scale --num_experts x", 2, "invalid int value: 'x'"),
+        ("train --architecture scale --num_experts 7", 1, "and num_experts=7"),
+        ("train --architecture switch --k 1000", 1, "k must be at most"),
+        ("evaluate nowhere", 1, "nowhere is no folder"),
+        ("evaluate nowhere some-id", 1, "nowhere not found"),
+        ("info .", 1, "cfg.json"),
+        ("convert nowhere target", 1, "nowhere"),
+        ("evaluate . --output nowhere/metrics.json", 1, "nowhere is no folder"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(
+    command: str,
+    status: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(command.split()) == status
+    except SystemExit as stop:
+        assert stop.code == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.startswith("sae-lens-scale: error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]):
+    for command in ([], ["experiment"], ["info"], ["info", "folder", "id", "more"]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 2
+        assert "usage: sae-lens-scale" in capsys.readouterr().err
+
+
+def test_a_traceback_is_there_for_the_asking():
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "info", "nowhere"])
+
+
+def test_the_command_is_installed():
+    (script,) = entry_points(group="console_scripts", name="sae-lens-scale")
+    assert script.load() is main
+
+
+def test_the_package_is_the_same_command():
+    command = [sys.executable, "-m", "sae_lens_scale", "info", "nowhere"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    message = "nowhere is no folder; of a release or repository, name the SAE too"
+    assert done.stderr.splitlines()[-1] == f"sae-lens-scale: error: {message}"
+
+
+def test_closed_pipe_ends_a_command_quietly(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=128, num_experts=4)
+    ScaleTrainingSAE(cfg).save_inference_model(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["info", str(tmp_path)]) == 0
+        # As Python does at exit.
+        closed.flush()
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,242 @@
+"""SAELens's extension points: methods that its users override, as on its TopK SAE."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    assert_close,
+    gradients,
+    scale_sae,
+    step_input,
+    switch_sae,
+)
+from sae_lens.saes.sae import SAE, TrainStepInput
+from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE, TopKTrainingSAEConfig
+from typing_extensions import override
+
+from sae_lens_scale import ScaleTrainingSAE, SwitchTrainingSAE
+
+X = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+DEAD = torch.arange(60) % 2 == 0
+both = pytest.mark.parametrize("make", [scale_sae, switch_sae])
+sparse_or_dense = pytest.mark.parametrize(
+    "sparse", [True, False], ids=["sparse", "dense"]
+)
+
+
+def subclass(cls: type, sae: Any) -> Any:
+    """The same SAE as an instance of a subclass."""
+    other = cls(copy.deepcopy(sae.cfg))
+    other.load_state_dict(sae.state_dict())
+    return other
+
+
+def inference(sae: Any) -> Any:
+    other: Any = SAE.from_dict(copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict()))
+    other.load_state_dict(sae.state_dict(), strict=False)
+    return other
+
+
+class ShiftedInput:
+    """An input that is moved by 1 before the encoder and the router see it."""
+
+    def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
+        return super().process_sae_in(sae_in) + 1  # type: ignore[misc]
+
+
+class DoubledActivations:
+    """Activations that are doubled, with their pre-activations."""
+
+    def encode_with_hidden_pre(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        acts, hidden_pre = super().encode_with_hidden_pre(x)  # type: ignore[misc]
+        return 2 * acts, 2 * hidden_pre
+
+
+class NegatedOutput:
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        return -super().decode(feature_acts)  # type: ignore[misc]
+
+
+def with_mixin(mixin: type, sae: Any) -> Any:
+    return subclass(type("Custom", (mixin, type(sae)), {}), sae)
+
+
+@both
+@sparse_or_dense
+def test_process_sae_in_is_honoured(make: Callable[..., Any], sparse: bool):
+    plain = make(use_sparse_activations=sparse)
+    sae = with_mixin(ShiftedInput, plain)
+    assert_close(sae.encode(X), plain.encode(X + 1))
+    assert_close(sae(X), plain(X + 1))
+    assert torch.equal(sae.route(X).indices, plain.route(X + 1).indices)
+    got = sae.training_forward_pass(step_input(X, DEAD))
+    want = plain.training_forward_pass(step_input(X + 1, DEAD))
+    assert_close(got.sae_out, want.sae_out)
+    assert_close(got.losses["load_balance_loss"], want.losses["load_balance_loss"])
+    # The target is the input as it came.
+    errors = (want.sae_out - X).pow(2).sum(-1).mean()
+    assert_close(got.losses["mse_loss"], errors)
+    assert_close(
+        gradients(sae, got.losses["mse_loss"])["b_dec"],
+        gradients(plain, errors)["b_dec"],
+    )
+
+
+def test_process_sae_in_is_honoured_in_inference():
+    plain = inference(scale_sae())
+    sae = with_mixin(ShiftedInput, plain)
+    assert_close(sae.encode(X), plain.encode(X + 1))
+    assert_close(sae(X), plain(X + 1))
+
+
+@both
+@sparse_or_dense
+def test_encode_with_hidden_pre_is_honoured(make: Callable[..., Any], sparse: bool):
+    plain = make(use_sparse_activations=sparse)
+    sae = with_mixin(DoubledActivations, plain)
+    acts = plain.encode(X)
+    assert_close(sae.encode(X), 2 * acts)
+    assert_close(sae(X), plain.decode(2 * acts))
+    output = sae.training_forward_pass(step_input(X, DEAD))
+    assert_close(output.feature_acts, 2 * acts)
+    assert_close(output.hidden_pre, 2 * plain.encode_with_hidden_pre(X)[1])
+    assert_close(output.sae_out, plain.decode(2 * acts))
+    want = plain.training_forward_pass(step_input(X, DEAD))
+    assert_close(output.losses["load_balance_loss"], want.losses["load_balance_loss"])
+    assert output.losses.keys() == want.losses.keys()
+
+
+@both
+@sparse_or_dense
+def test_decode_is_honoured(make: Callable[..., Any], sparse: bool):
+    plain = make(use_sparse_activations=sparse, multi_topk_coefficient=0.5)
+    sae = with_mixin(NegatedOutput, plain)
+    assert_close(sae(X), -plain(X))
+    output = sae.training_forward_pass(step_input(X, DEAD))
+    assert_close(output.sae_out, -plain(X))
+    assert_close(output.losses["mse_loss"], (plain(X) + X).pow(2).sum(-1).mean())
+
+
+def test_decode_is_honoured_in_inference():
+    plain = inference(scale_sae())
+    assert_close(with_mixin(NegatedOutput, plain)(X), -plain(X))
+
+
+def test_an_encode_with_hidden_pre_of_ones_own_needs_nothing_of_ours():
+    class OwnEncoder(ScaleTrainingSAE):
+        @override
+        def encode_with_hidden_pre(
+            self, x: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden_pre = self.process_sae_in(x) @ self.W_enc + self.b_enc
+            return self.activation_fn(hidden_pre), hidden_pre
+
+    plain = scale_sae(rescale_acts_by_decoder_norm=False)
+    sae = subclass(OwnEncoder, plain)
+    acts = TopK(6)((X - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    assert_close(sae.encode(X), acts)
+    output = sae.training_forward_pass(step_input(X, DEAD))
+    assert_close(output.sae_out, sae.decode(acts))
+    assert output.losses["load_balance_loss"] > 0
+    output.loss.backward()
+    assert sae.W_router.grad is not None
+
+
+@both
+def test_nothing_of_a_step_stays_on_the_sae(make: Callable[..., Any]):
+    for sae in (make(), with_mixin(DoubledActivations, make())):
+        sae.training_forward_pass(step_input(X, DEAD)).loss.backward()
+        copy.deepcopy(sae)
+        with pytest.raises(ValueError, match="not finite"):
+            sae.training_forward_pass(step_input(X * torch.nan, DEAD))
+        copy.deepcopy(sae)
+
+
+def test_calculate_topk_aux_loss_has_the_name_and_arguments_of_saelens():
+    seen: dict[str, Any] = {}
+
+    class OwnLoss:
+        def calculate_topk_aux_loss(
+            self,
+            sae_in: torch.Tensor,
+            sae_out: torch.Tensor,
+            hidden_pre: torch.Tensor,
+            dead_neuron_mask: torch.Tensor | None,
+        ) -> torch.Tensor:
+            seen.update(sae_in=sae_in, hidden_pre=hidden_pre, dead=dead_neuron_mask)
+            loss = super().calculate_topk_aux_loss(  # type: ignore[misc]
+                sae_in, sae_out, hidden_pre, dead_neuron_mask
+            )
+            return 3 * loss
+
+    for plain in (
+        scale_sae(),
+        switch_sae(use_sparse_activations=False),
+        TopKTrainingSAE(TopKTrainingSAEConfig(d_in=10, d_sae=60, k=6, dtype="float64")),
+    ):
+        sae = with_mixin(OwnLoss, plain)
+        want = plain.training_forward_pass(step_input(X, DEAD))
+        got = sae.training_forward_pass(step_input(X, DEAD))
+        name = "auxiliary_reconstruction_loss"
+        assert want.losses[name] > 0
+        assert_close(got.losses[name], 3 * want.losses[name])
+        assert torch.equal(seen["sae_in"], X)
+        assert torch.equal(seen["hidden_pre"], got.hidden_pre)
+        assert torch.equal(seen["dead"], DEAD)
+
+
+def test_losses_computed_outside_of_a_step_are_those_of_the_step():
+    sae = scale_sae(multi_topk_coefficient=0.5)
+    step = step_input(X, DEAD)
+    output = sae.training_forward_pass(step)
+    acts, hidden_pre = sae.encode_with_hidden_pre(X)
+    losses = sae.calculate_aux_loss(step, acts, hidden_pre, output.sae_out)
+    assert losses.keys() == output.losses.keys() - {"mse_loss"}
+    for name, loss in losses.items():
+        assert_close(loss, output.losses[name])
+
+
+def test_calculate_aux_loss_may_have_saelenss_arguments_only():
+    class WithoutLosses(SwitchTrainingSAE):
+        @override
+        def calculate_aux_loss(
+            self,
+            step_input: TrainStepInput,
+            feature_acts: torch.Tensor,
+            hidden_pre: torch.Tensor,
+            sae_out: torch.Tensor,
+        ) -> dict[str, torch.Tensor]:
+            return {}
+
+    sae = subclass(WithoutLosses, switch_sae())
+    output = sae.training_forward_pass(step_input(X, DEAD))
+    assert output.losses.keys() == {"mse_loss"}
+
+
+@both
+@pytest.mark.parametrize("topk_over", ["activations", "gated_activations"])
+def test_activation_fn_is_saelenss_topk_and_agrees_with_encode(
+    make: Callable[..., Any], topk_over: str
+):
+    sae = make(topk_over=topk_over, gate="uniform")
+    assert isinstance(sae.activation_fn, TopK)
+    acts, hidden_pre = sae.encode_with_hidden_pre(X)
+    assert_close(sae.activation_fn(hidden_pre), acts)
+    # A tool that keeps fewer latents: both follow.
+    sae.activation_fn.k = 2
+    acts, hidden_pre = sae.encode_with_hidden_pre(X)
+    assert (acts > 0).sum(-1).max() == 2
+    assert_close(sae.activation_fn(hidden_pre), acts)
+    assert_close(sae(X), sae.decode(acts))
+
+
+def test_an_activation_fn_that_the_encoder_would_ignore_is_refused():
+    sae: SAE[Any] = scale_sae()
+    sae.activation_fn = torch.nn.ReLU()
+    with pytest.raises(ValueError, match=r"activation_fn must be .*TopK, got ReLU\(\)"):
+        sae.encode(X)
