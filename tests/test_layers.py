@@ -16,6 +16,8 @@ LAYERS = [
     # Functions over tensors.
     [
         "saes.mixture.routing",
+        "saes.mixture.selection",
+        "saes.mixture.dispatch",
         "saes.mixture.feature_scaling",
         "saes.mixture.dead_latents",
         "saes.mixture.initialization",
@@ -23,7 +25,7 @@ LAYERS = [
     # SAEs as SAELens knows them.
     ["saes"],
     ["loading", "runner", "analysis"],
-    ["cli"],
+    ["cli", "__main__"],
     # The public names.
     [""],
 ]
@@ -33,7 +35,7 @@ MAY_IMPORT = {
     PACKAGE: set(),
     "reproduction": {PACKAGE},
     "examples": {PACKAGE},
-    "benchmarks": {PACKAGE, "reproduction"},
+    "benchmarks": {PACKAGE, "reproduction", "examples"},
 }
 # Tests are imported under the names of their modules.
 TESTS = {"tests", *(path.stem for path in (ROOT / "tests").iterdir())}
