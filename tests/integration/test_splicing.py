@@ -94,7 +94,12 @@ def sae(
 
 
 def is_hooked(point: Any) -> bool:
-    return bool(point._forward_hooks or point._backward_hooks)
+    return bool(
+        point._forward_hooks
+        or point._forward_pre_hooks
+        or point._backward_hooks
+        or point._backward_pre_hooks
+    )
 
 
 @pytest.fixture(autouse=True)
