@@ -32,8 +32,7 @@ import sae_lens_scale  # noqa: F401  (registers the architectures)
 from sae_lens_scale.loading.docstrings import docstring_corpus
 from sae_lens_scale.loading.language_model import fast_bfloat16
 from sae_lens_scale.loading.smollm2 import load_smollm2
-from sae_lens_scale.saes.mixture.config import MixtureSAEConfig
-from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
+from sae_lens_scale.saes.mixture import MixtureSAEConfig, MixtureTrainingSAE
 
 D_IN, D_SAE, K = 576, 18_432, 32
 SCALE: dict[str, Any] = {"architecture": "scale", "topk_over": "activations"}

@@ -55,7 +55,7 @@ from sae_lens.saes.standard_sae import StandardSAEConfig, StandardTrainingSAECon
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 
 from sae_lens_scale.saes import ScaleTrainingSAEConfig
-from sae_lens_scale.saes.mixture.config import MixtureSAEConfig
+from sae_lens_scale.saes.mixture import MixtureSAEConfig
 from sae_lens_scale.saes.mixture.training import (
     MULTI_TOPK_FACTOR,
     MixtureTrainingSAEConfig,

@@ -20,7 +20,7 @@ from sae_lens_scale.analysis.similarity import (
     active_latents,
     overlap_histogram,
 )
-from sae_lens_scale.saes.mixture.inference import MixtureSAE
+from sae_lens_scale.saes.mixture import MixtureSAE
 
 from .activations import Activations
 

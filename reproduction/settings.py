@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from sae_lens_scale.saes.mixture.config import MixtureSAEConfig
+from sae_lens_scale.saes.mixture import MixtureSAEConfig
 
 _LABELS = {
     "scale": "Scale",

@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from sae_lens_scale.files import dump_json, replacing_files
 from sae_lens_scale.runner import apply_lr_factors
+from sae_lens_scale.saes.mixture import MixtureTrainingSAE
 from sae_lens_scale.saes.mixture.initialization import geometric_median
-from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 
 from .activations import ActivationCache, Activations
 from .flops import flops_per_token

@@ -42,6 +42,13 @@ __all__ = [
 ]
 
 
+# Classes and configs for inference, then for training.
+_ARCHITECTURES = (
+    (ScaleSAE, ScaleSAEConfig, ScaleTrainingSAE, ScaleTrainingSAEConfig),
+    (SwitchSAE, SwitchSAEConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig),
+)
+
+
 def _forget_earlier_import(
     registry: dict[str, Any], architecture: str, sae_class: type
 ) -> None:
@@ -52,21 +59,13 @@ def _forget_earlier_import(
 
 
 def _register() -> None:
-    # Inference first: building a training config looks its inference class up.
-    for sae_class, config_class in (
-        (ScaleSAE, ScaleSAEConfig),
-        (SwitchSAE, SwitchSAEConfig),
-    ):
-        architecture = config_class.architecture()
-        _forget_earlier_import(SAE_CLASS_REGISTRY, architecture, sae_class)
-        register_sae_class(architecture, sae_class, config_class)
-    for sae_class, config_class in (
-        (ScaleTrainingSAE, ScaleTrainingSAEConfig),
-        (SwitchTrainingSAE, SwitchTrainingSAEConfig),
-    ):
-        architecture = config_class.architecture()
-        _forget_earlier_import(SAE_TRAINING_CLASS_REGISTRY, architecture, sae_class)
-        register_sae_training_class(architecture, sae_class, config_class)
+    for sae_class, cfg_class, training_class, training_cfg_class in _ARCHITECTURES:
+        name = cfg_class.architecture()
+        # Inference first: building a training config looks its inference class up.
+        _forget_earlier_import(SAE_CLASS_REGISTRY, name, sae_class)
+        register_sae_class(name, sae_class, cfg_class)
+        _forget_earlier_import(SAE_TRAINING_CLASS_REGISTRY, name, training_class)
+        register_sae_training_class(name, training_class, training_cfg_class)
 
 
 _register()

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from sae_lens.saes.sae import SAE
 from tqdm.auto import tqdm
 
-from sae_lens_scale.saes.mixture.inference import MixtureSAE
+from sae_lens_scale.saes.mixture import MixtureSAE
 
 from .redundancy import PROGRESS_DELAY, feature_redundancy, unit_rows
 from .similarity import finite_batches

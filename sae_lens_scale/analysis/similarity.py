@@ -12,8 +12,8 @@ from jaxtyping import Int
 from sae_lens.saes.sae import SAE
 from tqdm.auto import tqdm
 
+from sae_lens_scale.saes.mixture import MixtureSAE
 from sae_lens_scale.saes.mixture.encoding import is_hooked
-from sae_lens_scale.saes.mixture.inference import MixtureSAE
 
 from .redundancy import PROGRESS_DELAY
 

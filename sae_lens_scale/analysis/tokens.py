@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from sae_lens import SAE, HookedSAETransformer
 
-from sae_lens_scale.saes.mixture.inference import MixtureSAE
+from sae_lens_scale.saes.mixture import MixtureSAE
 
 from .contexts import hook_of
 

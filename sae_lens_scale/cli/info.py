@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sae_lens_scale.files import dump_json
-from sae_lens_scale.saes.mixture.inference import MixtureSAE
+from sae_lens_scale.saes.mixture import MixtureSAE
 
 from .output import table
 from .sae_argument import add_sae, load_sae

@@ -18,7 +18,7 @@ from reproduction.presets import PRESETS
 from reproduction.records import read, read_records
 from reproduction.settings import RunSettings
 from sae_lens_scale.cli import main
-from sae_lens_scale.saes.mixture.config import MixtureSAEConfig
+from sae_lens_scale.saes.mixture import MixtureSAEConfig
 
 SCALE = RunSettings("scale", {"d_sae": 64, "num_experts": 8, "k": 4})
 TOPK = RunSettings("topk", {"d_sae": 16, "k": 4})

@@ -15,7 +15,7 @@ from reproduction.activations import ActivationCache, Activations
 from reproduction.records import RunRecord
 from reproduction.settings import RunSettings
 from reproduction.training import GridTrainer, train_run
-from sae_lens_scale.saes.mixture.inference import MixtureSAE
+from sae_lens_scale.saes.mixture import MixtureSAE
 
 SIZES: dict[str, dict[str, Any]] = {
     "scale": {"d_sae": 64, "num_experts": 8, "experts_per_token": 2, "k": 4},

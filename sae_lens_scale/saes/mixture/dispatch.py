@@ -28,8 +28,3 @@ class Rows:
     experts: Int[torch.Tensor, "rows experts_per_row"]
     gates: Float[torch.Tensor, "rows experts_per_row"]
     shape: torch.Size
-
-    @property
-    def encoder_in(self) -> Float[torch.Tensor, "rows d_in"]:
-        """The encoder's input, ``[rows, d_in]``."""
-        return self.x - self.b_dec

@@ -23,6 +23,7 @@ from sae_lens_scale.ops import (
     lookup,
 )
 
+from .candidates import Candidates
 from .config import MixtureSAEConfig
 from .dispatch import Rows
 from .feature_scaling import ExpertScaling, expert_scaling
@@ -32,9 +33,6 @@ from .selection import SELECTIONS, Selected, Selection
 # SAELens's run-time activation normalisation leaves these on the SAE between encode
 # and decode.
 _RUN_TIME_NORM_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
-
-# Candidates that are ranked at a time on the CPU: as many as stay in a core's cache.
-_CANDIDATES_AT_A_TIME = 1 << 17
 
 T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
 
@@ -110,8 +108,8 @@ class Encoding(NamedTuple):
         rows: Tokens where their experts are.
         W_enc: Encoder vectors that rows are multiplied with, ``[d_in, d_sae]``.
         scaling: Feature scaling of each row's experts; None without.
-        candidates: Pre-activations of all latents of the selected experts, before decoder
-            norms, ``[rows, experts_per_token, expert_size]``; None unless asked for.
+        all_pre_acts: Those of all candidates, before decoder norms, ``[rows, e, n]``; None
+            unless asked for.
         latents: Surviving latents and their feature activations, ``[..., k]``.
         pre_acts: Their pre-activations before any gate, ``[..., k]``, times decoder norms
             if TopK ranks with these.
@@ -124,7 +122,7 @@ class Encoding(NamedTuple):
     rows: Rows
     W_enc: torch.Tensor
     scaling: ExpertScaling | None
-    candidates: torch.Tensor | None
+    all_pre_acts: torch.Tensor | None
     latents: SparseLatents
     pre_acts: torch.Tensor
     survivors: DecoderInput
@@ -242,27 +240,20 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             norms = decoder_norm(self.W_dec)
         sizes = (self._k, self._k + runners_up) if runners_up else (self._k,)
         if with_candidates or is_hooked(self.hook_sae_acts_pre):
-            products = self._products(rows, W_enc)
-            scaling = self._scaling(rows, omega, products)
-            candidates = self._pre_acts(
-                products, rows.experts, scaling, self._by_expert(self.b_enc)
-            )
-            candidates = self._hook_pre_acts(candidates, rows)
-            selected = self._select(candidates, rows.experts, rows.gates, norms, sizes)
-            kept = self._kept(selected, rows)
-            pre_acts = candidates.flatten(1).gather(1, selected.positions)
+            candidates = self._candidates(rows, W_enc, omega, norms)
+            all_pre_acts = self._hook_pre_acts(candidates.pre_acts(), rows)
+            selected = candidates.select(all_pre_acts, self.selection(), sizes)
+            pre_acts = all_pre_acts.flatten(1).gather(1, selected.positions)
+            kept, scaling = self._kept(selected, rows), candidates.scaling
         else:
-            candidates = None
+            all_pre_acts = None
             with torch.no_grad():
-                products = self._products(rows, W_enc)
-                scaling = self._scaling(rows, omega, products)
-                selected, pre_acts = self._select_in_parts(
-                    products, rows, scaling, norms, sizes
-                )
-            kept = self._kept(selected, rows)
+                candidates = self._candidates(rows, W_enc, omega, norms)
+                selected, pre_acts = candidates.select_in_parts(self.selection(), sizes)
+            kept, scaling = self._kept(selected, rows), candidates.scaling
             if torch.is_grad_enabled():
                 pre_acts, scaling = self._differentiable(
-                    products, rows, W_enc, omega, kept
+                    candidates.products, rows, W_enc, omega, kept
                 )
         survivors, runners = self._decoder_inputs(pre_acts, rows, kept)
         indices = survivors.pattern.indices
@@ -276,7 +267,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             rows=rows,
             W_enc=W_enc,
             scaling=scaling,
-            candidates=candidates,
+            all_pre_acts=all_pre_acts,
             latents=SparseLatents(values.view(shape), indices.view(shape)),
             pre_acts=pre_acts.view(shape),
             survivors=survivors,
@@ -355,82 +346,27 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         """
         return self.W_enc, None
 
-    def _products(self, rows: Rows, W_enc: torch.Tensor) -> torch.Tensor:
-        """Products with all latents of the selected experts, ``[rows, e, n]``."""
-        return grouped_encode(
-            rows.encoder_in, W_enc, rows.experts, self.cfg.num_experts
-        )
-
-    def _scaling(
-        self, rows: Rows, omega: torch.Tensor | None, products: torch.Tensor
-    ) -> ExpertScaling | None:
-        if omega is None:
-            return None
-        return expert_scaling(omega, rows.experts, products.mean(dim=-1))
-
-    def _pre_acts(
+    def _candidates(
         self,
-        products: torch.Tensor,
-        experts: torch.Tensor,
-        scaling: ExpertScaling | None,
-        b_enc: torch.Tensor,
-    ) -> torch.Tensor:
-        """
-        Pre-activations, before any norm, from products with the selected experts.
-
-        Args:
-            products: Products with some latents of each expert, ``[rows, e, latents]``.
-            experts: The selected experts, ``[rows, e]``.
-            scaling: Their feature scaling.
-            b_enc: Biases of these latents, ``[num_experts, latents]``.
-        """
-        if scaling is not None:
-            scale, shift = (t.unsqueeze(-1) for t in scaling)
-            products = torch.addcmul(shift, products, scale)
-        return products + lookup(b_enc, experts)
-
-    def _select(
-        self,
-        pre_acts: torch.Tensor,
-        experts: torch.Tensor,
-        gates: torch.Tensor,
-        norms: torch.Tensor | None,
-        sizes: tuple[int, ...],
-    ) -> Selected:
-        with torch.no_grad():
-            if norms is not None:
-                pre_acts = pre_acts * self._by_expert(norms)[experts]
-            selection = self.selection()
-            ranking = selection.rank(pre_acts, gates.to(pre_acts.dtype))
-            return selection.select(ranking.flatten(1), sizes)
-
-    def _select_in_parts(
-        self,
-        products: torch.Tensor,
         rows: Rows,
-        scaling: ExpertScaling | None,
+        W_enc: torch.Tensor,
+        omega: torch.Tensor | None,
         norms: torch.Tensor | None,
-        sizes: tuple[int, ...],
-    ) -> tuple[Selected, torch.Tensor]:
-        """Select among candidates, of which no more than needed exist at once."""
-        b_enc = self._by_expert(self.b_enc)
-        step = len(products)
-        if products.device.type == "cpu" and self.selection().per_token:
-            step = _CANDIDATES_AT_A_TIME // products.shape[1:].numel()
-        found = []
-        for first in range(0, max(1, len(products)), max(1, step)):
-            part = slice(first, first + max(1, step))
-            experts = rows.experts[part]
-            scaling_of_part = None
-            if scaling is not None:
-                scaling_of_part = ExpertScaling(*(t[part] for t in scaling))
-            pre_acts = self._pre_acts(products[part], experts, scaling_of_part, b_enc)
-            selected = self._select(pre_acts, experts, rows.gates[part], norms, sizes)
-            found.append((selected, pre_acts.flatten(1).gather(1, selected.positions)))
-        if len(found) == 1:
-            return found[0]
-        return Selected.concatenate([s for s, _ in found]), torch.cat(
-            [p for _, p in found]
+    ) -> Candidates:
+        """All latents of each row's experts, and their products with the row."""
+        products = grouped_encode(
+            rows.x - rows.b_dec, W_enc, rows.experts, self.cfg.num_experts
+        )
+        scaling = None
+        if omega is not None:
+            scaling = expert_scaling(omega, rows.experts, products.mean(dim=-1))
+        return Candidates(
+            products,
+            rows.experts,
+            rows.gates,
+            b_enc=self._by_expert(self.b_enc),
+            norms=None if norms is None else self._by_expert(norms),
+            scaling=scaling,
         )
 
     def _kept(self, selected: Selected, rows: Rows) -> Kept:

@@ -30,6 +30,8 @@ class Selected(NamedTuple):
     @staticmethod
     def concatenate(parts: Sequence["Selected"]) -> "Selected":
         """Selections of consecutive parts of a batch as that of the whole."""
+        if len(parts) == 1:
+            return parts[0]
         masks = [part.mask for part in parts if part.mask is not None]
         return Selected(
             torch.cat([part.positions for part in parts]),

@@ -30,6 +30,7 @@ from sae_lens_scale.ops import (
     lookup,
 )
 
+from .candidates import Candidates
 from .config import MixtureTrainingSAEConfig
 from .dead_latents import dead_latent_loss, dead_offsets, strongest_dead
 from .encoding import Encoding, is_overridden
@@ -105,12 +106,12 @@ class MixtureTrainingSAE(
         )
         if in_step:
             self._shared_encoding = [encoding]
-        candidates, experts = encoding.candidates, encoding.rows.experts
-        assert candidates is not None
+        hidden_pre, experts = encoding.all_pre_acts, encoding.rows.experts
+        assert hidden_pre is not None
         if self.cfg.rescale_acts_by_decoder_norm:
-            candidates = candidates * self._by_expert(decoder_norm(self.W_dec))[experts]
+            hidden_pre = hidden_pre * self._by_expert(decoder_norm(self.W_dec))[experts]
         feature_acts = encoding.latents.to_dense(self.cfg.d_sae)
-        hidden_pre = self._to_wide(candidates, experts).view_as(feature_acts)
+        hidden_pre = self._to_wide(hidden_pre, experts).view_as(feature_acts)
         return self.hook_sae_acts_post(feature_acts), hidden_pre
 
     @override
@@ -289,10 +290,10 @@ class MixtureTrainingSAE(
         first = torch.arange(cfg.num_experts, device=offsets.device) * cfg.expert_size
         latents = first.unsqueeze(-1) + offsets
         pre_acts = self._dead_pre_acts(encoding, offsets, latents)
-        is_dead = is_dead[rows.experts]
         norms = None
         if cfg.rescale_acts_by_decoder_norm:
             norms = decoder_norm(self.W_dec.detach())[latents]
+        is_dead = is_dead[rows.experts]
         size = max(1, sae_out.shape[-1] // 2)
         taken = strongest_dead(
             pre_acts, norms, rows.experts, is_dead, size, self.selection().select
@@ -322,19 +323,24 @@ class MixtureTrainingSAE(
             latents: Positions among all latents, likewise.
         """
         rows, num_experts = encoding.rows, self.cfg.num_experts
-        if encoding.candidates is not None:
-            return encoding.candidates.gather(-1, offsets[rows.experts])
+        if encoding.all_pre_acts is not None:
+            return encoding.all_pre_acts.gather(-1, offsets[rows.experts])
         W_enc = index_select(
             encoding.W_enc, 1, latents.flatten(), self._gradient_memory
         )
         # As in route: the gradient of b_dec comes from a term that is zero.
         b_dec = rows.b_dec.detach()
-        pre_acts = grouped_encode(rows.x - b_dec, W_enc, rows.experts, num_experts)
+        products = grouped_encode(rows.x - b_dec, W_enc, rows.experts, num_experts)
         shift = ((b_dec - rows.b_dec) @ W_enc).view_as(latents)
-        pre_acts = pre_acts + lookup(shift, rows.experts)
-        return self._pre_acts(
-            pre_acts, rows.experts, encoding.scaling, lookup(self.b_enc, latents)
+        dead = Candidates(
+            products + lookup(shift, rows.experts),
+            rows.experts,
+            rows.gates,
+            b_enc=lookup(self.b_enc, latents),
+            norms=None,
+            scaling=encoding.scaling,
         )
+        return dead.pre_acts()
 
     @torch.no_grad()
     def _metrics(self, step_input: TrainStepInput) -> Metrics:
