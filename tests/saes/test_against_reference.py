@@ -217,7 +217,6 @@ def test_ties_between_candidates_still_keep_exactly_k_equal_values():
     acts = sae.encode(x)
     want = reference.encode(reference_of(sae), x)
     assert (want != 0).any()
-    # Any of the equals may survive; their number, their values and the
-    # reconstruction are not.
+    # Any of the equals may survive: their number, values and reconstruction are the same.
     assert_close(acts.sort(dim=-1).values, want.sort(dim=-1).values)
     assert_close(sae.decode(acts), reference.decode(reference_of(sae), want))
