@@ -1,6 +1,5 @@
 """Settings and fixtures of all tests."""
 
-import copy
 import os
 from pathlib import Path
 
@@ -10,15 +9,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from helpers import small_corpus
+from helpers import random_transformer, small_corpus
 from sae_lens import HookedSAETransformer
-from transformer_lens import HookedTransformerConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_lens_scale.loading.smollm2 import load_smollm2
 
-# The files that take longest: one that began last would run alone. With several processes only
-# --no-loadscope-reorder keeps to this order.
+# The files that take longest come first: one that began last would run alone. With several
+# processes, only --no-loadscope-reorder keeps this order.
 _FIRST = ("test_examples", "test_end_to_end", "test_benchmarks", "test_docs")
 
 
@@ -60,36 +58,13 @@ def tiny_llama(
 
 @pytest.fixture(scope="session")
 def tiny_model(smollm2: HookedSAETransformer) -> HookedSAETransformer:
-    """
-    A random two-layer transformer of width 32, 4 heads, with SmolLM2's tokenizer.
-
-    For what depends on SAELens's machinery and not on a language model that knows
-    anything: it runs in milliseconds.
-    """
-    cfg = HookedTransformerConfig(
-        model_name="tiny",
-        n_layers=2,
-        d_model=32,
-        n_heads=4,
-        d_head=8,
-        d_mlp=64,
-        n_ctx=128,
-        d_vocab=smollm2.cfg.d_vocab,
-        act_fn="silu",
-        gated_mlp=True,
-        normalization_type="RMS",
-        positional_embedding_type="rotary",
-        rotary_dim=8,
-        seed=0,
-        device="cpu",
-    )
-    model = HookedSAETransformer(cfg, copy.deepcopy(smollm2.tokenizer))
-    return model.eval()
+    """A random two-layer transformer of width 32, 4 heads, with SmolLM2's tokenizer."""
+    return random_transformer(smollm2.tokenizer, n_layers=2, n_heads=4, d_head=8)
 
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of real text that ``datasets.load_dataset`` reads from disk."""
+    """Folder of a data set of real text that ``datasets.load_dataset`` reads."""
     folder = tmp_path_factory.mktemp("text")
     small_corpus().to_json(folder / "train.jsonl")
     return folder

@@ -1,5 +1,9 @@
-"""What several test modules share."""
+"""Small SAEs, models and texts, and comparisons, for all tests."""
 
+import copy
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,7 +11,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from reference import ReferenceSAE
+from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import SAE, TrainStepInput
+from transformer_lens import HookedTransformerConfig
 
 from sae_lens_scale import (
     ScaleTrainingSAE,
@@ -27,37 +33,32 @@ def randomize(sae: Any, seed: int = 0) -> None:
         parameter.data.copy_(noise * scale)
 
 
+_SMALL: dict[str, Any] = {
+    "d_in": 10,
+    "d_sae": 60,
+    "num_experts": 5,
+    "k": 6,
+    "dtype": "float64",
+}
+
+
 def scale_sae(seed: int = 0, **overrides: Any) -> ScaleTrainingSAE:
     """A small random Scale SAE in float64: 12 latents per expert, 2 of 5 experts."""
-    settings: dict[str, Any] = {
-        "d_in": 10,
-        "d_sae": 60,
-        "num_experts": 5,
-        "experts_per_token": 2,
-        "k": 6,
-        "dtype": "float64",
-    }
-    sae = ScaleTrainingSAE(ScaleTrainingSAEConfig(**{**settings, **overrides}))
+    settings = {**_SMALL, "experts_per_token": 2, **overrides}
+    sae = ScaleTrainingSAE(ScaleTrainingSAEConfig(**settings))
     randomize(sae, seed)
     return sae
 
 
 def switch_sae(seed: int = 0, **overrides: Any) -> SwitchTrainingSAE:
     """A small random Switch SAE in float64: 12 latents in each of 5 experts."""
-    settings: dict[str, Any] = {
-        "d_in": 10,
-        "d_sae": 60,
-        "num_experts": 5,
-        "k": 6,
-        "dtype": "float64",
-    }
-    sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**{**settings, **overrides}))
+    sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**{**_SMALL, **overrides}))
     randomize(sae, seed)
     return sae
 
 
 def reference_of(sae: Any) -> ReferenceSAE:
-    """The oracle with the SAE's own parameters, so that gradients can be compared."""
+    """Oracle on the SAE's own parameters, so that gradients can be compared."""
     cfg = sae.cfg
     return ReferenceSAE(
         W_enc=sae.W_enc,
@@ -92,12 +93,12 @@ def step_input(
 
 
 def reconstruct(sae: Any, x: torch.Tensor) -> torch.Tensor:
-    """As splicing does it. An SAE's own forward pass, which is sparse, rounds otherwise."""
+    """Reconstruct as splicing does; the SAE's own forward pass, sparse, rounds otherwise."""
     return sae.decode(sae.encode(x)) if isinstance(sae, SAE) else sae(x)
 
 
 def gradients(sae: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every parameter's gradient of ``loss``; zeros where it has none."""
+    """Gradient of ``loss`` for every parameter; zeros where there is none."""
     names, parameters = zip(*sae.named_parameters(), strict=True)
     found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
     return {
@@ -120,6 +121,47 @@ def assert_same_gradients(
         torch.testing.assert_close(
             gradient, want[name], atol=atol, rtol=1e-9, msg=lambda m: f"{name}: {m}"
         )
+
+
+def random_transformer(
+    tokenizer: Any, n_layers: int, n_heads: int, d_head: int
+) -> HookedSAETransformer:
+    """
+    A random transformer of width ``n_heads * d_head`` in float32.
+
+    For tests that depend on SAELens's machinery and not on a language model that knows
+    anything: it runs in milliseconds.
+    """
+    d_model = n_heads * d_head
+    cfg = HookedTransformerConfig(
+        model_name="tiny",
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        d_head=d_head,
+        d_mlp=2 * d_model,
+        n_ctx=128,
+        d_vocab=len(tokenizer),
+        act_fn="silu",
+        gated_mlp=True,
+        normalization_type="RMS",
+        positional_embedding_type="rotary",
+        rotary_dim=d_head,
+        seed=0,
+        device="cpu",
+    )
+    return HookedSAETransformer(cfg, copy.deepcopy(tokenizer)).eval()
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writing more bytes to a file fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @cache

@@ -1,19 +1,15 @@
 """
-The oracle: mixture-of-experts SAEs written token by token from the formulas.
+Oracle of the tests: mixture-of-experts SAEs, token by token from the formulas.
 
-Slow and obvious on purpose, differentiable, and shared by all tests. It calls none of
-the code that it judges. Equations are those of the Scale SAE paper (Xu et al., "Beyond
-Redundancy: Diverse and Specialized Multi-Expert Sparse Autoencoder").
+Slow and obvious on purpose, and differentiable. It imports none of the code that it
+judges. Equations are those of the Scale SAE paper (Xu et al., "Beyond Redundancy:
+Diverse and Specialized Multi-Expert Sparse Autoencoder").
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
-
-GateName = str
-TopKOver = str
-DecompositionName = str
 
 
 @dataclass
@@ -22,7 +18,9 @@ class ReferenceSAE:
     Weights and settings of a mixture-of-experts SAE.
 
     Latent j belongs to expert ``j // (d_sae / num_experts)``. ``omega`` is None where
-    there is no feature scaling; ``W_low_pass`` is used by "learned" only.
+    there is no feature scaling; ``W_low_pass`` is used by the decomposition "learned"
+    only. ``topk_over`` ranks latents by "activations" or by "gated_activations"; gates
+    are the keys of ``select_experts``'s table.
     """
 
     W_enc: Float[torch.Tensor, "d_in d_sae"]
@@ -33,12 +31,12 @@ class ReferenceSAE:
     b_router: Float[torch.Tensor, " d_in"]
     k: int
     experts_per_token: int
-    gate: GateName
-    topk_over: TopKOver
+    gate: str
+    topk_over: str
     rescale_acts_by_decoder_norm: bool
     apply_b_dec_to_input: bool
     omega: Float[torch.Tensor, " num_experts"] | None = None
-    decomposition: DecompositionName = "mean"
+    decomposition: str = "mean"
     W_low_pass: Float[torch.Tensor, "d_in d_in"] | None = None
     num_shared_experts: int = 0
 
@@ -57,10 +55,10 @@ class ReferenceSAE:
 
 def low_pass(
     M: Float[torch.Tensor, "expert_size d_in"],
-    decomposition: DecompositionName,
+    decomposition: str,
     W_low_pass: Float[torch.Tensor, "d_in d_in"] | None,
 ) -> Float[torch.Tensor, "expert_size d_in"]:
-    """The low-pass part of one expert's encoder matrix (Appendix C.1)."""
+    """Low-pass part of one expert's encoder matrix (Appendix C.1)."""
     if decomposition == "identity":
         return torch.eye(*M.shape, dtype=M.dtype, device=M.device)
     row = sum((M[i] for i in range(M.shape[0])), torch.zeros_like(M[0])) / M.shape[0]
@@ -71,7 +69,7 @@ def low_pass(
 
 
 def effective_encoder(sae: ReferenceSAE) -> Float[torch.Tensor, "d_in d_sae"]:
-    """Equation 2.5, expert by expert; C.1 to C.3 for the other decompositions."""
+    """Scaled encoder, expert by expert: equation 2.5, or C.1 to C.3 where not "mean"."""
     if sae.omega is None:
         return sae.W_enc
     experts = []
@@ -86,7 +84,7 @@ def effective_encoder(sae: ReferenceSAE) -> Float[torch.Tensor, "d_in d_sae"]:
 def router_probabilities(
     sae: ReferenceSAE, x: Float[torch.Tensor, " d_in"]
 ) -> Float[torch.Tensor, " num_experts"]:
-    """``softmax(W_router (x - b_router))``, section 2.2.1; 0 for shared experts."""
+    """Routing ``softmax(W_router (x - b_router))``, section 2.2.1; 0 if shared."""
     logits = (x - sae.b_router) @ sae.W_router
     exponentials = torch.exp(logits - logits.max())
     is_routed = torch.arange(sae.num_experts) >= sae.num_shared_experts
@@ -97,7 +95,11 @@ def router_probabilities(
 def select_experts(
     sae: ReferenceSAE, p: Float[torch.Tensor, " num_experts"]
 ) -> tuple[list[int], list[torch.Tensor]]:
-    """Shared experts, with gate 1; the most probable others, strongest first; gates."""
+    """
+    Experts of one token and their gates.
+
+    Shared experts come first, with gate 1, then the most probable others, strongest first.
+    """
     shared = list(range(sae.num_shared_experts))
     num_routed = sae.experts_per_token - len(shared)
     routed = range(len(shared), sae.num_experts)
@@ -117,7 +119,7 @@ def select_experts(
 def candidates(
     sae: ReferenceSAE, x: Float[torch.Tensor, " d_in"], selected: list[int]
 ) -> dict[int, torch.Tensor]:
-    """What TopK chooses from: each selected expert's latents and pre-activations."""
+    """Pre-activations of all latents of the selected experts: TopK's candidates."""
     sae_in = x - sae.b_dec if sae.apply_b_dec_to_input else x
     W_hat = effective_encoder(sae)
     result = {}
@@ -162,7 +164,7 @@ def encode(
 def decode(
     sae: ReferenceSAE, acts: Float[torch.Tensor, "*batch d_sae"]
 ) -> Float[torch.Tensor, "*batch d_in"]:
-    """Equation 2.4, whose gates are in the activations, plus the decoder bias."""
+    """Reconstruction by equation 2.4, gates being in the activations, plus b_dec."""
     directions = sae.W_dec
     if sae.rescale_acts_by_decoder_norm:
         directions = torch.stack([row / row.norm() for row in sae.W_dec])
@@ -178,14 +180,14 @@ def mse_loss(sae: ReferenceSAE, x: Float[torch.Tensor, "tokens d_in"]) -> torch.
 def multi_topk_loss(
     sae: ReferenceSAE, x: Float[torch.Tensor, "tokens d_in"]
 ) -> torch.Tensor:
-    """The same with 4 k latents: Multi-TopK, Gao et al. 2024, section 5.3.1."""
+    """Squared error with 4 k latents: Multi-TopK, Gao et al. 2024, section 5.3.1."""
     return mse_loss(replace(sae, k=4 * sae.k), x)
 
 
 def load_balance_loss(
     sae: ReferenceSAE, x: Float[torch.Tensor, "tokens d_in"]
 ) -> torch.Tensor:
-    """``N * sum_i f_i P_i`` of equation 2.2, f counted over all routed experts."""
+    """Balance loss ``N * sum_i f_i P_i`` of equation 2.2, over all routed experts."""
     p = [router_probabilities(sae, token) for token in x]
     chosen = [select_experts(sae, token_p)[0] for token_p in p]
     total = x.new_zeros(())
@@ -203,7 +205,7 @@ def dead_latent_loss(
     dead: set[int],
 ) -> torch.Tensor:
     """
-    AuxK (Gao et al. 2024, appendix A.2) through the experts that each token selected.
+    Loss AuxK (Gao et al. 2024, appendix A.2) through the experts that each token selected.
 
     The residual is a constant. A token's d_in // 2 strongest dead candidates decode
     together; its error counts in proportion to how many of those d_in // 2 it has.
@@ -232,7 +234,7 @@ def decode_selected(
     weights: Float[torch.Tensor, "num_latents width"],
     indices: Int[torch.Tensor, "tokens k"],
 ) -> Float[torch.Tensor, "tokens width"]:
-    """``out[t] = sum_i values[t, i] weights[indices[t, i]]``."""
+    """Sums ``out[t] = sum_i values[t, i] weights[indices[t, i]]``."""
     out = [weights.new_zeros(weights.shape[1]) for _ in range(len(values))]
     for t, i in _pairs(indices):
         out[t] = out[t] + values[t, i] * weights[indices[t, i]]
@@ -244,7 +246,7 @@ def sample_products(
     weights: Float[torch.Tensor, "num_latents width"],
     indices: Int[torch.Tensor, "tokens k"],
 ) -> Float[torch.Tensor, "tokens k"]:
-    """``out[t, i] = rows[t] . weights[indices[t, i]]``."""
+    """Products ``out[t, i] = rows[t] . weights[indices[t, i]]``."""
     products = [(rows[t] * weights[indices[t, i]]).sum() for t, i in _pairs(indices)]
     flat = torch.stack(products) if products else rows.new_zeros(0)
     return flat.reshape(indices.shape)
@@ -256,7 +258,7 @@ def sum_by_latent(
     indices: Int[torch.Tensor, "tokens k"],
     num_latents: int,
 ) -> Float[torch.Tensor, "num_latents width"]:
-    """``out[j] = sum of values[t, i] rows[t] over all indices[t, i] = j``."""
+    """Sums ``out[j] = sum of values[t, i] rows[t] over all indices[t, i] = j``."""
     out = [rows.new_zeros(rows.shape[1]) for _ in range(num_latents)]
     for t, i in _pairs(indices):
         j = int(indices[t, i])

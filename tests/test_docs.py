@@ -1,4 +1,4 @@
-"""What docs/saelens.md shows, from its top to its bottom."""
+"""The snippets of docs/saelens.md run, from its top to its bottom."""
 
 import os
 import re
@@ -26,7 +26,9 @@ def snippets(language: str) -> list[tuple[int, str]]:
     ]
 
 
-def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_snippet_and_command_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     with running_hub(tmp_path / "hub-cache"):

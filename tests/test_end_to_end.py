@@ -2,21 +2,21 @@
 
 import json
 import math
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers import small_corpus
-from sae_lens import (
-    HookedSAETransformer,
-    LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
+from integration.runs import (
+    ARCHITECTURES,
+    NORMALIZED,
+    make_runner,
+    runner_config,
+    sae_config,
 )
-from sae_lens.config import LoggingConfig
+from sae_lens import HookedSAETransformer, LanguageModelSAERunnerConfig
 from sae_lens.evals import get_eval_everything_config, run_evals
-from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
@@ -24,61 +24,52 @@ HOOK = "blocks.8.hook_resid_post"
 SENTENCE = "I love apples but hate oranges completely."
 
 
-@pytest.fixture(scope="module")
-def corpus() -> Dataset:
-    return small_corpus()
+class Run(NamedTuple):
+    """Config of a finished run, the SAE that it returned, and the one that it exported."""
+
+    cfg: LanguageModelSAERunnerConfig[Any]
+    trained: TrainingSAE[Any]
+    exported: SAE[Any]
 
 
-def runner_config(architecture: str, output: Path) -> LanguageModelSAERunnerConfig[Any]:
-    return LanguageModelSAERunnerConfig(
-        sae=TrainingSAEConfig.from_dict(
-            {
-                "architecture": architecture,
-                "d_in": 576,
-                "d_sae": 1_152,
-                "num_experts": 8,
-                "k": 16,
-                "normalize_activations": "expected_average_only_in",
-            }
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def run(
+    request: pytest.FixtureRequest,
+    smollm2: HookedSAETransformer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    output = tmp_path_factory.mktemp(request.param)
+    cfg = runner_config(
+        sae_config(
+            request.param,
+            d_in=576,
+            d_sae=1_152,
+            num_experts=8,
+            k=16,
+            decoder_init_norm=0.1,
+            **NORMALIZED,
         ),
+        output,
         model_name="smollm2",
         model_from_pretrained_kwargs={},
         hook_name=HOOK,
-        is_dataset_tokenized=False,
         context_size=64,
         exclude_special_tokens=True,
         training_tokens=20_480,
         train_batch_size_tokens=512,
         store_batch_size_prompts=8,
         n_batches_in_buffer=8,
-        n_batches_for_norm_estimate=4,
         lr=2e-3,
         # Short enough for dead latents to be revived within the test.
         dead_feature_window=10,
         seed=0,
-        logger=LoggingConfig(log_to_wandb=False),
-        checkpoint_path=None,
-        output_path=str(output),
-        verbose=False,
     )
-
-
-@pytest.fixture(scope="module", params=["scale", "switch"])
-def trained(
-    request: pytest.FixtureRequest,
-    smollm2: HookedSAETransformer,
-    corpus: Dataset,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[TrainingSAE[Any], LanguageModelSAERunnerConfig[Any]]:
-    cfg = runner_config(request.param, tmp_path_factory.mktemp(request.param))
     torch.manual_seed(0)
-    sae = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
-    store = ActivationsStore.from_config(smollm2, cfg, override_dataset=corpus)
-    sae.initialize_from_activations(torch.cat([next(store) for _ in range(4)]))  # type: ignore[operator]
-    runner = LanguageModelSAETrainingRunner(
-        cfg, override_dataset=corpus, override_model=smollm2, override_sae=sae
-    )
-    return runner.run(), cfg
+    sae: Any = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
+    store = ActivationsStore.from_config(smollm2, cfg, override_dataset=small_corpus())
+    sae.initialize_from_activations(torch.cat([next(store) for _ in range(4)]))
+    trained = make_runner(cfg, smollm2, override_sae=sae).run()
+    return Run(cfg, trained, SAE.load_from_disk(output))
 
 
 def activations(model: HookedSAETransformer) -> torch.Tensor:
@@ -87,12 +78,8 @@ def activations(model: HookedSAETransformer) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_runner_exports_what_it_trained(
-    trained: tuple[TrainingSAE[Any], LanguageModelSAERunnerConfig[Any]],
-    smollm2: HookedSAETransformer,
-):
-    sae, cfg = trained
-    loaded = SAE.load_from_disk(str(cfg.output_path))
+def test_runner_exports_what_it_trained(run: Run, smollm2: HookedSAETransformer):
+    cfg, sae, loaded = run
     assert loaded.cfg.architecture() == cfg.sae.architecture()
     assert loaded.cfg.metadata.hook_name == HOOK
     assert loaded.cfg.normalize_activations == "none"
@@ -105,16 +92,12 @@ def test_runner_exports_what_it_trained(
     assert (x - loaded(x)).pow(2).sum() < 0.5 * x.pow(2).sum()
 
 
-def test_evaluation_with_everything_on(
-    trained: tuple[TrainingSAE[Any], LanguageModelSAERunnerConfig[Any]],
-    smollm2: HookedSAETransformer,
-    corpus: Dataset,
-):
-    _, cfg = trained
-    sae = SAE.load_from_disk(str(cfg.output_path))
-    store = ActivationsStore.from_config(smollm2, cfg, override_dataset=corpus)
+def test_evaluation_with_everything_on(run: Run, smollm2: HookedSAETransformer):
+    store = ActivationsStore.from_config(
+        smollm2, run.cfg, override_dataset=small_corpus()
+    )
     metrics, features = run_evals(
-        sae,
+        run.exported,
         store,
         smollm2,
         ActivationScaler(),
@@ -135,11 +118,9 @@ def test_evaluation_with_everything_on(
 
 @torch.no_grad()
 def test_splicing_with_the_error_term_leaves_the_logits_alone(
-    trained: tuple[TrainingSAE[Any], LanguageModelSAERunnerConfig[Any]],
-    smollm2: HookedSAETransformer,
+    run: Run, smollm2: HookedSAETransformer
 ):
-    _, cfg = trained
-    sae = SAE.load_from_disk(str(cfg.output_path))
+    sae = run.exported
     clean = smollm2(SENTENCE)
     with_error = smollm2.run_with_saes(SENTENCE, saes=[sae], use_error_term=True)
     torch.testing.assert_close(with_error, clean, atol=2e-3, rtol=1e-4)
@@ -160,7 +141,7 @@ def test_splicing_with_the_error_term_leaves_the_logits_alone(
     finally:
         smollm2.reset_saes()
     assert (steered - clean).abs().mean() > 0.01
-    e = sae.cfg.experts_per_token  # type: ignore[attr-defined]
+    e = run.trained.cfg.experts_per_token
     assert cache[f"{HOOK}.hook_expert_indices"].shape[-1] == e
     assert cache[f"{HOOK}.hook_sae_acts_post"].shape[-1] == 1_152
     torch.testing.assert_close(smollm2(SENTENCE), clean)

@@ -1,4 +1,4 @@
-"""The wheel that pyproject.toml builds imports and registers on its own."""
+"""The wheel that pyproject.toml builds holds the package alone and works on its own."""
 
 import os
 import subprocess
@@ -11,9 +11,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sae_lens_scale"
 
 
-def test_built_wheel_imports_registers_and_is_typed(tmp_path: Path):
+def test_the_wheel_imports_registers_is_typed_and_holds_the_package_alone(
+    tmp_path: Path,
+):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run(
         [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation"]
@@ -23,8 +26,11 @@ def test_built_wheel_imports_registers_and_is_typed(tmp_path: Path):
     (wheel,) = tmp_path.glob("sae_lens_scale-0.1.0-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "sae_lens_scale/py.typed" in names
-    assert "sae_lens_scale/analysis/paper.json" in names
-    assert not [n for n in names if n.startswith(("tests", "examples", "benchmarks"))]
+    # No laboratory, tests, examples or benchmarks.
+    folders = {name.partition("/")[0] for name in names}
+    assert folders == {"sae_lens_scale", "sae_lens_scale-0.1.0.dist-info"}
+    modules = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
     site = tmp_path / "site"
     subprocess.run(
         [*pip, "install", str(wheel), "--no-deps", "--target", str(site)], check=True
@@ -44,7 +50,7 @@ for registry in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY):
     )
 
 
-def test_environment_of_make_reproduce_has_what_it_needs():
+def test_the_environment_of_make_reproduce_has_every_requirement():
     lines = (ROOT / "constraints" / "reproduction.txt").read_text().splitlines()
     pins = [line.split("==") for line in lines if not line.startswith("#")]
     # pip installs these and no others.

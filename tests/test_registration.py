@@ -10,23 +10,17 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 import sae_lens_scale
 
 
-def test_import_registers_both_architectures_in_both_registries():
-    assert SAE_CLASS_REGISTRY["scale"] == (
-        sae_lens_scale.ScaleSAE,
-        sae_lens_scale.ScaleSAEConfig,
-    )
-    assert SAE_CLASS_REGISTRY["switch"] == (
-        sae_lens_scale.SwitchSAE,
-        sae_lens_scale.SwitchSAEConfig,
-    )
-    assert SAE_TRAINING_CLASS_REGISTRY["scale"] == (
-        sae_lens_scale.ScaleTrainingSAE,
-        sae_lens_scale.ScaleTrainingSAEConfig,
-    )
-    assert SAE_TRAINING_CLASS_REGISTRY["switch"] == (
-        sae_lens_scale.SwitchTrainingSAE,
-        sae_lens_scale.SwitchTrainingSAEConfig,
-    )
+@pytest.mark.parametrize("architecture", ["scale", "switch"])
+def test_import_registers_the_architecture_in_both_registries(architecture: str):
+    for registry, kind in (
+        (SAE_CLASS_REGISTRY, "SAE"),
+        (SAE_TRAINING_CLASS_REGISTRY, "TrainingSAE"),
+    ):
+        name = architecture.capitalize() + kind
+        assert registry[architecture] == (
+            getattr(sae_lens_scale, name),
+            getattr(sae_lens_scale, f"{name}Config"),
+        )
 
 
 def test_reloading_registers_again_without_error():
@@ -35,7 +29,7 @@ def test_reloading_registers_again_without_error():
 
 
 def test_a_second_import_replaces_the_classes_of_the_first():
-    # As autoreload or a test runner that clears sys.modules does it.
+    # Autoreload does this, and test runners that clear sys.modules.
     code = """
 import sys, sae_lens_scale
 first = sae_lens_scale.ScaleSAE

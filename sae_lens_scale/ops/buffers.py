@@ -13,7 +13,7 @@ _MOST_BUFFERS = 4
 
 
 def _references_when_unused() -> int:
-    """How many references Python counts, in a loop over a list, to what only that holds."""
+    """References that Python counts, in a loop over a list, to an object only that holds."""
     for buffer in [np.empty(0)]:
         return sys.getrefcount(buffer)
     raise AssertionError

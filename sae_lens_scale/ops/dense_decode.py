@@ -7,7 +7,7 @@ from jaxtyping import Float
 from .autograd import BilinearProduct
 from .pattern import SparsityPattern
 
-# How many times faster than on its own an activation is decoded in a dense product: 838 ms
+# Speed of decoding an activation in a dense product, by that of decoding it alone: 838 ms
 # for 100 million of them, against 8 ms for 131 thousand and 60 ms to find these (2 x86
 # cores, rows of 768 float32).
 _DENSE_SPEEDUP = 20

@@ -163,7 +163,7 @@ def grouped_sums(
 
 def has_grouped_kernel(factor: torch.Tensor, *sizes: int) -> bool:
     """
-    Whether torch has a kernel of its own for grouped products of such factors.
+    Say whether torch has a kernel of its own for grouped products of such factors.
 
     It has for bfloat16 on NVIDIA GPUs of compute capability 8.0 or more, where rows begin
     at multiples of 16 bytes. Elsewhere ``torch.nn.functional.grouped_mm`` is a loop.

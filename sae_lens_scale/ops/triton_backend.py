@@ -470,10 +470,10 @@ def grouped_products(
     (``torch.set_float32_matmul_precision``).
 
     Args:
-        rows: What the pairs' indices select from, ``[num_rows, width_in]``.
+        rows: Rows that the pairs' indices select from, ``[num_rows, width_in]``.
         row_indices: The row of each pair, sorted by expert, ``[pairs]``.
         weights: One matrix for each expert, ``[num_experts, width_in, width_out]``.
-        order: Where the product of each pair goes; all of ``range(pairs)``.
+        order: Position of each pair's product in the result; all of ``range(pairs)``.
         experts: The expert of each pair, ascending, ``[pairs]``.
 
     Returns:
@@ -590,7 +590,7 @@ def _pieces(
 
     Args:
         groups: The group of each position, ascending.
-        num_groups: How many groups there are.
+        num_groups: Number of groups.
         size: Positions of a piece.
 
     Returns:

@@ -124,7 +124,7 @@ class ScaleSAE(MixtureSAE[ScaleSAEConfig]):
 
 
 def has_feature_scaling(state_dict: dict[str, Any]) -> bool:
-    """Whether weights are a training checkpoint's; in an export omega is folded."""
+    """Tell a training checkpoint's weights from an export's, in which omega is folded."""
     return "omega" in state_dict or "W_low_pass" in state_dict
 
 

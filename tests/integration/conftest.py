@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from integration.hub import Hub, running_hub
-from integration.training_run import TrainingRun, train_tiny_sae
+from integration.runs import ARCHITECTURES, TrainingRun, train_tiny_sae
 from sae_lens import HookedSAETransformer
 
 
@@ -16,11 +16,12 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture(scope="session", params=["scale", "switch"])
+@pytest.fixture(scope="session", params=ARCHITECTURES)
 def training_run(
     request: pytest.FixtureRequest,
     tiny_model: HookedSAETransformer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> TrainingRun:
+    """A finished run of one architecture and its files."""
     folder = tmp_path_factory.mktemp(request.param)
     return train_tiny_sae(request.param, tiny_model, folder)

@@ -1,4 +1,4 @@
-"""A model hub of one's own, for the real ``huggingface_hub`` client."""
+"""Model hub on this machine for the real ``huggingface_hub`` client."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ import huggingface_hub.hf_api
 import pytest
 from typing_extensions import override
 
-# The client's version 0, which transformers 4 wants, calls it otherwise.
+# The client's version 0, which transformers 4 wants, has another name for it.
 close_session = getattr(huggingface_hub, "close_session", None) or getattr(
     huggingface_hub.utils, "reset_sessions"
 )
@@ -65,7 +65,7 @@ class Hub:
                 files[f"{sae_id}/{path.name}"] = path.read_bytes()
 
     def downloads(self) -> list[str]:
-        """Names of the files that were fetched so far, not only asked about."""
+        """Names of all files fetched so far, without those only asked about."""
         return [
             path.rsplit("/", 1)[-1]
             for method, path in self.requests
@@ -102,7 +102,7 @@ class Hub:
         return _error(404, "RevisionNotFound" if "resolve" in parts else "NotFound")
 
     def _sha(self, repo: str) -> str:
-        """Stands for the commit: changes whenever a file does."""
+        """Hash in place of a commit's, which changes whenever a file does."""
         return hashlib.sha1(repr(sorted(self.repos[repo].items())).encode()).hexdigest()
 
     def _file(self, method: str, repo: str, path: str) -> Answer:
@@ -171,7 +171,7 @@ class _RequestHandler(BaseHTTPRequestHandler):
 
 
 def client_settings(hub: Hub, cache: Path) -> dict[str, str]:
-    """The environment of a process whose ``huggingface_hub`` is to use this hub."""
+    """Environment of a process whose ``huggingface_hub`` is to use this hub."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(cache),

@@ -1,4 +1,4 @@
-"""SAELens's evaluation of our SAEs says what a computation by hand says."""
+"""SAELens's evaluation of our SAEs agrees with a computation by hand."""
 
 import copy
 import json
@@ -9,20 +9,25 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers import small_corpus, step_input
-from sae_lens import SAE, HookedSAETransformer, TrainingSAE, TrainingSAEConfig
+from integration.runs import (
+    ARCHITECTURES,
+    HOOK,
+    NORMALIZED,
+    both_architectures,
+    exported,
+    new_sae,
+)
+from sae_lens import SAE, HookedSAETransformer, TrainingSAE
 from sae_lens.evals import get_eval_everything_config, process_results, run_evals
-from sae_lens.load_model import load_model
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 
-HOOK = "blocks.0.hook_resid_post"
-N, SIZE = 4, 16
 PROMPTS, CONTEXT, BATCHES = 2, 16, 2
 
 
 class Evaluation(NamedTuple):
-    """What run_evals returned, groups of metrics joined."""
+    """Result of run_evals, groups of metrics joined."""
 
     metrics: dict[str, float]
     features: dict[str, list[float]]
@@ -36,43 +41,21 @@ def make_sae(
     **overrides: Any,
 ) -> TrainingSAE[Any]:
     """A training SAE, a little trained on the activations at a hook."""
-    torch.manual_seed(0)
-    settings = {
-        "architecture": architecture,
-        "d_in": 32,
-        "d_sae": N * SIZE,
-        "num_experts": N,
-        "k": 6,
-        "decoder_init_norm": 1.0,
-        "metadata": {
-            "hook_name": hook,
-            "hook_head_index": overrides.pop("hook_head_index", None),
-            "context_size": CONTEXT,
-            "prepend_bos": True,
-            "model_from_pretrained_kwargs": {},
-        },
-    }
-    cfg = TrainingSAEConfig.from_dict({**settings, **overrides})
-    sae = TrainingSAE.from_dict(cfg.to_dict())
+    sae: Any = new_sae(architecture, hook, **overrides)
     x = raw_activations(sae, model).flatten(0, 1)
-    sae.initialize_from_activations(x)  # type: ignore[operator]
+    sae.initialize_from_activations(x)
     if scaler is not None:
         x = scaler.scale(x)
     if architecture == "scale":
-        sae.omega.data.normal_(std=0.3)  # type: ignore[union-attr]
+        sae.omega.data.normal_(std=0.3)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     with torch.enable_grad():
         for _ in range(60):
             optimizer.zero_grad()
             sae.training_forward_pass(step_input(x)).loss.backward()
             optimizer.step()
-    sae.b_enc.data[::7] = -1_000  # type: ignore[index]  # latents that never fire
+    sae.b_enc.data[::7] = -1_000  # latents that never fire
     return sae
-
-
-def exported(sae: TrainingSAE[Any], folder: Path, **kwargs: Any) -> SAE[Any]:
-    sae.save_inference_model(folder)
-    return SAE.load_from_disk(folder, **kwargs)
 
 
 def make_store(sae: SAE[Any], model: Any, **kwargs: Any) -> ActivationsStore:
@@ -105,7 +88,7 @@ def evaluate(
 
 
 def batches(sae: SAE[Any], model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that run_evals takes for reconstruction and for sparsity."""
+    """Tokens that run_evals takes for reconstruction, and for sparsity."""
     store = make_store(sae, model)
     tokens = [store.get_batch_tokens() for _ in range(2 * BATCHES)]
     return torch.cat(tokens[:BATCHES]), torch.cat(tokens[BATCHES:])
@@ -116,15 +99,11 @@ def assert_same_metrics(
 ) -> None:
     assert actual.metrics.keys() == expected.metrics.keys()
     for name, value in actual.metrics.items():
-        want = expected.metrics[name]
-        assert math.isclose(value, want, rel_tol=rtol, abs_tol=atol), (
-            name,
-            value,
-            want,
-        )
+        want = pytest.approx(expected.metrics[name], rel=rtol, abs=atol)
+        assert value == want, name
 
 
-@pytest.fixture(scope="module", params=["scale", "switch"])
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def training_sae(
     request: pytest.FixtureRequest, tiny_model: HookedSAETransformer
 ) -> TrainingSAE[Any]:
@@ -259,34 +238,27 @@ def test_a_training_sae_and_its_export_evaluate_alike_in_either_mode(
     tiny_model: HookedSAETransformer,
 ):
     first = evaluate(training_sae, tiny_model)
+    density = pytest.approx(first.features["feature_density"], abs=1e-6)
     for sae in (training_sae, inference_sae):
         for mode in (True, False):
             again = evaluate(sae.train(mode), tiny_model)
             assert_same_metrics(again, first)
-            assert again.features["feature_density"] == pytest.approx(
-                first.features["feature_density"], abs=1e-6
-            )
+            assert again.features["feature_density"] == density
         sae.train()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
+@both_architectures
 def test_an_unfolded_training_sae_needs_the_trainers_scaler(
     tiny_model: HookedSAETransformer, tmp_path: Path, architecture: str
 ):
-    # What the runner hands to evaluation while it trains, and what it exports.
+    # While it trains, the runner hands its scaler to evaluation; its export needs none.
     hook = "blocks.0.hook_resid_pre"
     raw = tiny_model.run_with_cache("Hello world", names_filter=hook)[1][hook]
     scaler = ActivationScaler()
     scaler.estimate_scaling_factor(32, iter([raw]), 1)
     assert scaler.scaling_factor is not None and scaler.scaling_factor > 5
-    sae = make_sae(
-        architecture,
-        tiny_model,
-        hook,
-        scaler,
-        normalize_activations="expected_average_only_in",
-    )
+    sae = make_sae(architecture, tiny_model, hook, scaler, **NORMALIZED)
     with_scaler = evaluate(sae, tiny_model, scaler)
     without = evaluate(sae, tiny_model)
     assert with_scaler.metrics["explained_variance"] > 0.2
@@ -308,8 +280,8 @@ def identity_sae(architecture: str) -> SAE[Any]:
         {
             "architecture": architecture,
             "d_in": 32,
-            "d_sae": 64 * N,
-            "num_experts": N,
+            "d_sae": 64 * 4,
+            "num_experts": 4,
             "experts_per_token": e,
             "k": 64 * e,
             "gate": "renormalized",
@@ -320,23 +292,22 @@ def identity_sae(architecture: str) -> SAE[Any]:
             },
         }
     )
-    signed = torch.cat([torch.eye(32), -torch.eye(32)]).repeat(N, 1)
+    signed = torch.cat([torch.eye(32), -torch.eye(32)]).repeat(4, 1)
     sae.W_dec.data = signed
     sae.W_enc.data = signed.T.contiguous()
     return sae
 
 
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
+@both_architectures
 def test_an_identity_sae_loses_nothing(
     tiny_model: HookedSAETransformer, architecture: str
 ):
     metrics = evaluate(identity_sae(architecture), tiny_model).metrics
-    assert metrics["explained_variance"] == pytest.approx(1, abs=1e-6)
-    assert metrics["cossim"] == pytest.approx(1, abs=1e-6)
-    assert metrics["l2_ratio"] == pytest.approx(1, abs=1e-6)
+    for name in ("explained_variance", "cossim", "l2_ratio"):
+        assert metrics[name] == pytest.approx(1, abs=1e-6), name
     assert metrics["kl_div_with_sae"] == pytest.approx(0, abs=1e-6)
-    assert metrics["kl_div_score"] == pytest.approx(1, abs=1e-3)
-    assert metrics["ce_loss_score"] == pytest.approx(1, abs=1e-3)
+    for name in ("kl_div_score", "ce_loss_score"):
+        assert metrics[name] == pytest.approx(1, abs=1e-3), name
     # Each selected expert shows every coordinate once, with one of its signs.
     assert metrics["l0"] == {"scale": 64, "switch": 32}[architecture]
 
@@ -351,14 +322,15 @@ def test_the_error_term_does_not_enter_the_evaluation(
     assert_same_metrics(evaluate(with_error, tiny_model), want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
 def test_a_bfloat16_sae_evaluates_close_to_its_float32_self(
-    tiny_model: HookedSAETransformer, tmp_path: Path, architecture: str
+    training_sae: TrainingSAE[Any],
+    inference_sae: SAE[Any],
+    tiny_model: HookedSAETransformer,
+    tmp_path: Path,
 ):
-    want = exported(make_sae(architecture, tiny_model), tmp_path)
-    sae = SAE.load_from_disk(tmp_path, dtype="bfloat16")
+    sae = exported(training_sae, tmp_path, dtype="bfloat16")
     assert sae.W_enc.dtype == torch.bfloat16
-    got, want = evaluate(sae, tiny_model), evaluate(want, tiny_model)
+    got, want = evaluate(sae, tiny_model), evaluate(inference_sae, tiny_model)
     assert_same_metrics(got, want, rtol=0.05, atol=0.01)
     # Different, too, or nothing was in bfloat16.
     assert got.metrics["mse"] != want.metrics["mse"]
@@ -366,7 +338,7 @@ def test_a_bfloat16_sae_evaluates_close_to_its_float32_self(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
+@both_architectures
 def test_attention_outputs_of_all_heads_are_evaluated_as_they_are_spliced(
     tiny_model: HookedSAETransformer, tmp_path: Path, architecture: str
 ):
@@ -385,7 +357,7 @@ def test_attention_outputs_of_all_heads_are_evaluated_as_they_are_spliced(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
+@both_architectures
 def test_an_sae_of_one_head_is_evaluated_on_that_head_alone(
     tiny_model: HookedSAETransformer, architecture: str
 ):
@@ -407,23 +379,13 @@ def test_an_sae_of_one_head_is_evaluated_on_that_head_alone(
     assert metrics["explained_variance"] > 0.2
 
 
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
-def test_a_hugging_face_model_is_evaluated_too(tiny_llama: Path, architecture: str):
-    hook = "model.layers.1"
-    model = load_model("AutoModelForCausalLM", str(tiny_llama), hook_names=[hook])
-    metrics = evaluate(make_sae(architecture, model, hook), model).metrics
-    assert 0.2 < metrics["explained_variance"] < 1
-    behaviour = [metrics[f"ce_loss_{run}"] for run in ("without_sae", "with_sae")]
-    assert behaviour[0] != behaviour[1] != metrics["ce_loss_with_ablation"]
-
-
-def test_what_the_evals_command_does_with_an_sae_works(
+def test_every_step_of_the_evals_command_works(
     inference_sae: SAE[Any],
     tiny_model: HookedSAETransformer,
     text_folder: Path,
     tmp_path: Path,
 ):
-    # sae_lens.evals.multiple_evals, after it has loaded a released SAE and its model.
+    # The steps of sae_lens.evals.multiple_evals after it has loaded a released SAE.
     metadata = inference_sae.cfg.metadata
     assert isinstance(metadata.model_from_pretrained_kwargs, dict)
     store = ActivationsStore.from_sae(

@@ -13,7 +13,10 @@ import torch
 from helpers import scale_sae, switch_sae
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from integration.hub import Hub, client_settings
-from integration.training_run import TrainingRun
+from integration.runs import (
+    TrainingRun,
+    assert_computes_the_same,
+)
 from sae_lens import SAE, TrainingSAE, upload_saes_to_huggingface
 from sae_lens.loading.pretrained_saes_directory import (
     PretrainedSAELookup,
@@ -22,21 +25,20 @@ from sae_lens.loading.pretrained_saes_directory import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sae_lens_scale import (
-    ScaleSAE,
-    ScaleTrainingSAE,
-    SwitchSAE,
-    SwitchTrainingSAE,
-)
-from sae_lens_scale.loading import authors_huggingface_loader
+from sae_lens_scale import ScaleSAE, SwitchSAE
 
 REPO = "lab/saes"
 X = torch.randn(40, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-MIXTURES = [
-    pytest.param(scale_sae, id="scale"),
-    pytest.param(lambda **o: scale_sae(decomposition="learned", **o), id="learned"),
-    pytest.param(switch_sae, id="switch"),
-]
+# Activations for the SAEs of the runs.
+ACTS = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+every_kind = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(scale_sae, id="scale"),
+        pytest.param(partial(scale_sae, decomposition="learned"), id="learned"),
+        pytest.param(switch_sae, id="switch"),
+    ],
+)
 FILES = ["cfg.json", "sae_weights.safetensors", "sparsity.safetensors"]
 
 
@@ -51,62 +53,65 @@ def assert_same(loaded: SAE[Any], expected: SAE[Any]) -> None:
         assert torch.equal(tensor, want[name]), name
 
 
-@torch.no_grad()
-def assert_computes_what(loaded: SAE[Any], trained: SAE[Any]) -> None:
-    acts = trained.encode(X)
-    assert acts.any()
-    torch.testing.assert_close(loaded.encode(X), acts, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(loaded(X), trained(X), atol=1e-9, rtol=1e-9)
+def assert_equivalent(loaded: SAE[Any], trained: SAE[Any]) -> None:
+    """The same numbers up to rounding in float64."""
+    assert_computes_the_same(loaded, trained, X, atol=1e-9, rtol=1e-9)
+
+
+@pytest.fixture
+def published(training_run: TrainingRun, hub: Hub) -> TrainingRun:
+    """A finished run whose export is on the hub as "a"."""
+    hub.put(REPO, training_run.output, "a")
+    return training_run
 
 
 def test_from_pretrained_gives_what_the_runner_exported(
     training_run: TrainingRun, hub: Hub
 ):
-    hub.put(REPO, training_run.output, "blocks.0/resid")
+    folder = training_run.output
+    hub.put(REPO, folder, "blocks.0/resid")
     loaded, cfg_dict, log_sparsity = SAE.from_pretrained_with_cfg_and_sparsity(
         REPO, "blocks.0/resid"
     )
-    assert_same(loaded, SAE.load_from_disk(training_run.output))
+    assert_same(loaded, SAE.load_from_disk(folder))
     assert loaded.cfg.metadata.hook_name == training_run.cfg.hook_name
-    on_disk = json.loads((training_run.output / "cfg.json").read_text())
+    on_disk = json.loads((folder / "cfg.json").read_text())
     assert cfg_dict["metadata"] == on_disk["metadata"]
     assert log_sparsity is not None
-    want = load_file(training_run.output / "sparsity.safetensors")["sparsity"]
+    want = load_file(folder / "sparsity.safetensors")["sparsity"]
     assert torch.equal(log_sparsity, want)
     assert hub.downloads() == FILES
-    acts = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(loaded(acts), training_run.sae(acts))
+    torch.testing.assert_close(loaded(ACTS), training_run.sae(ACTS))
 
 
-@pytest.mark.parametrize("make", MIXTURES)
+@every_kind
 def test_from_pretrained_loads_in_the_dtype_that_is_asked_for(
     make: Any, hub: Hub, tmp_path: Path
 ):
     sae = make()
-    sae.save_inference_model(tmp_path / "export")
-    hub.put(REPO, tmp_path / "export", "a")
-    assert_computes_what(SAE.from_pretrained(REPO, "a", dtype="float64"), sae)
+    sae.save_inference_model(tmp_path)
+    hub.put(REPO, tmp_path, "a")
+    assert_equivalent(SAE.from_pretrained(REPO, "a", dtype="float64"), sae)
     for dtype in ("float32", "bfloat16"):
         loaded = SAE.from_pretrained(REPO, "a", dtype=dtype)
-        assert_same(loaded, SAE.load_from_disk(tmp_path / "export", dtype=dtype))
+        assert_same(loaded, SAE.load_from_disk(tmp_path, dtype=dtype))
         assert {str(p.dtype) for p in loaded.parameters()} == {f"torch.{dtype}"}
 
 
 def test_from_pretrained_folds_decoder_norms_on_request(hub: Hub, tmp_path: Path):
     sae = scale_sae()
-    sae.save_model(tmp_path / "checkpoint")
-    hub.put(REPO, tmp_path / "checkpoint", "a")
+    sae.save_model(tmp_path)
+    hub.put(REPO, tmp_path, "a")
     loaded = SAE.from_pretrained(REPO, "a", dtype="float64", fold_W_dec_norm=True)
     torch.testing.assert_close(
         loaded.W_dec.norm(dim=-1), torch.ones(60, dtype=torch.float64)
     )
-    assert_computes_what(loaded, sae)
+    assert_equivalent(loaded, sae)
 
 
-def test_what_is_not_on_the_hub_is_named_in_the_error(
-    training_run: TrainingRun, hub: Hub
+def test_missing_repositories_SAEs_and_files_are_named(
+    published: TrainingRun, hub: Hub
 ):
-    hub.put(REPO, training_run.output, "a")
     with pytest.raises(EntryNotFoundError, match=f"{REPO}.*/blocks.7/cfg.json"):
         SAE.from_pretrained(REPO, "blocks.7")
     with pytest.raises(RepositoryNotFoundError, match="lab/typo"):
@@ -118,9 +123,8 @@ def test_what_is_not_on_the_hub_is_named_in_the_error(
 
 @pytest.mark.parametrize("where", ["on the hub", "on the way"])
 def test_truncated_weights_are_an_error_until_they_are_whole(
-    where: str, training_run: TrainingRun, hub: Hub
+    where: str, published: TrainingRun, hub: Hub
 ):
-    hub.put(REPO, training_run.output, "a")
     path = "a/sae_weights.safetensors"
     whole = hub.repos[REPO][path]
     if where == "on the hub":
@@ -133,14 +137,11 @@ def test_truncated_weights_are_an_error_until_they_are_whole(
         with pytest.raises(OSError, match=f"should be of size {len(whole)}"):
             SAE.from_pretrained(REPO, "a")
         hub.cut.clear()
-    expected = SAE.load_from_disk(training_run.output)
+    expected = SAE.load_from_disk(published.output)
     assert_same(SAE.from_pretrained(REPO, "a"), expected)
 
 
-def test_what_was_downloaded_loads_again_without_the_hub(
-    training_run: TrainingRun, hub: Hub
-):
-    hub.put(REPO, training_run.output, "a")
+def test_downloads_load_again_without_the_hub(published: TrainingRun, hub: Hub):
     first, _, sparsity = SAE.from_pretrained_with_cfg_and_sparsity(REPO, "a")
     SAE.from_pretrained(REPO, "a")
     assert hub.downloads() == FILES
@@ -153,9 +154,8 @@ def test_what_was_downloaded_loads_again_without_the_hub(
 
 
 def test_force_download_replaces_a_damaged_cache(
-    training_run: TrainingRun, hub: Hub, tmp_path: Path
+    published: TrainingRun, hub: Hub, tmp_path: Path
 ):
-    hub.put(REPO, training_run.output, "a")
     first = SAE.from_pretrained(REPO, "a")
     (cached,) = (tmp_path / "client").rglob("sae_weights.safetensors")
     blob = cached.resolve()
@@ -178,7 +178,7 @@ def test_uploaded_SAEs_load_as_they_were(training_run: TrainingRun, hub: Hub):
     for sae_id in ("live", "runs/0"):
         assert_same(SAE.from_pretrained(REPO, sae_id), live)
     files = hub.repos[REPO]
-    # What else a checkpoint's folder holds, such as the optimizer, stays at home.
+    # The optimizer and whatever else a checkpoint holds stay at home.
     assert files.keys() == {"README.md"} | {
         *(f"live/{name}" for name in FILES[:2]),
         *(f"runs/0/{name}" for name in [*FILES, "runner_cfg.json"]),
@@ -189,13 +189,12 @@ def test_uploaded_SAEs_load_as_they_were(training_run: TrainingRun, hub: Hub):
         == (training_run.output / "runner_cfg.json").read_bytes()
     )
     # A training checkpoint is one file format more, not another SAE.
-    acts = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
     from_checkpoint = SAE.from_pretrained(REPO, "runs/1")
     assert type(from_checkpoint) is type(live)
-    torch.testing.assert_close(from_checkpoint(acts), live(acts))
+    torch.testing.assert_close(from_checkpoint(ACTS), live(ACTS))
 
 
-@pytest.mark.parametrize("make", MIXTURES)
+@every_kind
 def test_an_uploaded_training_SAE_loads_for_inference_and_for_training(
     make: Any, hub: Hub
 ):
@@ -203,18 +202,18 @@ def test_an_uploaded_training_SAE_loads_for_inference_and_for_training(
     upload_saes_to_huggingface({"a": sae}, REPO, show_progress=False)
     loaded = SAE.from_pretrained(REPO, "a", dtype="float64")
     assert isinstance(loaded, (ScaleSAE, SwitchSAE))
-    assert_computes_what(loaded, sae)
+    assert_equivalent(loaded, sae)
     assert_same(TrainingSAE.from_pretrained(REPO, "a", dtype="float64"), sae)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", MIXTURES)
+@every_kind
 def test_a_listed_release_gets_its_activation_norm_folded_router_included(
     make: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ):
     sae = make(normalize_activations="expected_average_only_in")
     upload_saes_to_huggingface({"layer_0/a": sae}, REPO, show_progress=False)
-    # As an entry of SAELens's pretrained_saes.yaml would have it.
+    # An entry as in SAELens's pretrained_saes.yaml.
     release = PretrainedSAELookup(
         release="listed",
         repo_id=REPO,
@@ -233,75 +232,6 @@ def test_a_listed_release_gets_its_activation_norm_folded_router_included(
     raw = X / 2.5
     torch.testing.assert_close(loaded(raw), sae(X) / 2.5, atol=1e-9, rtol=1e-9)
     assert torch.equal(loaded.route(raw).indices, sae.route(X).indices)  # type: ignore[operator]
-
-
-def authors_switch_checkpoint(sae: SwitchTrainingSAE) -> dict[str, torch.Tensor]:
-    """The SAE as Mudide et al.'s code would have saved it."""
-    return {
-        "encoder.weight": sae.W_enc.T,
-        "decoder": sae.W_dec,
-        "router.weight": sae.W_router.T,
-        "b_dec": sae.b_dec,
-        "b_router": sae.b_router,
-    }
-
-
-def authors_scale_checkpoint(sae: ScaleTrainingSAE) -> dict[str, torch.Tensor]:
-    """The SAE as the Scale SAE authors' code would have saved it."""
-    assert sae.omega is not None
-    assert sae.W_low_pass is not None
-    state = {
-        "b_dec": sae.b_dec,
-        "b_gate": sae.b_router,
-        "gate.weight": sae.W_router.T,
-        "gate.bias": torch.zeros(sae.cfg.num_experts),
-        "omega": sae.omega,
-        "beta": torch.zeros(sae.cfg.num_experts),
-        "lp_transform_encoder.weight": sae.W_low_pass,
-        "lp_transform_decoder.weight": torch.eye(sae.cfg.d_in),
-    }
-    for i, latents in enumerate(torch.arange(sae.cfg.d_sae).chunk(sae.cfg.num_experts)):
-        state[f"expert_modules.{i}.encoder.weight"] = sae.W_enc.T[latents]
-        state[f"expert_modules.{i}.encoder.bias"] = sae.b_enc[latents]
-        state[f"expert_modules.{i}.decoder"] = sae.W_dec[latents]
-    return state
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
-@pytest.mark.parametrize("with_config", [True, False])
-def test_a_checkpoint_of_the_authors_code_loads_from_the_hub(
-    architecture: str, with_config: bool, hub: Hub, tmp_path: Path
-):
-    as_theirs: dict[str, Any] = {
-        "topk_over": "gated_activations",
-        "rescale_acts_by_decoder_norm": False,
-    }
-    if architecture == "scale":
-        sae = scale_sae(decomposition="learned", gate="double_softmax", **as_theirs)
-        state = authors_scale_checkpoint(sae)
-    else:
-        sae = switch_sae(gate="softmax", **as_theirs)
-        sae.b_enc.zero_()
-        state = authors_switch_checkpoint(sae)
-    experts = sae.cfg.experts_per_token
-    torch.save({name: t.detach() for name, t in state.items()}, tmp_path / "ae.pt")
-    converter: Any = authors_huggingface_loader
-    if with_config:
-        trainer = {"k": 6, "e": experts, "heaviside": False, "layer": 8}
-        (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
-    else:
-        converter = partial(converter, k=6, experts_per_token=experts, heaviside=False)
-    hub.put(REPO, tmp_path, "dictionaries/8")
-    loaded = SAE.from_pretrained(
-        REPO, "dictionaries/8", dtype="float64", converter=converter
-    )
-    assert_computes_what(loaded, sae)
-    hook_name = "blocks.8.hook_resid_post" if with_config else None
-    assert loaded.cfg.metadata.hook_name == hook_name
-    # From then on it is an SAE as any other.
-    upload_saes_to_huggingface({"converted": loaded}, REPO, show_progress=False)
-    assert_same(SAE.from_pretrained(REPO, "converted", dtype="float64"), loaded)
 
 
 SCRIPT = """

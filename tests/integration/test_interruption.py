@@ -1,26 +1,26 @@
-"""Interrupted runs go on as if nothing had happened."""
+"""Interrupted runs go on bit by bit; damaged checkpoints are refused; saving is whole."""
 
+import copy
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from helpers import small_corpus, step_input
+from helpers import files_no_larger_than, small_corpus, step_input
 from integration.runs import (
     ARCHITECTURES,
     IN_STEP,
     assert_same_weights,
+    both_architectures,
+    make_runner,
     multi_runner,
     runner_config,
     sae_config,
@@ -37,11 +37,9 @@ from sae_lens.constants import (
 from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training._interruption import InterruptedException
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from sae_lens_scale.runner import InterruptibleTrainingRunner
-
-both_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +78,20 @@ def signal_in_step(sae: TrainingSAE[Any], step: int) -> None:
     sae.hook_sae_input.add_hook(terminate)
 
 
+def in_step_runner(
+    sae: Any,
+    model: HookedSAETransformer,
+    tokens: Dataset,
+    runner_class: Any = LanguageModelSAETrainingRunner,
+    **overrides: Any,
+) -> LanguageModelSAETrainingRunner:
+    """A runner that can continue bit by bit: 16 steps, one context a row of the data."""
+    settings = {**IN_STEP, "is_dataset_tokenized": True, **overrides}
+    # A copy, since runners write to the metadata.
+    cfg = runner_config(copy.deepcopy(sae), **settings)
+    return make_runner(cfg, model, tokens, runner_class=runner_class)
+
+
 @both_architectures
 @pytest.mark.parametrize(
     "normalization", ["none", "expected_average_only_in", "covariance_whitening"]
@@ -91,18 +103,14 @@ def test_a_run_stopped_by_a_signal_continues_bit_equal(
     tokens: Dataset,
     tmp_path: Path,
 ):
+    cfg = sae_config(architecture, normalize_activations=normalization)
+
     def runner(
-        runner_class: type[
-            LanguageModelSAETrainingRunner
-        ] = LanguageModelSAETrainingRunner,
-        **overrides: Any,
+        runner_class: Any = LanguageModelSAETrainingRunner, **overrides: Any
     ) -> LanguageModelSAETrainingRunner:
-        cfg = sae_config(architecture, normalize_activations=normalization)
-        cfg = runner_config(
-            cfg, None, is_dataset_tokenized=True, **IN_STEP, **overrides
+        return in_step_runner(
+            cfg, tiny_model, tokens, runner_class=runner_class, **overrides
         )
-        torch.manual_seed(0)
-        return runner_class(cfg, override_dataset=tokens, override_model=tiny_model)
 
     whole = runner()
     want_losses = record_losses(whole.sae)
@@ -120,7 +128,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_equal(
     losses = record_losses(resumed.sae)
     got = weights(resumed.run())
     assert losses == want_losses[7:]
-    # Which latents are dead comes from the checkpoint at first.
+    # At first the checkpoint says which latents are dead.
     assert any(loss["auxiliary_reconstruction_loss"] > 0 for loss in losses)
     assert_same_weights(got, want)
 
@@ -159,31 +167,28 @@ runner.run()
         assert_same_weights(weights(sae), want[name])
 
 
-def test_where_SAELens_resumes_with_other_batches_they_are_those_of_its_TopK(
+def test_a_resumed_run_has_the_batches_of_a_resumed_TopK_SAE(
     tiny_model: HookedSAETransformer, tmp_path: Path
 ):
-    # Of its mixing buffer and of half-read documents SAELens saves nothing.
+    # SAELens saves neither its mixing buffer nor its place in half-read documents.
     batches: dict[str, list[torch.Tensor]] = {}
     for architecture in ("topk", *ARCHITECTURES):
         seen = batches[architecture] = []
-        checkpoints = tmp_path / architecture
-        for resume in (False, True):
-            overrides: dict[str, Any] = {"training_tokens": 10 * 256}
-            if resume:
-                (checkpoint,) = checkpoints.glob("*/*")
-                overrides["resume_from_checkpoint"] = str(checkpoint)
-            else:
-                overrides |= {"checkpoint_path": str(checkpoints), "n_checkpoints": 1}
-            runner = LanguageModelSAETrainingRunner(
-                runner_config(sae_config(architecture), None, **overrides),
-                override_dataset=small_corpus(),
-                override_model=tiny_model,
+
+        def run(**overrides: Any) -> None:
+            cfg = runner_config(
+                sae_config(architecture), training_tokens=10 * 256, **overrides
             )
+            runner = make_runner(cfg, tiny_model)
             runner.sae.hook_sae_input.add_hook(
                 lambda tensor, hook: seen.append(tensor.clone())
             )
             torch.manual_seed(0)
             runner.run()
+
+        run(checkpoint_path=str(tmp_path / architecture), n_checkpoints=1)
+        (checkpoint,) = (tmp_path / architecture).glob("*/*")
+        run(resume_from_checkpoint=str(checkpoint))
         assert len(seen) == 10 + 4
     for architecture in ARCHITECTURES:
         for got, want in zip(batches[architecture], batches["topk"], strict=True):
@@ -208,16 +213,12 @@ def good_checkpoint(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    cfg = runner_config(
+    in_step_runner(
         sae_config(request.param, normalize_activations="covariance_whitening"),
-        None,
-        is_dataset_tokenized=True,
-        **IN_STEP,
+        tiny_model,
+        tokens,
         checkpoint_path=str(folder),
         n_checkpoints=1,
-    )
-    LanguageModelSAETrainingRunner(
-        cfg, override_dataset=tokens, override_model=tiny_model
     ).run()
     (checkpoint,) = folder.glob("*/*")
     return checkpoint
@@ -236,19 +237,23 @@ def live_sae(checkpoint: Path, **overrides: Any) -> TrainingSAE[Any]:
     return TrainingSAE.from_dict({**cfg, **overrides})
 
 
-def assert_loads_nowhere(
-    checkpoint: Path, error: type[Exception], message: str, disk_too: bool = True
-) -> None:
-    """It is refused with this error, and an SAE that is there already stays as it was."""
-    for sae_class in (SAE, TrainingSAE) if disk_too else ():
-        with pytest.raises(error, match=message):
-            sae_class.load_from_disk(checkpoint)
-    sae = live_sae(checkpoint)
+def assert_refused(sae: TrainingSAE[Any], checkpoint: Path, message: str) -> None:
+    """The weights do not load, with this error, and the SAE keeps its own."""
     before = weights(sae)
     file = re.escape(str(checkpoint / SAE_WEIGHTS_FILENAME))
     with pytest.raises(ValueError, match=f"{file} cannot be loaded: .*{message}"):
         sae.load_weights_from_checkpoint(checkpoint)
     assert_same_weights(weights(sae), before)
+
+
+def assert_loads_nowhere(
+    checkpoint: Path, error: type[Exception], message: str, disk_too: bool = True
+) -> None:
+    """Neither from disk nor into an SAE that is there already."""
+    for sae_class in (SAE, TrainingSAE) if disk_too else ():
+        with pytest.raises(error, match=message):
+            sae_class.load_from_disk(checkpoint)
+    assert_refused(live_sae(checkpoint), checkpoint, message)
 
 
 def test_an_undamaged_checkpoint_loads(checkpoint: Path):
@@ -260,51 +265,33 @@ def test_an_undamaged_checkpoint_loads(checkpoint: Path):
     SAE.load_from_disk(checkpoint)
 
 
-def test_weights_cut_short_are_refused(checkpoint: Path):
+def test_weights_that_are_cut_short_or_something_else_are_refused(checkpoint: Path):
     file = checkpoint / SAE_WEIGHTS_FILENAME
     whole = file.read_bytes()
-    for length in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
-        file.write_bytes(whole[:length])
+    lengths = (0, 4, 8, 100, len(whole) // 2, len(whole) - 1)
+    for content in (*(whole[:n] for n in lengths), b"<!DOCTYPE html>" * 100):
+        file.write_bytes(content)
         assert_loads_nowhere(checkpoint, SafetensorError, "deserializing header")
 
 
-def test_weights_that_are_something_else_are_refused(checkpoint: Path):
+def test_tensors_that_do_not_fit_are_named(checkpoint: Path):
     file = checkpoint / SAE_WEIGHTS_FILENAME
-    file.write_bytes(b"<!DOCTYPE html>" * 100)
-    assert_loads_nowhere(checkpoint, SafetensorError, "deserializing header")
-
-
-def change_weights(checkpoint: Path, **changes: torch.Tensor | None) -> None:
-    file = checkpoint / SAE_WEIGHTS_FILENAME
-    tensors = {**load_file(file), **changes}
-    save_file({n: t for n, t in tensors.items() if t is not None}, file)
-
-
-def test_missing_tensors_are_named(good_checkpoint: Path, tmp_path: Path):
-    for name in load_file(good_checkpoint / SAE_WEIGHTS_FILENAME):
-        checkpoint = shutil.copytree(good_checkpoint, tmp_path / name)
-        change_weights(checkpoint, **{name: None})
+    tensors = load(file.read_bytes())
+    for name, tensor in tensors.items():
+        save_file({n: t for n, t in tensors.items() if n != name}, file)
         # An inference export has no omega either: from disk, this one looks like it.
         message = f"{name} is missing"
         assert_loads_nowhere(checkpoint, ValueError, message, name != "omega")
 
-
-def test_tensors_of_another_shape_are_named(good_checkpoint: Path, tmp_path: Path):
-    for name, tensor in load_file(good_checkpoint / SAE_WEIGHTS_FILENAME).items():
-        checkpoint = shutil.copytree(good_checkpoint, tmp_path / name)
-        change_weights(checkpoint, **{name: tensor[1:].contiguous()})
-        shapes = rf"\({tensor.shape[0]},.*\), got \({tensor.shape[0] - 1},"
+        save_file({**tensors, name: tensor[1:].contiguous()}, file)
+        shapes = rf"\({len(tensor)},.*\), got \({len(tensor) - 1},"
         message = f"{name} must have shape {shapes}"
         assert_loads_nowhere(checkpoint, ValueError, message)
 
-
-def test_unknown_tensors_are_named(checkpoint: Path):
-    change_weights(checkpoint, threshold=torch.zeros(128))
+    save_file({**tensors, "threshold": torch.zeros(128)}, file)
     assert_loads_nowhere(checkpoint, ValueError, "threshold is not part of it")
 
-
-def test_integer_tensors_are_named(checkpoint: Path):
-    change_weights(checkpoint, W_dec=torch.ones(128, 32, dtype=torch.int32))
+    save_file({**tensors, "W_dec": torch.ones(128, 32, dtype=torch.int32)}, file)
     # Reading from disk, SAELens makes them floating point before anybody can look.
     message = "W_dec must be of floating point, got torch.int32"
     assert_loads_nowhere(checkpoint, ValueError, message, disk_too=False)
@@ -316,19 +303,11 @@ def test_integer_tensors_are_named(checkpoint: Path):
         ("topk", {}, "W_router is missing"),
         ("standard", {}, "W_router is missing"),
         ("gated", {}, "b_enc is missing"),
-        (
-            "scale",
-            {"num_experts": 8},
-            r"W_router must have shape \(32, 4\), got \(32, 8",
-        ),
+        ("scale", {"num_experts": 8}, "W_router must have shape (32, 4), got (32, 8)"),
         ("scale", {"decomposition": "learned"}, "W_low_pass is not part of it"),
-        (
-            "switch",
-            {"num_experts": 2},
-            r"W_router must have shape \(32, 4\), got \(32, 2",
-        ),
-        ("switch", {"d_sae": 64}, r"b_enc must have shape \(128,\), got \(64,\)"),
-        ("switch", {"d_in": 16}, r"b_dec must have shape \(32,\), got \(16,\)"),
+        ("switch", {"num_experts": 2}, "W_router must have shape (32, 4), got (32, 2)"),
+        ("switch", {"d_sae": 64}, "b_enc must have shape (128,), got (64,)"),
+        ("switch", {"d_in": 16}, "b_dec must have shape (32,), got (16,)"),
     ],
 )
 def test_weights_of_another_SAE_are_refused(
@@ -339,20 +318,14 @@ def test_weights_of_another_SAE_are_refused(
         cfg["num_experts"] = 4
     other = TrainingSAE.from_dict({**cfg, **overrides})
     save_file(dict(other.state_dict()), checkpoint / SAE_WEIGHTS_FILENAME)
-    assert_loads_nowhere(checkpoint, ValueError, message)
+    assert_loads_nowhere(checkpoint, ValueError, re.escape(message))
 
 
-def test_omegas_are_refused_where_there_is_no_feature_scaling(
-    good_checkpoint: Path, tmp_path: Path
-):
-    other = TrainingSAE.from_dict(sae_config("scale").to_dict())
-    other.save_model(tmp_path)
+def test_omegas_are_refused_where_there_is_no_feature_scaling(tmp_path: Path):
+    TrainingSAE.from_dict(sae_config("scale").to_dict()).save_model(tmp_path)
     for overrides in ({"architecture": "switch"}, {"feature_scaling": False}):
         sae = live_sae(tmp_path, **overrides)
-        before = weights(sae)
-        with pytest.raises(ValueError, match="omega is not part of it"):
-            sae.load_weights_from_checkpoint(tmp_path)
-        assert_same_weights(weights(sae), before)
+        assert_refused(sae, tmp_path, "omega is not part of it")
 
 
 def test_a_damaged_config_is_refused(checkpoint: Path):
@@ -402,23 +375,18 @@ def test_missing_files_are_named(checkpoint: Path):
         (SAE_WEIGHTS_FILENAME, ValueError),
     ],
 )
-def test_nothing_resumes_from_a_damaged_checkpoint(
+def test_a_run_does_not_resume_from_a_damaged_checkpoint(
     name: str,
-    error: type[Exception] | tuple[type[Exception], ...],
+    error: Any,
     checkpoint: Path,
     tiny_model: HookedSAETransformer,
     tokens: Dataset,
 ):
-    runner = LanguageModelSAETrainingRunner(
-        runner_config(
-            live_sae(checkpoint).cfg,
-            None,
-            is_dataset_tokenized=True,
-            **IN_STEP,
-            resume_from_checkpoint=str(checkpoint),
-        ),
-        override_dataset=tokens,
-        override_model=tiny_model,
+    runner = in_step_runner(
+        live_sae(checkpoint).cfg,
+        tiny_model,
+        tokens,
+        resume_from_checkpoint=str(checkpoint),
     )
     before = weights(runner.sae)
     file = checkpoint / name
@@ -431,17 +399,6 @@ def test_nothing_resumes_from_a_damaged_checkpoint(
         with pytest.raises(FileNotFoundError, match=name):
             runner.run()
     assert_same_weights(weights(runner.sae), before)
-
-
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """Writing more fails, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Loading what SAELens's runner left on disk."""
+"""Exports and checkpoints of SAELens's runner load, and runs go on from them."""
 
 import dataclasses
 import json
@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import small_corpus
-from integration.training_run import TrainingRun
+from integration.runs import TrainingRun, assert_computes_the_same, make_runner
 from sae_lens import (
     SAE,
     HookedSAETransformer,
     LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
     TrainingSAE,
 )
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
@@ -21,14 +20,17 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 
 X = torch.randn(50, 32, generator=torch.Generator().manual_seed(2)) + 0.5
+finished_only = pytest.mark.parametrize("source", ["output", "final"], indirect=True)
 
 
-@torch.no_grad()
-def assert_computes_what(loaded: SAE[Any], expected: SAE[Any]) -> None:
-    acts = expected.encode(X)
-    assert acts.any()
-    torch.testing.assert_close(loaded.encode(X), acts, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(loaded(X), expected(X), atol=1e-4, rtol=1e-4)
+@pytest.fixture(params=["output", "half_way", "final"])
+def source(request: pytest.FixtureRequest, training_run: TrainingRun) -> Path:
+    """Folder of an export or a checkpoint."""
+    return getattr(training_run, request.param)
+
+
+def assert_same(loaded: SAE[Any], expected: SAE[Any]) -> None:
+    assert_computes_the_same(loaded, expected, X)
 
 
 def as_json(cfg: SAEConfig) -> dict[str, Any]:
@@ -36,21 +38,20 @@ def as_json(cfg: SAEConfig) -> dict[str, Any]:
     return json.loads(json.dumps(cfg.to_dict()))
 
 
-def fold_what_the_trainer_estimated(sae: SAE[Any], checkpoint: Path) -> None:
+def fold_estimated_norm(sae: SAE[Any], checkpoint: Path) -> None:
     scaler = ActivationScaler()
     scaler.load(checkpoint / "activation_scaler.json")
     assert scaler.scaling_factor is not None
     sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
 
 
-@pytest.mark.parametrize("source", ["output", "final"])
+@finished_only
 def test_every_file_of_a_finished_run_loads_as_the_same_SAE(
-    source: str, training_run: TrainingRun
+    source: Path, training_run: TrainingRun
 ):
-    folder = getattr(training_run, source)
     trained = training_run.sae
-    inference = SAE.load_from_disk(folder)
-    training = TrainingSAE.load_from_disk(folder)
+    inference = SAE.load_from_disk(source)
+    training = TrainingSAE.load_from_disk(source)
     assert not isinstance(inference, TrainingSAE)
     assert type(training) is type(trained)
     for loaded in (inference, training):
@@ -59,8 +60,8 @@ def test_every_file_of_a_finished_run_loads_as_the_same_SAE(
         assert got == {name: want[name] for name in got}
         omega = getattr(trained, "omega", None)
         assert omega is None or loaded.cfg.metadata.omega == omega.tolist()
-        assert_computes_what(loaded, trained)
-    # With the settings of the training, whichever file it goes on from.
+        assert_same(loaded, trained)
+    # Either file gives back the settings of the training.
     assert as_json(training.cfg) == as_json(trained.cfg)
 
 
@@ -71,24 +72,20 @@ def test_a_checkpoint_from_the_middle_of_a_run_loads_before_its_norm_is_folded(
     inference, training = SAE.load_from_disk(folder), TrainingSAE.load_from_disk(folder)
     for loaded in (inference, training):
         assert loaded.cfg.normalize_activations == "expected_average_only_in"
-    assert_computes_what(inference, training)
+    assert_same(inference, training)
     before = inference(X)
     for loaded in (inference, training):
-        fold_what_the_trainer_estimated(loaded, folder)
+        fold_estimated_norm(loaded, folder)
     assert not torch.allclose(inference(X), before, atol=1e-2)
-    assert_computes_what(inference, training)
+    assert_same(inference, training)
 
 
-@pytest.mark.parametrize("source", ["output", "half_way", "final"])
 @pytest.mark.parametrize("sae_class", [SAE, TrainingSAE])
 @pytest.mark.parametrize("dtype", [None, "float64", "bfloat16"])
 def test_nothing_stays_behind_on_another_device_or_in_another_dtype(
-    source: str,
-    sae_class: type[SAE[Any]],
-    dtype: str | None,
-    training_run: TrainingRun,
+    source: Path, sae_class: type[SAE[Any]], dtype: str | None
 ):
-    sae = sae_class.load_from_disk(getattr(training_run, source), dtype=dtype)
+    sae = sae_class.load_from_disk(source, dtype=dtype)
     want = getattr(torch, dtype or "float32")
     assert (sae.dtype, sae.cfg.dtype) == (want, dtype or "float32")
     assert (sae.device, sae.cfg.device) == (torch.device("cpu"), "cpu")
@@ -102,57 +99,49 @@ def test_nothing_stays_behind_on_another_device_or_in_another_dtype(
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("source", ["output", "half_way", "final"])
-def test_decoder_norms_fold_while_loading(source: str, training_run: TrainingRun):
-    folder = getattr(training_run, source)
+def test_decoder_norms_fold_while_loading(source: Path):
     for sae_class in (SAE, TrainingSAE):
-        folded = sae_class.load_from_disk(folder, fold_W_dec_norm=True)
+        folded = sae_class.load_from_disk(source, fold_W_dec_norm=True)
         torch.testing.assert_close(folded.W_dec.norm(dim=-1), torch.ones(128))
-        assert_computes_what(folded, SAE.load_from_disk(folder))
+        assert_same(folded, SAE.load_from_disk(source))
 
 
-def run_again(
-    run: TrainingRun, model: HookedSAETransformer, folder: Path, **changes: Any
-) -> tuple[TrainingSAE[Any], Path]:
-    """The runner once more, with changed settings; what it returned and exported."""
+def train_on(
+    run: TrainingRun,
+    model: HookedSAETransformer,
+    source: Path,
+    output: Path,
+    **changes: Any,
+) -> tuple[TrainingSAE[Any], SAE[Any]]:
+    """Train on from one of the run's folders; the SAE, and its export loaded."""
     cfg = dataclasses.replace(
         run.cfg,
+        from_pretrained_path=str(source),
         checkpoint_path=None,
         n_checkpoints=0,
         save_final_checkpoint=False,
-        output_path=str(folder),
+        output_path=str(output),
         **changes,
     )
-    torch.manual_seed(1)
-    runner = LanguageModelSAETrainingRunner(
-        cfg, override_dataset=small_corpus(), override_model=model
-    )
-    return runner.run(), folder
+    return make_runner(cfg, model).run(), SAE.load_from_disk(output)
 
 
-@pytest.mark.parametrize("source", ["output", "half_way", "final"])
 def test_the_runner_goes_on_from_where_a_run_was(
-    source: str,
+    source: Path,
     training_run: TrainingRun,
     tiny_model: HookedSAETransformer,
     tmp_path: Path,
 ):
-    folder = getattr(training_run, source)
-    start = SAE.load_from_disk(folder)
-    if source == "half_way":
+    start = SAE.load_from_disk(source)
+    if source == training_run.half_way:
         # The runner estimates the norm again: the same, from the same first batches.
-        fold_what_the_trainer_estimated(start, folder)
+        fold_estimated_norm(start, source)
     # Training that learns nothing ends where it starts.
-    sae, output = run_again(
-        training_run,
-        tiny_model,
-        tmp_path / "frozen",
-        from_pretrained_path=str(folder),
-        training_tokens=512,
-        lr=0.0,
+    sae, export = train_on(
+        training_run, tiny_model, source, tmp_path, training_tokens=512, lr=0.0
     )
-    assert_computes_what(sae, start)
-    assert_computes_what(SAE.load_from_disk(output), start)
+    assert_same(sae, start)
+    assert_same(export, start)
     kept = as_json(start.cfg)["metadata"]
     for statistic in ("l0", "num_dead_features"):
         kept.pop(statistic, None)
@@ -161,20 +150,15 @@ def test_the_runner_goes_on_from_where_a_run_was(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("source", ["output", "final"])
+@finished_only
 def test_training_on_from_a_finished_run_improves_it(
-    source: str,
+    source: Path,
     training_run: TrainingRun,
     tiny_model: HookedSAETransformer,
     tmp_path: Path,
 ):
     with torch.enable_grad():
-        sae, output = run_again(
-            training_run,
-            tiny_model,
-            tmp_path / "more",
-            from_pretrained_path=str(getattr(training_run, source)),
-        )
+        sae, trained_on = train_on(training_run, tiny_model, source, tmp_path)
     _, cache = tiny_model.run_with_cache(
         small_corpus()[-1]["text"][:400], names_filter=training_run.cfg.hook_name
     )
@@ -183,29 +167,26 @@ def test_training_on_from_a_finished_run_improves_it(
     def error(some: SAE[Any]) -> float:
         return (some(x) - x).pow(2).sum().item()
 
-    trained_on = SAE.load_from_disk(output)
     assert error(trained_on) < 0.95 * error(training_run.sae)
     torch.testing.assert_close(trained_on(x), sae(x), atol=1e-4, rtol=1e-4)
     omega = getattr(sae, "omega", None)
     assert omega is None or omega.any()
 
 
-@pytest.mark.parametrize("source", ["output", "half_way", "final"])
 def test_configs_on_disk_are_strict_json_and_give_the_config_back(
-    source: str, training_run: TrainingRun
+    source: Path, training_run: TrainingRun
 ):
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    folder = getattr(training_run, source)
     cfg, runner_cfg = (
-        json.loads((folder / name).read_text(), parse_constant=refuse)
+        json.loads((source / name).read_text(), parse_constant=refuse)
         for name in ("cfg.json", "runner_cfg.json")
     )
-    assert SAE.load_from_disk(folder).cfg.metadata == SAEMetadata(**cfg["metadata"])
+    assert SAE.load_from_disk(source).cfg.metadata == SAEMetadata(**cfg["metadata"])
     again = LanguageModelSAERunnerConfig.from_dict(runner_cfg)
     assert type(again.sae) is type(training_run.cfg.sae)
     assert json.loads(json.dumps(again.to_dict())) == runner_cfg
-    sparsity = load_file(folder / "sparsity.safetensors")["sparsity"]
+    sparsity = load_file(source / "sparsity.safetensors")["sparsity"]
     assert sparsity.shape == (128,)
     assert (sparsity <= 0).all()

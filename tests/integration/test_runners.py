@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from datasets import Dataset
 from helpers import small_corpus
 from integration.runs import (
     ARCHITECTURES,
     HOOK,
+    NORMALIZED,
+    SHORT,
+    assert_computes_the_same,
     assert_same_weights,
+    both_architectures,
+    make_runner,
+    no_wandb,
     runner_config,
     sae_config,
     weights,
@@ -43,7 +48,8 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-both_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+RUNS = ("without_sae", "with_sae", "with_ablation")
+Trained = tuple[TrainingSAE[Any], Path]
 
 
 def train(
@@ -53,32 +59,26 @@ def train(
     override_sae: TrainingSAE[Any] | None = None,
     **overrides: Any,
 ) -> TrainingSAE[Any]:
-    torch.manual_seed(0)
-    runner = LanguageModelSAETrainingRunner(
-        runner_config(sae, output, **overrides),
-        override_dataset=small_corpus(),
-        override_model=model,
-        override_sae=override_sae,
-    )
-    return runner.run()
+    cfg = runner_config(sae, output, **overrides)
+    return make_runner(cfg, model, override_sae=override_sae).run()
 
 
 @torch.no_grad()
 def check_export(
-    folder: Path, trained: TrainingSAE[Any], model: Any, dataset: Dataset | str
+    folder: Path, trained: TrainingSAE[Any], model: Any, text: str | None = None
 ) -> SAE[Any]:
     """It loads, computes what was trained, and evaluates to sensible numbers."""
     sae = SAE.load_from_disk(folder)
     assert not isinstance(sae, TrainingSAE)
     assert sae.cfg.architecture() == trained.cfg.architecture()
     store = ActivationsStore.from_sae(
-        model, sae, dataset, store_batch_size_prompts=4, train_batch_size_tokens=128
+        model,
+        sae,
+        text or small_corpus(),
+        store_batch_size_prompts=4,
+        train_batch_size_tokens=128,
     )
-    x = store.get_filtered_llm_batch()
-    acts = trained.encode(x)
-    assert acts.any()
-    torch.testing.assert_close(sae.encode(x), acts, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sae(x), trained(x), atol=1e-4, rtol=1e-4)
+    assert_computes_the_same(sae, trained, store.get_filtered_llm_batch())
     metrics, _ = run_evals(
         sae, store, model, ActivationScaler(), get_eval_everything_config(4, 1, 1)
     )
@@ -86,16 +86,18 @@ def check_export(
     assert 0 < metrics["sparsity"]["l0"] <= trained.cfg.k
     behaviour = metrics["model_behavior_preservation"]
     assert 0 < behaviour["kl_div_with_sae"] < behaviour["kl_div_with_ablation"]
-    for value in metrics["model_performance_preservation"].values():
-        assert math.isfinite(value)
+    performance = metrics["model_performance_preservation"]
+    assert all(math.isfinite(value) for value in performance.values())
+    losses = {performance[f"ce_loss_{run}"] for run in RUNS}
+    assert len(losses) == len(RUNS)
     return sae
 
 
 @pytest.fixture(scope="module")
 def plain_runs(
     tiny_model: HookedSAETransformer, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[TrainingSAE[Any], Path]]:
-    """What the runner does with nothing special switched on."""
+) -> dict[str, Trained]:
+    """Training SAE and export of a run with nothing special switched on."""
     runs = {}
     for architecture in ARCHITECTURES:
         folder = tmp_path_factory.mktemp(architecture)
@@ -104,13 +106,13 @@ def plain_runs(
 
 
 @both_architectures
-def test_exports_work(
+def test_a_plain_run_exports_a_working_SAE(
     architecture: str,
-    plain_runs: dict[str, tuple[TrainingSAE[Any], Path]],
+    plain_runs: dict[str, Trained],
     tiny_model: HookedSAETransformer,
 ):
     sae, folder = plain_runs[architecture]
-    check_export(folder, sae, tiny_model, small_corpus())
+    check_export(folder, sae, tiny_model)
 
 
 @both_architectures
@@ -137,7 +139,7 @@ def test_exports_of_normalised_training_take_raw_activations(
         **({"aux_loss_coefficient": 0.0} if at_run_time else {}),
     )
     trained = train(tiny_model, cfg, tmp_path)
-    sae = check_export(tmp_path, trained, tiny_model, small_corpus())
+    sae = check_export(tmp_path, trained, tiny_model)
     assert sae.cfg.normalize_activations == (normalization if at_run_time else "none")
 
 
@@ -146,7 +148,7 @@ def test_exports_of_normalised_training_take_raw_activations(
 def test_mixed_precision_trains_float32_weights(
     architecture: str,
     option: str,
-    plain_runs: dict[str, tuple[TrainingSAE[Any], Path]],
+    plain_runs: dict[str, Trained],
     tiny_model: HookedSAETransformer,
     tmp_path: Path,
 ):
@@ -154,7 +156,7 @@ def test_mixed_precision_trains_float32_weights(
     trained = train(tiny_model, sae_config(architecture), tmp_path, **switched_on)
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
     assert not torch.equal(trained.W_dec, plain_runs[architecture][0].W_dec)
-    check_export(tmp_path, trained, tiny_model, small_corpus())
+    check_export(tmp_path, trained, tiny_model)
 
 
 @both_architectures
@@ -162,7 +164,7 @@ def test_mixed_precision_trains_float32_weights(
 def test_prefetching_changes_nothing(
     architecture: str,
     prefetch: bool | int,
-    plain_runs: dict[str, tuple[TrainingSAE[Any], Path]],
+    plain_runs: dict[str, Trained],
     tiny_model: HookedSAETransformer,
 ):
     trained = train(tiny_model, sae_config(architecture), prefetch_llm_batches=prefetch)
@@ -187,41 +189,46 @@ def test_compiling_the_SAE_changes_nothing(
     assert_same_weights(weights(compiled), weights(plain), atol=1e-6)
 
 
-def test_the_runner_loads_models_and_data_by_name(
-    tiny_llama: Path, text_folder: Path, tmp_path: Path
-):
-    # Nothing is handed over but names: of a model of transformers, and of a data set.
+@pytest.fixture
+def names(tiny_llama: Path, text_folder: Path) -> dict[str, Any]:
+    """Settings that name a model of transformers, a hook of it, and a data set."""
+    return {
+        "model_class_name": "AutoModelForCausalLM",
+        "model_name": str(tiny_llama),
+        "hook_name": "model.layers.0",
+        "dataset_path": str(text_folder),
+        "context_size": 32,
+    }
+
+
+def check_run_by_name(output: Path, names: dict[str, Any], **settings: Any) -> None:
+    """Each architecture trains with nothing handed over but names, and works."""
     for architecture in ARCHITECTURES:
         torch.manual_seed(0)
         cfg = runner_config(
-            sae_config(architecture),
-            tmp_path / architecture,
-            model_class_name="AutoModelForCausalLM",
-            model_name=str(tiny_llama),
-            hook_name="model.layers.0",
-            dataset_path=str(text_folder),
+            sae_config(architecture), output / architecture, **names, **settings
         )
         runner = LanguageModelSAETrainingRunner(cfg)
+        store = runner.activations_store
+        is_cached = store.cached_activation_dataset is not None
+        assert is_cached == cfg.use_cached_activations
         trained = runner.run()
         sae = check_export(
-            tmp_path / architecture, trained, runner.model, str(text_folder)
+            output / architecture, trained, runner.model, names["dataset_path"]
         )
-        assert sae.cfg.metadata.model_name == str(tiny_llama)
-        assert sae.cfg.metadata.hook_name == "model.layers.0"
+        assert sae.cfg.metadata.model_name == names["model_name"]
+        assert sae.cfg.metadata.hook_name == names["hook_name"]
 
 
-def test_the_runner_trains_on_cached_activations(
-    tiny_llama: Path, text_folder: Path, tmp_path: Path
+def test_the_runner_loads_models_and_data_by_name(
+    names: dict[str, Any], tmp_path: Path
 ):
-    hook, context_size, batch_size = "model.layers.0", 32, 16
-    tokens = 16 * batch_size * context_size
-    names = {
-        "model_class_name": "AutoModelForCausalLM",
-        "model_name": str(tiny_llama),
-        "hook_name": hook,
-        "dataset_path": str(text_folder),
-        "context_size": context_size,
-    }
+    check_run_by_name(tmp_path, names)
+
+
+def test_the_runner_trains_on_cached_activations(names: dict[str, Any], tmp_path: Path):
+    batch_size = 16
+    tokens = 16 * batch_size * names["context_size"]
     cached = CacheActivationsRunner(
         CacheActivationsRunnerConfig(
             **names,
@@ -235,55 +242,36 @@ def test_the_runner_trains_on_cached_activations(
             buffer_size_gb=tokens * 32 * 4 / 1e9,
         )
     ).run()
-    assert cached.num_rows == tokens // context_size
-    for architecture in ARCHITECTURES:
-        torch.manual_seed(0)
-        cfg = runner_config(
-            sae_config(architecture),
-            tmp_path / architecture,
-            **names,
-            use_cached_activations=True,
-            cached_activations_path=str(tmp_path / "activations"),
-        )
-        runner = LanguageModelSAETrainingRunner(cfg)
-        assert runner.activations_store.cached_activation_dataset is not None
-        trained = runner.run()
-        check_export(tmp_path / architecture, trained, runner.model, str(text_folder))
+    assert cached.num_rows == tokens // names["context_size"]
+    check_run_by_name(
+        tmp_path,
+        names,
+        use_cached_activations=True,
+        cached_activations_path=str(tmp_path / "activations"),
+    )
 
 
 def test_several_SAEs_train_on_one_pass_of_the_model_as_each_would_alone(
     tiny_model: HookedSAETransformer, tmp_path: Path
 ):
-    later = "blocks.1.hook_resid_post"
-    norm = {"normalize_activations": "expected_average_only_in"}
     cfgs = {
-        "scale": sae_config("scale", **norm),
-        "switch": sae_config("switch", **norm),
+        "scale": sae_config("scale", **NORMALIZED),
+        "switch": sae_config("switch", **NORMALIZED),
         "whitened": sae_config("scale", normalize_activations="covariance_whitening"),
-        "later": sae_config("switch", **norm),
-        "topk": sae_config("topk", **norm),
+        "later": sae_config("switch", **NORMALIZED),
+        "topk": sae_config("topk", **NORMALIZED),
     }
-    hooks = dict.fromkeys(cfgs, HOOK) | {"later": later}
+    hooks = dict.fromkeys(cfgs, HOOK) | {"later": "blocks.1.hook_resid_post"}
     torch.manual_seed(1)
     saes = {name: TrainingSAE.from_dict(cfg.to_dict()) for name, cfg in cfgs.items()}
     starts = copy.deepcopy(saes)
-    one = runner_config(cfgs["scale"], None)
     torch.manual_seed(0)
     trained = MultiSAETrainingRunner(
         MultiSAETrainingRunnerConfig(
+            **SHORT,
             saes=cfgs,
             hook_names=hooks,
-            model_name=one.model_name,
-            context_size=one.context_size,
-            training_tokens=one.training_tokens,
-            train_batch_size_tokens=one.train_batch_size_tokens,
-            store_batch_size_prompts=one.store_batch_size_prompts,
-            n_batches_in_buffer=one.n_batches_in_buffer,
-            n_batches_for_norm_estimate=one.n_batches_for_norm_estimate,
-            lr=one.lr,
-            dead_feature_window=one.dead_feature_window,
-            logger=one.logger,
-            checkpoint_path=None,
+            logger=no_wandb(),
             output_path=str(tmp_path),
         ),
         override_dataset=small_corpus(),
@@ -292,41 +280,38 @@ def test_several_SAEs_train_on_one_pass_of_the_model_as_each_would_alone(
     ).run()
     for name, sae in trained.items():
         alone = train(
-            tiny_model,
-            cfgs[name],
-            override_sae=starts[name],
-            hook_name=hooks[name],
+            tiny_model, cfgs[name], override_sae=starts[name], hook_name=hooks[name]
         )
         assert_same_weights(weights(sae), weights(alone), atol=1e-5)
-        exported = check_export(tmp_path / name, sae, tiny_model, small_corpus())
+        exported = check_export(tmp_path / name, sae, tiny_model)
         assert exported.cfg.metadata.hook_name == hooks[name]
 
 
 @both_architectures
-def test_synthetic_data(architecture: str, tmp_path: Path):
+def test_the_synthetic_data_runner_trains_and_evaluates(
+    architecture: str, tmp_path: Path
+):
     torch.manual_seed(0)
     result = SyntheticSAERunner(
         SyntheticSAERunnerConfig(
             synthetic_model=SyntheticModelConfig(
                 num_features=64, hidden_dim=32, seed=0
             ),
-            sae=sae_config(
-                architecture, normalize_activations="expected_average_only_in"
-            ),
+            sae=sae_config(architecture, **NORMALIZED),
             training_samples=200 * 256,
             batch_size=256,
             lr=5e-3,
             dead_feature_window=20,
             n_batches_for_norm_estimate=4,
             eval_samples=2_048,
-            logger=LoggingConfig(log_to_wandb=False),
+            logger=no_wandb(),
             checkpoint_path=None,
             output_path=str(tmp_path),
         )
     ).run()
     sae = SAE.load_from_disk(tmp_path)
     x = result.synthetic_model.sample(64)
-    torch.testing.assert_close(sae(x), result.sae(x), atol=1e-4, rtol=1e-4)
+    assert_computes_the_same(sae, result.sae, x)
     evaluation = eval_sae_on_synthetic_data(
         sae,
         result.synthetic_model.feature_dict,
@@ -343,7 +328,7 @@ def test_synthetic_data(architecture: str, tmp_path: Path):
 
 def wandb_records(folder: Path) -> Iterator[Record]:
     """
-    What wandb wrote offline: protobuf messages in LevelDB's log format.
+    Records that wandb wrote offline: protobuf messages in LevelDB's log format.
 
     Blocks of 32 KiB hold records with a header of checksum, length and type (1 for a whole
     one, else 2, 3, .., 4 for its parts).
@@ -365,7 +350,7 @@ def wandb_records(folder: Path) -> Iterator[Record]:
 
 
 def wandb_history(folder: Path) -> list[dict[str, Any]]:
-    """The logged values of each step that has any; parts of a value after a slash."""
+    """Logged values of each step that has any; parts of a value after a slash."""
     wandb.teardown()  # Only now is all of it written.
     return [
         {
@@ -379,12 +364,12 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """wandb as a machine without a network runs it; the folder that it writes to."""
+    """Folder that wandb writes to, as on a machine without a network."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for kind in ("", "DATA_", "CACHE_", "CONFIG_"):
         monkeypatch.setenv(f"WANDB_{kind}DIR", str(tmp_path))
-    # What it read from the environment before is forgotten, and what it reads here.
+    # Forget settings read from the environment, before the test and after it.
     wandb.teardown()
     yield tmp_path
     wandb.teardown()
@@ -438,6 +423,6 @@ def test_wandb_gets_router_load_omegas_and_dead_experts(
         assert sum(last["weights/omega/values"]) == 8
         assert last["metrics/omega/min"] < last["metrics/omega/max"]
         for name in ("mean", "min", "max"):
-            # As they were before the last step.
+            # Logged before the last step.
             final = getattr(omega, name)().item()
             assert last[f"metrics/omega/{name}"] == pytest.approx(final, abs=2 * 5e-3)

@@ -1,154 +1,139 @@
-"""Spliced into a HookedSAETransformer, our SAEs do all that SAELens's own do."""
+"""
+Spliced into a language model, our SAEs do all that SAELens's own do.
+
+On a HookedSAETransformer and on a SAETransformerBridge, which needs transformer-lens 3.
+"""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import reconstruct, small_corpus
-from sae_lens import (
-    SAE,
-    HookedSAETransformer,
-    LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
-    LoggingConfig,
-    TrainingSAE,
-    TrainingSAEConfig,
+from helpers import reconstruct
+from integration.runs import (
+    ARCHITECTURES,
+    NORMALIZED,
+    both_architectures,
+    exported,
+    make_runner,
+    new_sae,
+    runner_config,
+    sae_config,
+)
+from integration.splicing import (
+    PROMPTS,
+    SIZE,
+    N,
+    assert_differ,
+    clean_activations,
+    hooks_of_sae,
+    replaced_by,
+    resid_post,
+    restore_hook_names,
+    shapes,
+    shapes_inside,
+    suited_sae,
+    unselected_expert,
+)
+from sae_lens import SAE, HookedSAETransformer
+
+with_and_without_error_term = pytest.mark.parametrize("use_error_term", [False, True])
+# A bridge has no start_at_layer, generates otherwise with a cache of keys than without, has
+# its norms in float32, and the defects of docs/upstream/saetransformerbridge.md.
+hooked_transformer_only = pytest.mark.parametrize(
+    "model_in", ["HookedSAETransformer"], indirect=True
 )
 
-from sae_lens_scale.saes.mixture.encoding import is_hooked
 
-HOOK = "blocks.0.hook_resid_post"
-LAST = "blocks.1.hook_resid_post"
-POST = f"{HOOK}.hook_sae_acts_post"
-PROMPTS = [
-    "I love apples but hate oranges completely.",
-    "def forward(self, x): return self.linear(x)",
-    "Hello",
-]
-N, SIZE = 4, 16
+@pytest.fixture(scope="module", params=["HookedSAETransformer", "SAETransformerBridge"])
+def model_in(
+    request: pytest.FixtureRequest, tiny_model: HookedSAETransformer, tiny_llama: Path
+) -> Callable[..., Any]:
+    """Maker of one kind of language model in the dtype that it is given."""
+    if request.param == "SAETransformerBridge":
+        pytest.importorskip("transformer_lens.model_bridge")
+        from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
+        return partial(SAETransformerBridge.boot_transformers, str(tiny_llama))
 
-def make_training_sae(
-    architecture: str,
-    model: HookedSAETransformer,
-    hook: str = HOOK,
-    **overrides: Any,
-) -> TrainingSAE[Any]:
-    """An SAE whose router and latents suit the model's activations at a hook."""
-    torch.manual_seed(0)
-    settings = {
-        "architecture": architecture,
-        "d_in": 32,
-        "d_sae": N * SIZE,
-        "num_experts": N,
-        "k": 6,
-        "decoder_init_norm": 1.0,
-        "metadata": {"hook_name": hook},
-    }
-    cfg = TrainingSAEConfig.from_dict({**settings, **overrides})
-    sae = TrainingSAE.from_dict(cfg.to_dict())
-    _, cache = model.run_with_cache(PROMPTS, names_filter=hook)
-    sae.initialize_from_activations(cache[hook].detach())  # type: ignore[operator]
-    sae.b_enc.data.normal_(std=0.01)  # type: ignore[union-attr]
-    sae.W_dec.data.mul_(torch.rand(N * SIZE, 1) + 0.5)
-    if architecture == "scale":
-        sae.omega.data.normal_(std=0.5)  # type: ignore[union-attr]
-    return sae
+    def make(dtype: torch.dtype) -> HookedSAETransformer:
+        cfg = copy.deepcopy(tiny_model.cfg)
+        cfg.dtype = dtype
+        return HookedSAETransformer(cfg, tiny_model.tokenizer).eval()
+
+    return make
 
 
-def exported(sae: TrainingSAE[Any], folder: Path) -> SAE[Any]:
-    sae.save_inference_model(folder)
-    return SAE.load_from_disk(folder)
+@pytest.fixture(scope="module")
+def model(model_in: Callable[..., Any]) -> Any:
+    return model_in(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def double_model(model_in: Callable[..., Any]) -> Any:
+    """The same in float64, for finite differences."""
+    return model_in(dtype=torch.float64)
 
 
 @pytest.fixture(
     scope="module",
-    params=[
-        (architecture, kind)
-        for architecture in ("scale", "switch")
-        for kind in ("inference", "training")
-    ],
+    params=[(a, kind) for a in ARCHITECTURES for kind in ("inference", "training")],
     ids="-".join,
 )
 def sae(
     request: pytest.FixtureRequest,
-    tiny_model: HookedSAETransformer,
+    model: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> SAE[Any]:
     architecture, kind = request.param
-    sae = make_training_sae(architecture, tiny_model)
-    if kind == "training":
-        return sae
-    return exported(sae, tmp_path_factory.mktemp("sae"))
+    sae = suited_sae(architecture, model)
+    return sae if kind == "training" else exported(sae, tmp_path_factory.mktemp("sae"))
 
 
-@pytest.fixture(scope="module")
-def double_model(tiny_model: HookedSAETransformer) -> HookedSAETransformer:
-    """The tiny model in float64, for finite differences."""
-    cfg = copy.deepcopy(tiny_model.cfg)
-    cfg.dtype = torch.float64
-    return HookedSAETransformer(cfg, tiny_model.tokenizer).eval()
+def is_hooked(point: Any) -> bool:
+    return bool(
+        point._forward_hooks
+        or point._forward_pre_hooks
+        or point._backward_hooks
+        or point._backward_pre_hooks
+    )
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_attached(
-    tiny_model: HookedSAETransformer, double_model: HookedSAETransformer
-) -> Any:
+def nothing_stays_attached(request: pytest.FixtureRequest) -> Iterator[None]:
+    names = {"model", "double_model"} & set(request.fixturenames)
+    models = [request.getfixturevalue(name) for name in names]
     yield
-    for model in (tiny_model, double_model):
+    for model in models:
         attached = model.acts_to_saes
-        hooks = [name for name, hook in model.hook_dict.items() if is_hooked(hook)]
+        hooks = [name for name, point in model.hook_dict.items() if is_hooked(point)]
         model.reset_saes()
+        restore_hook_names(model)
         assert not attached and not hooks
 
 
-def replaced_by(
-    model: HookedSAETransformer,
-    tokens: torch.Tensor,
-    edits: dict[str, Callable[[torch.Tensor], torch.Tensor]],
-    **kwargs: Any,
-) -> torch.Tensor:
-    """Logits with activations replaced by plain hooks, no SAE attached."""
-    hooks: list[Any] = [
-        (name, lambda x, hook, edit=edit: reconstruct(edit, x))
-        for name, edit in edits.items()
-    ]
-    return model.run_with_hooks(tokens, fwd_hooks=hooks, **kwargs)
-
-
-def clean_activations(
-    model: HookedSAETransformer, tokens: torch.Tensor, hook: str = HOOK
-) -> torch.Tensor:
-    return model.run_with_cache(tokens, names_filter=hook)[1][hook]
-
-
-def an_unselected_expert(indices: torch.Tensor) -> int:
-    """An expert that the last token of the first prompt did not select."""
-    return next(i for i in range(N) if i not in indices[0, -1].tolist())
-
-
-def assert_differ(a: torch.Tensor, b: torch.Tensor) -> None:
-    assert (a - b).abs().max() > 1e-3
+@pytest.fixture
+def tokens(model: Any) -> torch.Tensor:
+    return model.to_tokens(PROMPTS)
 
 
 @torch.no_grad()
 def test_every_way_of_splicing_replaces_activations_with_reconstructions(
-    sae: SAE[Any], tiny_model: HookedSAETransformer
+    sae: SAE[Any], model: Any, tokens: torch.Tensor
 ):
-    model = tiny_model
-    tokens = model.to_tokens(PROMPTS)
+    hook = resid_post(model)
     clean = model(tokens)
-    want = replaced_by(model, tokens, {HOOK: sae})
+    want = replaced_by(model, tokens, {hook: sae})
     assert_differ(want, clean)
-    assert torch.equal(model.run_with_saes(tokens, saes=[sae]), want)  # type: ignore[arg-type]
+    assert torch.equal(model.run_with_saes(tokens, saes=[sae]), want)
     # A single SAE, and text, will do too.
-    assert torch.equal(model.run_with_saes(PROMPTS, saes=sae), want)  # type: ignore[arg-type]
-    assert torch.equal(model.run_with_cache_with_saes(tokens, saes=[sae])[0], want)  # type: ignore[arg-type]
+    assert torch.equal(model.run_with_saes(PROMPTS, saes=sae), want)
+    assert torch.equal(model.run_with_cache_with_saes(tokens, saes=[sae])[0], want)
     seen: list[torch.Tensor] = []
-    hooks: list[Any] = [(f"{HOOK}.hook_expert_indices", lambda x, hook: seen.append(x))]
+    hooks = [(f"{hook}.hook_expert_indices", lambda x, hook: seen.append(x))]
     out = model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=hooks)
     assert torch.equal(out, want)
     assert len(seen) == 1
@@ -157,34 +142,29 @@ def test_every_way_of_splicing_replaces_activations_with_reconstructions(
     assert torch.equal(model(tokens), clean)
     model.add_sae(sae)
     assert torch.equal(model(tokens), want)
-    model.reset_saes(HOOK)
+    model.reset_saes(hook)
     assert torch.equal(model(tokens), clean)
     loss = model.run_with_saes(tokens, saes=[sae], return_type="loss")
     torch.testing.assert_close(loss, model.loss_fn(want, tokens))
 
 
 @torch.no_grad()
-def test_cache_shows_all_hooks_of_a_batch_of_prompts(
-    sae: SAE[Any], tiny_model: HookedSAETransformer
+def test_with_the_error_term_logits_are_the_clean_models_and_all_hooks_are_cached(
+    sae: SAE[Any], model: Any, tokens: torch.Tensor
 ):
-    tokens = tiny_model.to_tokens(PROMPTS)
-    logits, cache = tiny_model.run_with_cache_with_saes(
+    hook = resid_post(model)
+    logits, cache = model.run_with_cache_with_saes(
         tokens, saes=[sae], use_error_term=True
     )
-    x = clean_activations(tiny_model, tokens)
-    b, s, e = *tokens.shape, sae.cfg.experts_per_token
-    shown = {k[len(HOOK) + 1 :]: v for k, v in cache.items() if k.startswith(HOOK)}
-    assert {name: tuple(tensor.shape) for name, tensor in shown.items()} == {
-        "hook_sae_input": (b, s, 32),
-        "hook_expert_weights": (b, s, e),
-        "hook_expert_indices": (b, s, e),
-        "hook_sae_acts_pre": (b, s, N * SIZE),
-        "hook_sae_acts_post": (b, s, N * SIZE),
-        "hook_sae_recons": (b, s, 32),
-        "hook_sae_error": (b, s, 32),
-        "hook_sae_output": (b, s, 32),
+    torch.testing.assert_close(logits, model(tokens), atol=1e-5, rtol=0)
+    x = clean_activations(model, tokens)
+    shown = hooks_of_sae(cache, hook)
+    assert shapes(shown) == {
+        **shapes_inside(sae, *tokens.shape),
+        "hook_sae_error": (*tokens.shape, 32),
     }
     assert torch.equal(shown["hook_sae_input"], x)
+    assert torch.equal(shown["hook_expert_indices"], sae.route(x).indices)  # type: ignore[operator]
     assert torch.equal(shown["hook_sae_acts_post"], sae.encode(x))
     assert torch.equal(shown["hook_sae_recons"], reconstruct(sae, x))
     assert torch.equal(shown["hook_sae_error"], x - reconstruct(sae, x))
@@ -192,50 +172,40 @@ def test_cache_shows_all_hooks_of_a_batch_of_prompts(
     # More than one expert is at work, or these tests would show little.
     assert shown["hook_expert_indices"].unique().numel() > 1
 
-    _, only = tiny_model.run_with_cache_with_saes(
-        tokens[:1], saes=[sae], names_filter=POST, remove_batch_dim=True
+    post = f"{hook}.hook_sae_acts_post"
+    _, only = model.run_with_cache_with_saes(
+        tokens[:1], saes=[sae], names_filter=post, remove_batch_dim=True
     )
-    assert list(only) == [POST]
-    torch.testing.assert_close(only[POST], shown["hook_sae_acts_post"][0])
+    assert list(only) == [post]
+    torch.testing.assert_close(only[post], shown["hook_sae_acts_post"][0])
 
 
 @torch.no_grad()
-def test_with_the_error_term_logits_are_the_clean_models(
-    sae: SAE[Any], tiny_model: HookedSAETransformer
-):
-    clean = tiny_model(PROMPTS)
-    out = tiny_model.run_with_saes(PROMPTS, saes=[sae], use_error_term=True)
-    torch.testing.assert_close(out, clean, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
+@both_architectures
 @pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
 def test_run_time_normalization_survives_the_error_term(
-    tiny_model: HookedSAETransformer, architecture: str, normalization: str
+    model: Any, tokens: torch.Tensor, architecture: str, normalization: str
 ):
-    sae = make_training_sae(
+    sae = suited_sae(
         architecture,
-        tiny_model,
+        model,
         normalize_activations=normalization,
         aux_loss_coefficient=0.0,
     )
-    tokens = tiny_model.to_tokens(PROMPTS)
-    want = replaced_by(tiny_model, tokens, {HOOK: sae})
-    assert torch.equal(tiny_model.run_with_saes(tokens, saes=[sae]), want)  # type: ignore[arg-type]
-    out = tiny_model.run_with_saes(tokens, saes=[sae], use_error_term=True)
-    torch.testing.assert_close(out, tiny_model(tokens), atol=1e-5, rtol=0)
+    want = replaced_by(model, tokens, {resid_post(model): sae})
+    assert torch.equal(model.run_with_saes(tokens, saes=[sae]), want)
+    out = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
+    torch.testing.assert_close(out, model(tokens), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("use_error_term", [False, True])
+@with_and_without_error_term
 def test_steering_a_latent_of_an_unselected_expert_moves_the_logits_by_its_decoder_row(
-    sae: SAE[Any], tiny_model: HookedSAETransformer, use_error_term: bool
+    sae: SAE[Any], model: Any, tokens: torch.Tensor, use_error_term: bool
 ):
-    model = tiny_model
-    tokens = model.to_tokens(PROMPTS)
+    hook = resid_post(model)
     x = clean_activations(model, tokens)
-    latent = an_unselected_expert(sae.route(x).indices) * SIZE + 3  # type: ignore[operator]
+    latent = unselected_expert(sae, x) * SIZE + 3
     direction = sae.W_dec[latent]
     if sae.cfg.rescale_acts_by_decoder_norm:
         direction = direction / direction.norm()
@@ -247,9 +217,11 @@ def test_steering_a_latent_of_an_unselected_expert_moves_the_logits_by_its_decod
 
     with model.saes(saes=[sae], use_error_term=use_error_term):
         plain = model(tokens)
-        steered = model.run_with_hooks(tokens, fwd_hooks=[(POST, steer)])
+        steered = model.run_with_hooks(
+            tokens, fwd_hooks=[(f"{hook}.hook_sae_acts_post", steer)]
+        )
     base = x if use_error_term else sae(x)
-    want = replaced_by(model, tokens, {HOOK: lambda _: base + 0.1 * direction})
+    want = replaced_by(model, tokens, {hook: lambda _: base + 0.1 * direction})
     torch.testing.assert_close(steered, want, atol=1e-4, rtol=0)
     assert_differ(steered[0, -1], plain[0, -1])
 
@@ -259,24 +231,26 @@ def test_steering_a_latent_of_an_unselected_expert_moves_the_logits_by_its_decod
 def test_ablating_an_expert_through_its_weight_takes_its_latents_out_of_the_model(
     topk_over: str,
     sae: SAE[Any],
-    tiny_model: HookedSAETransformer,
+    model: Any,
+    tokens: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(sae.cfg, "topk_over", topk_over)
-    tokens = tiny_model.to_tokens(PROMPTS)
-    routing = sae.route(clean_activations(tiny_model, tokens))  # type: ignore[operator]
+    x = clean_activations(model, tokens)
+    routing = sae.route(x)  # type: ignore[operator]
     expert = int(routing.indices[0, -1, 0])
+    latents = slice(expert * SIZE, (expert + 1) * SIZE)
 
     def ablate(weights: torch.Tensor, hook: Any) -> torch.Tensor:
         return weights.masked_fill(routing.indices == expert, 0.0)
 
     def zero_its_latents(acts: torch.Tensor, hook: Any) -> torch.Tensor:
-        acts[..., expert * SIZE : (expert + 1) * SIZE] = 0
+        acts[..., latents] = 0
         return acts
 
     def run(name: str, edit: Any) -> torch.Tensor:
-        return tiny_model.run_with_hooks_with_saes(
-            tokens, saes=[sae], fwd_hooks=[(f"{HOOK}.{name}", edit)]
+        return model.run_with_hooks_with_saes(
+            tokens, saes=[sae], fwd_hooks=[(f"{resid_post(model)}.{name}", edit)]
         )
 
     ablated = run("hook_expert_weights", ablate)
@@ -285,20 +259,22 @@ def test_ablating_an_expert_through_its_weight_takes_its_latents_out_of_the_mode
     others = topk_over == "gated_activations" and routing.indices.shape[-1] > 1
     assert torch.equal(ablated, without) == (not others)
     assert_differ(ablated, run("hook_sae_acts_post", lambda acts, hook: acts))
+    recons = sae.run_with_hooks(x, fwd_hooks=[("hook_expert_weights", ablate)])
+    want = replaced_by(model, tokens, {resid_post(model): lambda _: recons})
+    torch.testing.assert_close(ablated, want)
     with sae.hooks([("hook_expert_weights", ablate)]):
-        acts = sae.encode(clean_activations(tiny_model, tokens))
+        acts = sae.encode(x)
     assert acts.any()
-    assert not acts[..., expert * SIZE : (expert + 1) * SIZE].any()
+    assert not acts[..., latents].any()
 
 
 @torch.no_grad()
 def test_forcing_an_expert_through_its_index_makes_the_model_use_it(
-    sae: SAE[Any], tiny_model: HookedSAETransformer
+    sae: SAE[Any], model: Any, tokens: torch.Tensor
 ):
-    model = tiny_model
-    tokens = model.to_tokens(PROMPTS)
+    hook = resid_post(model)
     x = clean_activations(model, tokens)
-    forced = an_unselected_expert(sae.route(x).indices)  # type: ignore[operator]
+    forced = unselected_expert(sae, x)
 
     def force(indices: torch.Tensor, hook: Any) -> torch.Tensor:
         others = [i for i in range(N) if i != forced]
@@ -309,28 +285,29 @@ def test_forcing_an_expert_through_its_index_makes_the_model_use_it(
 
     with model.saes(saes=[sae]):
         plain = model(tokens)
-        hooks: list[Any] = [(f"{HOOK}.hook_expert_indices", force)]
-        with model.hooks(fwd_hooks=hooks):
+        with model.hooks(fwd_hooks=[(f"{hook}.hook_expert_indices", force)]):
             _, cache = model.run_with_cache(tokens)
             logits = model(tokens)
-    assert (cache[f"{HOOK}.hook_expert_indices"][..., 0] == forced).all()
-    by_expert = cache[POST].unflatten(-1, (N, SIZE))
+    shown = hooks_of_sae(cache, hook)
+    assert (shown["hook_expert_indices"][..., 0] == forced).all()
+    by_expert = shown["hook_sae_acts_post"].unflatten(-1, (N, SIZE))
     assert (by_expert[..., forced, :] > 0).any()
     if sae.cfg.experts_per_token == 1:
         assert by_expert.count_nonzero() == by_expert[..., forced, :].count_nonzero()
-    recons = sae.run_with_hooks(x, fwd_hooks=[(hooks[0][0].split(".")[-1], force)])
-    want = replaced_by(model, tokens, {HOOK: lambda _: recons})
+    recons = sae.run_with_hooks(x, fwd_hooks=[("hook_expert_indices", force)])
+    want = replaced_by(model, tokens, {hook: lambda _: recons})
     torch.testing.assert_close(logits, want)
     assert_differ(logits, plain)
 
 
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
-@pytest.mark.parametrize("use_error_term", [False, True])
+@hooked_transformer_only
+@both_architectures
+@with_and_without_error_term
 def test_attribution_to_latents_matches_finite_differences(
-    double_model: HookedSAETransformer, architecture: str, use_error_term: bool
+    double_model: Any, architecture: str, use_error_term: bool
 ):
-    model = double_model
-    sae = make_training_sae(architecture, model, dtype="float64")
+    model, post = double_model, f"{resid_post(double_model)}.hook_sae_acts_post"
+    sae = suited_sae(architecture, model, dtype="float64")
     tokens = model.to_tokens(PROMPTS)
     with model.saes(saes=[sae], use_error_term=use_error_term):
         _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss")
@@ -342,32 +319,30 @@ def test_attribution_to_latents_matches_finite_differences(
                 return acts
 
             return model.run_with_hooks(
-                tokens, return_type="loss", fwd_hooks=[(POST, shift)]
+                tokens, return_type="loss", fwd_hooks=[(post, shift)]
             )
 
-        acts, grads = cache[POST], cache[f"{POST}_grad"]
-        unselected = an_unselected_expert(cache[f"{HOOK}.hook_expert_indices"])
-        latents = [int(acts[0, 4].argmax()), unselected * SIZE + 3]
+        acts, grads = cache[post], cache[f"{post}_grad"]
+        x = cache[f"{resid_post(model)}.hook_sae_input"]
+        latents = [int(acts[0, 4].argmax()), unselected_expert(sae, x) * SIZE + 3]
         for latent in latents:
             where = (0, 4, latent)
             slope = (loss(where, 1e-4) - loss(where, -1e-4)) / 2e-4
             assert slope.abs() > 1e-5
             torch.testing.assert_close(grads[where], slope, atol=1e-9, rtol=1e-4)
+    model.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
+@hooked_transformer_only
+@both_architectures
 def test_gradients_flow_through_encoder_router_and_gates_to_the_embedding(
-    double_model: HookedSAETransformer, architecture: str
+    double_model: Any, architecture: str
 ):
     model = double_model
-    sae = make_training_sae(architecture, model, dtype="float64", gate="softmax")
+    sae = suited_sae(architecture, model, dtype="float64", gate="softmax")
     tokens = model.to_tokens(PROMPTS)
-    direction = torch.randn(
-        *tokens.shape,
-        32,
-        dtype=torch.float64,
-        generator=torch.Generator().manual_seed(0),
-    )
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(*tokens.shape, 32, generator=generator).double()
     with model.saes(saes=[sae]):
         _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss")
         plus, minus = (
@@ -390,24 +365,17 @@ def test_gradients_flow_through_encoder_router_and_gates_to_the_embedding(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("use_error_term", [False, True])
+@with_and_without_error_term
 def test_saes_of_several_architectures_share_a_model(
-    tiny_model: HookedSAETransformer, tmp_path: Path, use_error_term: bool
+    model: Any, tokens: torch.Tensor, tmp_path: Path, use_error_term: bool
 ):
-    model = tiny_model
-    tokens = model.to_tokens(PROMPTS)
     clean = model(tokens)
-    topk = TrainingSAE.from_dict(
-        {"architecture": "topk", "d_in": 32, "d_sae": 64, "k": 8, "metadata": {}}
-    )
-    topk.cfg.metadata.hook_name = LAST
+    last = resid_post(model, layer=1)
+    mlp = "blocks.1.hook_mlp_out" if "hook_resid" in last else "blocks.1.mlp.hook_out"
     saes = [
-        exported(make_training_sae("scale", model), tmp_path / "scale"),
-        exported(
-            make_training_sae("switch", model, "blocks.1.hook_mlp_out"),
-            tmp_path / "switch",
-        ),
-        exported(topk, tmp_path / "topk"),
+        exported(suited_sae("scale", model), tmp_path / "scale"),
+        exported(suited_sae("switch", model, mlp), tmp_path / "switch"),
+        exported(new_sae("topk", last), tmp_path / "topk"),
     ]
     out, cache = model.run_with_cache_with_saes(
         tokens, saes=saes, use_error_term=use_error_term
@@ -419,8 +387,8 @@ def test_saes_of_several_architectures_share_a_model(
         torch.testing.assert_close(out, clean, atol=1e-5, rtol=0)
         return
     want = replaced_by(model, tokens, dict(zip(hooks, saes, strict=True)))
-    assert torch.equal(out, want)  # type: ignore[arg-type]
-    with_topk_only = replaced_by(model, tokens, {LAST: saes[2]})
+    assert torch.equal(out, want)
+    with_topk_only = replaced_by(model, tokens, {last: saes[2]})
     for sae in saes:
         model.add_sae(sae)
     model.reset_saes(hooks[:2])
@@ -431,32 +399,31 @@ def test_saes_of_several_architectures_share_a_model(
 
 @torch.no_grad()
 def test_at_one_hook_the_last_sae_wins_and_the_attached_one_comes_back(
-    tiny_model: HookedSAETransformer,
+    model: Any, tokens: torch.Tensor
 ):
-    model = tiny_model
-    tokens = model.to_tokens(PROMPTS)
-    scale = make_training_sae("scale", model)
-    switch = make_training_sae("switch", model)
+    hook = resid_post(model)
+    scale, switch = (suited_sae(architecture, model) for architecture in ARCHITECTURES)
     clean = model(tokens)
-    with_scale = replaced_by(model, tokens, {HOOK: scale})
-    with_switch = replaced_by(model, tokens, {HOOK: switch})
+    with_scale = replaced_by(model, tokens, {hook: scale})
+    with_switch = replaced_by(model, tokens, {hook: switch})
     assert_differ(with_scale, with_switch)
-    assert torch.equal(model.run_with_saes(tokens, saes=[switch, scale]), with_scale)  # type: ignore[arg-type]
+    assert torch.equal(model.run_with_saes(tokens, saes=[switch, scale]), with_scale)
     model.add_sae(scale, use_error_term=True)
-    assert torch.equal(model.run_with_saes(tokens, saes=[switch]), with_switch)  # type: ignore[arg-type]
-    assert model.acts_to_saes == {HOOK: scale}
+    assert torch.equal(model.run_with_saes(tokens, saes=[switch]), with_switch)
+    assert model.acts_to_saes == {hook: scale}
     torch.testing.assert_close(model(tokens), clean, atol=1e-5, rtol=0)
     model.reset_saes()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("use_error_term", [False, True])
+@hooked_transformer_only
+@with_and_without_error_term
 def test_special_tokens_and_chosen_tokens_bypass_the_sae(
-    sae: SAE[Any], tiny_model: HookedSAETransformer, use_error_term: bool
+    sae: SAE[Any], model: Any, use_error_term: bool
 ):
-    model = tiny_model
+    hook = resid_post(model)
     tokens = model.to_tokens(PROMPTS[:2], padding_side="left")
-    bos, pad = model.tokenizer.bos_token_id, model.tokenizer.pad_token_id  # type: ignore[union-attr]
+    bos, pad = model.tokenizer.bos_token_id, model.tokenizer.pad_token_id
     chosen = int(tokens[0, 4])
     x = clean_activations(model, tokens)
     for exclude, ids in ((True, [bos, pad]), ([chosen], [chosen])):
@@ -469,76 +436,89 @@ def test_special_tokens_and_chosen_tokens_bypass_the_sae(
             use_error_term=use_error_term,
         )
         want = torch.where(bypassed[..., None] | use_error_term, x, sae(x))
-        torch.testing.assert_close(cache[f"{HOOK}.hook_sae_output"], want)
+        torch.testing.assert_close(cache[f"{hook}.hook_sae_output"], want)
         if use_error_term:
-            error = cache[f"{HOOK}.hook_sae_error"]
+            error = cache[f"{hook}.hook_sae_error"]
             assert not error[bypassed].any()
             assert error[~bypassed].any(-1).all()
         torch.testing.assert_close(
-            out, replaced_by(model, tokens, {HOOK: lambda _, want=want: want})
+            out, replaced_by(model, tokens, {hook: lambda _, want=want: want})
         )
 
 
 @torch.no_grad()
 def test_left_padded_prompts_give_what_each_prompt_gives_alone(
-    sae: SAE[Any], tiny_model: HookedSAETransformer
+    sae: SAE[Any], model: Any
 ):
-    batch = tiny_model.run_with_saes(PROMPTS, saes=[sae], padding_side="left")
-    for logits, prompt in zip(batch, PROMPTS, strict=True):  # type: ignore[arg-type]
-        alone = tiny_model.run_with_saes(prompt, saes=[sae])
-        torch.testing.assert_close(logits[-1], alone[0, -1], atol=1e-4, rtol=0)  # type: ignore[index]
+    batch = model.run_with_saes(PROMPTS, saes=[sae], padding_side="left")
+    for logits, prompt in zip(batch, PROMPTS, strict=True):
+        alone = model.run_with_saes(prompt, saes=[sae])
+        torch.testing.assert_close(logits[-1], alone[0, -1], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
+@hooked_transformer_only
 def test_splicing_works_when_the_model_starts_or_stops_at_a_layer(
-    sae: SAE[Any], tiny_model: HookedSAETransformer
+    sae: SAE[Any], model: Any, tokens: torch.Tensor
 ):
-    model = tiny_model
-    tokens = model.to_tokens(PROMPTS)
     residual = model.run_with_saes(tokens, saes=[sae], stop_at_layer=1)
     clean = clean_activations(model, tokens)
-    assert torch.equal(residual, reconstruct(sae, clean))  # type: ignore[arg-type]
+    assert torch.equal(residual, reconstruct(sae, clean))
     # Layer 0 and its SAE are left out.
     after = model.run_with_saes(residual, saes=[sae], start_at_layer=1)
-    assert torch.equal(after, model.run_with_saes(tokens, saes=[sae]))  # type: ignore[arg-type]
+    assert torch.equal(after, model.run_with_saes(tokens, saes=[sae]))
+
+
+def check_dtypes(model: Any, sae: SAE[Any], dtype: torch.dtype) -> None:
+    """Splicing keeps the model's dtype outside the SAE and the SAE's own inside."""
+    hook = resid_post(model)
+    tokens = model.to_tokens(PROMPTS)
+    clean = model(tokens)
+    out, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
+    assert out.dtype == clean.dtype == dtype
+    assert cache[f"{hook}.hook_sae_acts_post"].dtype == sae.dtype
+    assert cache[f"{hook}.hook_expert_indices"].dtype == torch.int64
+    assert torch.equal(out, replaced_by(model, tokens, {hook: sae}))
+    assert_differ(out, clean)
+    # Only rounding in bfloat16 is left.
+    with_error = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
+    assert (with_error - clean).norm() < 0.05 * (out - clean).norm()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
+@both_architectures
+def test_model_and_sae_may_both_be_in_bfloat16(
+    model_in: Callable[..., Any], architecture: str
+):
+    model = model_in(dtype=torch.bfloat16)
+    check_dtypes(
+        model, suited_sae(architecture, model, dtype="bfloat16"), model.cfg.dtype
+    )
+
+
+@torch.no_grad()
+@hooked_transformer_only
+@both_architectures
 @pytest.mark.parametrize(
     ("model_dtype", "sae_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")]
 )
 def test_dtypes_of_model_and_sae_may_differ(
-    tiny_model: HookedSAETransformer,
-    architecture: str,
-    model_dtype: str,
-    sae_dtype: str,
+    model_in: Callable[..., Any], architecture: str, model_dtype: str, sae_dtype: str
 ):
-    sae = make_training_sae(architecture, tiny_model, dtype=sae_dtype)
-    cfg = copy.deepcopy(tiny_model.cfg)
-    cfg.dtype = getattr(torch, model_dtype)
-    model = HookedSAETransformer(cfg, tiny_model.tokenizer).eval()
-    tokens = model.to_tokens(PROMPTS)
-    clean = model(tokens)
-    out, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
-    assert out.dtype == clean.dtype == cfg.dtype  # type: ignore[union-attr]
-    assert cache[POST].dtype == sae.dtype
-    assert cache[f"{HOOK}.hook_expert_indices"].dtype == torch.int64
-    assert torch.equal(out, replaced_by(model, tokens, {HOOK: sae}))  # type: ignore[arg-type]
-    assert_differ(out, clean)  # type: ignore[arg-type]
-    # What is left is rounding in bfloat16.
-    with_error = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
-    assert (with_error - clean).norm() < 0.05 * (out - clean).norm()  # type: ignore[operator]
+    model = model_in(dtype=getattr(torch, model_dtype))
+    sae = suited_sae(architecture, model, dtype=sae_dtype)
+    check_dtypes(model, sae, getattr(torch, model_dtype))
 
 
 @torch.no_grad()
+@hooked_transformer_only
 def test_a_spliced_model_generates_alike_with_and_without_a_cache_of_keys(
-    sae: SAE[Any], tiny_model: HookedSAETransformer
+    sae: SAE[Any], model: Any
 ):
-    tokens = tiny_model.to_tokens(PROMPTS[0])
-    with tiny_model.saes(saes=[sae]):
+    tokens = model.to_tokens(PROMPTS[0])
+    with model.saes(saes=[sae]):
         with_cache, without = (
-            tiny_model.generate(
+            model.generate(
                 tokens,
                 max_new_tokens=4,
                 do_sample=False,
@@ -548,111 +528,86 @@ def test_a_spliced_model_generates_alike_with_and_without_a_cache_of_keys(
             )
             for use_past_kv_cache in (True, False)
         )
-        greedy = tiny_model(without[:, :-1])[:, -4:].argmax(-1)  # type: ignore[index]
-    assert torch.equal(with_cache, without)  # type: ignore[arg-type]
-    assert torch.equal(without[:, -4:], greedy)  # type: ignore[index]
+        greedy = model(without[:, :-1])[:, -4:].argmax(-1)
+    assert torch.equal(with_cache, without)
+    assert torch.equal(without[:, -4:], greedy)
 
 
-def train(
-    architecture: str, model: HookedSAETransformer, output: Path, **overrides: Any
+HOOK_Z = "blocks.0.attn.hook_z"
+
+
+def trained_on_hook_z(
+    architecture: str,
+    model: Any,
+    output: Path,
+    hook_head_index: int | None = None,
+    **overrides: Any,
 ) -> SAE[Any]:
-    """Train on attention outputs with SAELens's runner and load what it exports."""
-    sae: dict[str, Any] = {
-        "architecture": architecture,
-        "d_in": 32,
-        "d_sae": N * SIZE,
-        "num_experts": N,
-        "k": 6,
-        "normalize_activations": "expected_average_only_in",
-    }
-    sae |= overrides.pop("sae", {})
-    cfg = LanguageModelSAERunnerConfig(
-        sae=TrainingSAEConfig.from_dict(sae),
-        model_name="tiny",
-        hook_name="blocks.0.attn.hook_z",
-        is_dataset_tokenized=False,
-        context_size=16,
+    """Export of an SAE that SAELens's runner trained on attention outputs."""
+    cfg = runner_config(
+        sae_config(architecture, **{"d_sae": N * SIZE, **NORMALIZED, **overrides}),
+        output,
+        hook_name=HOOK_Z,
+        hook_head_index=hook_head_index,
         training_tokens=1_024,
-        train_batch_size_tokens=128,
-        store_batch_size_prompts=8,
-        n_batches_in_buffer=8,
-        n_batches_for_norm_estimate=2,
-        lr=1e-3,
-        seed=0,
-        logger=LoggingConfig(log_to_wandb=False),
-        checkpoint_path=None,
-        output_path=str(output),
-        verbose=False,
-        **overrides,
     )
-    torch.manual_seed(0)
-    LanguageModelSAETrainingRunner(
-        cfg, override_dataset=small_corpus(), override_model=model
-    ).run()
+    with torch.enable_grad():
+        make_runner(cfg, model).run()
     return SAE.load_from_disk(output)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["scale", "switch"])
+@hooked_transformer_only
+@both_architectures
 def test_an_sae_trained_on_hook_z_reads_and_writes_all_heads(
-    tiny_model: HookedSAETransformer, tmp_path: Path, architecture: str
+    model: Any, tokens: torch.Tensor, tmp_path: Path, architecture: str
 ):
-    with torch.enable_grad():
-        sae = train(
-            architecture, tiny_model, tmp_path, sae={"reshape_activations": "hook_z"}
-        )
-    hook = "blocks.0.attn.hook_z"
-    tokens = tiny_model.to_tokens(PROMPTS)
-    z = clean_activations(tiny_model, tokens, hook)
-    b, s, e = *tokens.shape, sae.cfg.experts_per_token  # type: ignore[attr-defined]
-    out, cache = tiny_model.run_with_cache_with_saes(tokens, saes=[sae])
-    shown = {k[len(hook) + 1 :]: v for k, v in cache.items() if k.startswith(hook)}
-    assert {name: tuple(tensor.shape) for name, tensor in shown.items()} == {
-        "hook_sae_input": (b, s, 32),
-        "hook_expert_weights": (b, s, e),
-        "hook_expert_indices": (b, s, e),
-        "hook_sae_acts_pre": (b, s, N * SIZE),
-        "hook_sae_acts_post": (b, s, N * SIZE),
-        "hook_sae_recons": (b, s, 32),
-        "hook_sae_output": (b, s, 4, 8),
+    sae: Any = trained_on_hook_z(
+        architecture, model, tmp_path, reshape_activations="hook_z"
+    )
+    z = clean_activations(model, tokens, HOOK_Z)
+    out, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
+    shown = hooks_of_sae(cache, HOOK_Z)
+    assert shapes(shown) == {
+        **shapes_inside(sae, *tokens.shape),
+        "hook_sae_output": (*tokens.shape, 4, 8),
     }
     assert torch.equal(shown["hook_sae_input"], z.flatten(-2))
-    assert torch.equal(sae.route(z).indices, shown["hook_expert_indices"])  # type: ignore[operator]
+    assert torch.equal(sae.route(z).indices, shown["hook_expert_indices"])
     # The same SAE on heads that are already joined.
     joined = SAE.load_from_disk(tmp_path)
     joined.turn_off_forward_pass_hook_z_reshaping()
     want = joined(z.flatten(-2)).unflatten(-1, (4, 8))
     torch.testing.assert_close(shown["hook_sae_output"], want)
     torch.testing.assert_close(
-        out, replaced_by(tiny_model, tokens, {hook: lambda _: want})
+        out, replaced_by(model, tokens, {HOOK_Z: lambda _: want})
     )
-    clean = tiny_model(tokens)
-    assert_differ(out, clean)  # type: ignore[arg-type]
+    clean = model(tokens)
+    assert_differ(out, clean)
     for exclude in (False, True):
-        with_error = tiny_model.run_with_saes(
+        with_error = model.run_with_saes(
             tokens, saes=[sae], use_error_term=True, exclude_special_tokens=exclude
         )
         torch.testing.assert_close(with_error, clean, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["scale", "switch", "topk"])
+@hooked_transformer_only
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "topk"])
 def test_an_sae_of_one_head_trains_on_it_and_is_spliced_into_every_head(
-    tiny_model: HookedSAETransformer, tmp_path: Path, architecture: str
+    model: Any, tokens: torch.Tensor, tmp_path: Path, architecture: str
 ):
     # SAELens ignores hook_head_index when it splices, whatever the architecture.
-    sizes = {"d_in": 8, "d_sae": 32, "k": 4}
-    with torch.enable_grad():
-        sae = train(architecture, tiny_model, tmp_path, sae=sizes, hook_head_index=2)
+    sae = trained_on_hook_z(
+        architecture, model, tmp_path, hook_head_index=2, d_in=8, d_sae=32, k=4
+    )
     assert sae.cfg.metadata.hook_head_index == 2
-    tokens = tiny_model.to_tokens(PROMPTS)
-    z = clean_activations(tiny_model, tokens, "blocks.0.attn.hook_z")
-    hook = "blocks.0.attn.hook_z"
-    out, cache = tiny_model.run_with_cache_with_saes(tokens, saes=[sae])
-    shown = cache[f"{hook}.hook_sae_acts_post"]
+    z = clean_activations(model, tokens, HOOK_Z)
+    out, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
+    shown = cache[f"{HOOK_Z}.hook_sae_acts_post"]
     assert shown.shape == (*tokens.shape, 4, 32)
     torch.testing.assert_close(shown[:, :, 2], sae.encode(z[:, :, 2]))
     every_head = torch.stack([sae(z[:, :, head]) for head in range(4)], 2)
     torch.testing.assert_close(
-        out, replaced_by(tiny_model, tokens, {hook: lambda _: every_head})
+        out, replaced_by(model, tokens, {HOOK_Z: lambda _: every_head})
     )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, files_no_larger_than
 from huggingface_hub.errors import EntryNotFoundError
 from integration.hub import Hub, running_hub
-from sae_lens import SAE
+from sae_lens import SAE, upload_saes_to_huggingface
 from sae_lens.saes.sae import TrainingSAE
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -537,13 +536,8 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path):
         convert_authors_checkpoint(source, parent / "ours")
     assert not parent.exists()
     # A disk that is full half-way through the weights.
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises((OSError, SafetensorError)):
-            convert_authors_checkpoint(source, parent / "ours", **SETTINGS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_no_larger_than(4096), pytest.raises((OSError, SafetensorError)):
+        convert_authors_checkpoint(source, parent / "ours", **SETTINGS)
     assert list(parent.iterdir()) == []
 
 
@@ -588,6 +582,12 @@ def test_checkpoints_load_from_the_hub(tmp_path: Path, hub: Hub, kind: str):
         assert_computes(sae, state, 5, e, False, 1e-5)
         expected = None if settings else "blocks.8.hook_resid_post"
         assert sae.cfg.metadata.hook_name == expected
+        # From then on it is an SAE as any other.
+        upload_saes_to_huggingface({"own": sae}, "lab/own", show_progress=False)
+        again = SAE.from_pretrained("lab/own", "own", dtype=sae.cfg.dtype)
+        assert type(again) is type(sae)
+        assert again.cfg.to_dict() == sae.cfg.to_dict()
+        torch.testing.assert_close(again.state_dict(), sae.state_dict(), atol=0, rtol=0)
     with pytest.raises(ValueError, match="heaviside must be False"):
         authors_huggingface_loader("somebody/saes", "with", heaviside=True)
     with pytest.raises(ValueError, match="k is needed"):

@@ -114,7 +114,7 @@ def test_results_have_the_wider_dtype_and_gradients_that_of_their_factor(
     factors = [draw(s, d, i) for i, (s, d) in enumerate(zip(shapes, dtypes))]
     exact = [factor.detach().double().requires_grad_() for factor in factors]
     wider = torch.promote_types(*dtypes)
-    # What the result is as precise as.
+    # The result is as precise as numbers of this dtype.
     least = BF16 if autocast else min(dtypes, key=lambda d: -PRECISION[d])
     with torch.autocast("cpu", dtype=BF16, enabled=autocast):
         result = function(*factors)

@@ -131,10 +131,16 @@ def test_encoder_products_are_products_with_selected_latents_and_means(
     got, means = encoder_products(
         x, b_dec, W_enc, want.detach(), want_means.detach(), latents, experts
     )
+    assert means is not None
     inputs = (x, b_dec, W_enc)
     assert_same(got, want, *inputs)
     assert_same(means, want_means, *inputs)
     assert_same(got + means, want + want_means, *inputs)
+    got, means = encoder_products(
+        x, b_dec, W_enc, want.detach(), None, latents, experts
+    )
+    assert means is None
+    assert_same(got, want, *inputs)
 
 
 def test_encoder_products_forward_and_reverse_derivatives_agree():
@@ -146,8 +152,9 @@ def test_encoder_products_forward_and_reverse_derivatives_agree():
     ) -> torch.Tensor:
         known, means = torch.zeros(7, 3).double(), torch.zeros(7, 2).double()
         experts = SparsityPattern(chosen, 3)
-        both = encoder_products(x, b_dec, W_enc, known, means, latents, experts)
-        return torch.cat(both, dim=-1)
+        known, means = encoder_products(x, b_dec, W_enc, known, means, latents, experts)
+        assert means is not None
+        return torch.cat([known, means], dim=-1)
 
     inputs = tuple(t.detach() for t in (x, b_dec, W_enc))
     forward = torch.func.jacfwd(products, argnums=(0, 1, 2))(*inputs)

@@ -63,7 +63,7 @@ def run() -> Iterator[Run]:
     if torch.cuda.is_available():
         yield _on_gpu
         return
-    # Whether to interpret is decided when Triton is imported, which has happened here. The
+    # Triton decides when it is imported whether to interpret, which has happened here. The
     # other process gets and returns tensors in memory that both share.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")

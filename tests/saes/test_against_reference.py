@@ -173,7 +173,7 @@ def test_the_MultiTopK_loss_is_that_of_four_times_as_many_latents(
         step_input(other), output.feature_acts, output.hidden_pre, output.sae_out
     )
     assert_close(alone["multi_topk_loss"], output.losses["multi_topk_loss"])
-    # Whoever watches pre-activations has all candidates computed.
+    # A hook on pre-activations has all candidates computed.
     sae.hook_sae_acts_pre.add_hook(lambda acts, hook: acts)
     check_training(sae, other, dead=draw(60, seed=3) > 0)
 
@@ -217,7 +217,6 @@ def test_ties_between_candidates_still_keep_exactly_k_equal_values():
     acts = sae.encode(x)
     want = reference.encode(reference_of(sae), x)
     assert (want != 0).any()
-    # Which of the equals survive is free; how many, their values and the
-    # reconstruction are not.
+    # Any of the equals may survive: their number, values and reconstruction are the same.
     assert_close(acts.sort(dim=-1).values, want.sort(dim=-1).values)
     assert_close(sae.decode(acts), reference.decode(reference_of(sae), want))

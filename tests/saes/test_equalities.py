@@ -1,4 +1,4 @@
-"""Where our SAEs must equal SAELens's, or each other."""
+"""Settings in which our SAEs equal SAELens's, or each other."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a GPU computes with: whole training steps through the Triton kernels, interpreted."""
+"""Whole training steps through the GPU's kernels, in Triton's interpreter."""
 
 import os
 import subprocess

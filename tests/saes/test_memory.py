@@ -18,7 +18,7 @@ from sae_lens_scale import (
 )
 
 TOKENS, D_IN, D_SAE, K = 4096, 64, 16_384, 8
-# What is computed at a time, whatever the number of tokens.
+# Memory of the part of a batch that is computed at a time.
 SCRATCH = 4 << 20
 
 

@@ -1,4 +1,4 @@
-"""What SAELens holds its own architectures to, one SAE at a time."""
+"""Demands of SAELens's own tests on its architectures, one SAE at a time."""
 
 import copy
 import dataclasses

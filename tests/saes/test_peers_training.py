@@ -1,4 +1,4 @@
-"""What SAELens holds its own architectures to in training."""
+"""Demands of SAELens's own tests on its architectures, in training."""
 
 import copy
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def make(architecture: str, **overrides: Any) -> Any:
 
 
 def caching(sae: Any, method: Any, argument: Any) -> tuple[Any, dict[str, Any]]:
-    """What a method returns, and what passed the hooks meanwhile."""
+    """A method's result, and the tensors that passed the hooks meanwhile."""
     cache, forward, _ = sae.get_caching_hooks()
     with sae.hooks(fwd_hooks=forward):
         return method(argument), cache

@@ -175,7 +175,7 @@ def _to_json_type(value: Any) -> Any:
 
 def require_choice(name: str, value: Any, registry: Mapping[Any, Any]) -> Any:
     """Return ``value`` if it names an entry of a registry, else raise ValueError."""
-    # What cannot be hashed, a list say, names none.
+    # A list, which cannot be hashed, names none.
     if value not in list(registry):
         raise ValueError(f"{name} must be one of {tuple(registry)}, got {value!r}")
     return value

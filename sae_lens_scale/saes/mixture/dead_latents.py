@@ -26,7 +26,7 @@ def dead_offsets(
     Find the dead latents of each expert, as if they were experts of their own.
 
     Args:
-        dead_mask: Which latents are dead, ``[d_sae]``.
+        dead_mask: True at dead latents, ``[d_sae]``.
         num_experts: Number of experts (N); divides d_sae.
 
     Returns:
@@ -58,7 +58,7 @@ def strongest_dead(
         norms: Decoder norms of these latents, ``[num_experts, most_dead]``, if candidates
             are ranked with them.
         experts: Selected experts, ``[tokens, experts_per_token]``.
-        is_dead: Which of the candidates are of dead latents, as ``pre_acts``.
+        is_dead: True at those that are dead, in the shape of ``pre_acts``.
         size: Number of candidates that a token may have.
         select: Rule that chooses; see :class:`.Selection`.
 

@@ -38,7 +38,7 @@ T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
 
 
 def is_hooked(hook: nn.Module) -> bool:
-    """Whether anybody watches or edits what passes a hook point."""
+    """Say whether anybody watches or edits the tensors that pass a hook point."""
     return bool(
         hook._forward_hooks
         or hook._forward_pre_hooks
@@ -48,7 +48,7 @@ def is_hooked(hook: nn.Module) -> bool:
 
 
 def is_overridden(sae: SAE[Any], *names: str) -> bool:
-    """Whether a subclass, or somebody on the SAE itself, replaced methods of this package."""
+    """Say whether a subclass, or somebody on the SAE itself, replaced one of our methods."""
     owners = [next(c for c in type(sae).__mro__ if name in vars(c)) for name in names]
     return any(name in vars(sae) for name in names) or any(
         owner.__module__.rpartition(".")[0] != __package__ for owner in owners

@@ -15,7 +15,7 @@ def require_tensors(
 
     Args:
         cfg: The SAE's config, for the message.
-        state_dict: What the file holds.
+        state_dict: Tensors of the file.
         shapes: The shape of each tensor that it must hold.
 
     Raises:

@@ -82,8 +82,8 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
 
     def _goes_dense(self) -> bool:
         """
-        Whether activations have to be d_sae wide: for a hook on them, or for an encode or
-        decode that is not this class's own.
+        Say whether activations have to be d_sae wide: for a hook on them, or for an encode
+        or decode that is not this package's own.
         """
         return is_hooked(self.hook_sae_acts_post) or is_overridden(
             self, "encode", "decode"

@@ -19,7 +19,7 @@ class Selected(NamedTuple):
         positions: Positions among a token's candidates, ``[tokens, m]``, int64; distinct
             where they are kept.
         widths: Number of columns that belong to each size, in order; they add up to m.
-        mask: Which of these are kept, ``[tokens, m]``, for a rule that keeps more for one
+        mask: True where these are kept, ``[tokens, m]``, for a rule that keeps more for one
             token than for another; None if all are.
     """
 

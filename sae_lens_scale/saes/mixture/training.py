@@ -66,7 +66,7 @@ class MixtureTrainingSAE(
 
     def target(self, step_input: TrainStepInput) -> torch.Tensor:
         """
-        What the SAE learns to reconstruct; a seam.
+        The activations that the SAE learns to reconstruct; a seam.
 
         All losses that compare with an input compare with this. Its width is that of W_dec
         and b_dec, which a subclass may make another than d_in (a transcoder's, say) where
@@ -270,14 +270,14 @@ class MixtureTrainingSAE(
         dead_neuron_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """
-        The dead-latent loss, weighted; see :mod:`.dead_latents`. Of the name and arguments
-        that it has in SAELens's TopK SAE.
+        The dead-latent loss, weighted; see :mod:`.dead_latents`. Name and arguments are
+        those of SAELens's TopK SAE.
 
         Args:
             sae_in: The input, or the target if that differs, ``[tokens, d_out]``.
             sae_out: Its reconstruction, likewise.
             hidden_pre: Not needed; for subclasses.
-            dead_neuron_mask: Which latents are dead, ``[d_sae]``; None for none.
+            dead_neuron_mask: True at dead latents, ``[d_sae]``; None if there are none.
 
         Returns:
             A scalar.
