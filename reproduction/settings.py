@@ -188,13 +188,13 @@ class RunSettings:
 
 def set_number_types(settings: Any) -> None:
     """
-    Make numbers the types of a dataclass' fields, so that equal settings have one name.
+    Convert a dataclass' numbers to the types of its fields, so that equal settings have one name.
 
     Args:
         settings: The dataclass, which may be frozen.
 
     Raises:
-        ValueError: If a field that is a number is given anything else.
+        ValueError: If a field for a number has anything else.
     """
     for name, kind in get_type_hints(type(settings)).items():
         value = typed_number(name, getattr(settings, name), kind)
@@ -203,7 +203,7 @@ def set_number_types(settings: Any) -> None:
 
 def typed_number(name: str, value: Any, kind: Any) -> Any:
     """
-    A number as a type, however it is written: 1e6 may be an int.
+    Convert a number to a type, however it is written: 1e6 may be an int.
 
     Args:
         name: Name of the setting, for the message.
@@ -211,10 +211,10 @@ def typed_number(name: str, value: Any, kind: Any) -> Any:
         kind: Its type.
 
     Returns:
-        The number, or what is none as it is.
+        The number; anything else stays as it is.
 
     Raises:
-        ValueError: If the type is a number's and the value is not of it.
+        ValueError: If the type is a number's and the value does not fit it.
     """
     number = type(value) in (int, float)
     if number and float in (get_args(kind) or (kind,)):
