@@ -263,8 +263,7 @@ def active_latents(
         # A hook may change the values that encode returns, or select an expert twice.
         if (
             isinstance(sae, MixtureSAE)
-            and type(sae).encode is MixtureSAE.encode
-            and not is_hooked(sae.hook_sae_acts_post)
+            and not sae._goes_dense()
             and not is_hooked(sae.hook_expert_indices)
         ):
             values, indices = sae._encode(batch).latents

@@ -235,7 +235,7 @@ def test_parameters_can_have_learning_rates_of_their_own(
 
 def test_variants_can_change_every_step(cache: ActivationCache):
     def anneal(trainer: GridTrainer) -> None:
-        trainer.sae.activation_fn.k = 8 if trainer.n_training_samples < 1_600 else 4
+        trainer.sae.cfg.k = 8 if trainer.n_training_samples < 1_600 else 4
 
     def customize(trainer: GridTrainer, train: Activations) -> None:
         assert len(train) == 2_000
