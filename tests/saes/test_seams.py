@@ -114,6 +114,28 @@ def test_a_selection_over_the_batch_sees_the_whole_batch(
         assert_close(gradient, expected[name])
 
 
+class OnlyRunnersUp(ScaleTrainingSAE):
+    """No survivors, as where all of a token's best latents are held elsewhere."""
+
+    @override
+    def selection(self) -> Selection:
+        return replace(super().selection(), select=self.select)
+
+    @staticmethod
+    def select(ranking: torch.Tensor, sizes: Sequence[int]) -> Selected:
+        best = ranking.topk(sizes[-1] if len(sizes) > 1 else 0).indices
+        return Selected(best, (0, *([sizes[-1]] if len(sizes) > 1 else [])))
+
+
+def test_runners_up_are_no_survivors_where_there_are_none():
+    sae = subclass(OnlyRunnersUp, scale_sae(multi_topk_coefficient=0.5, k=3))
+    assert not sae.encode(X).any()
+    assert_close(sae(X), sae.b_dec.expand_as(X))
+    losses = sae.training_forward_pass(step_input(X)).losses
+    assert_close(losses["mse_loss"], (X - sae.b_dec).pow(2).sum(-1).mean())
+    assert not torch.isclose(losses["multi_topk_loss"], 0.5 * losses["mse_loss"])
+
+
 class Transcoder(ScaleTrainingSAE):
     """An SAE that reads activations of width 10 and reconstructs others of width 4."""
 

@@ -233,7 +233,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         )
 
     def _encode(
-        self, x: torch.Tensor, runners_up: int = 0, with_candidates: bool = False
+        self, x: torch.Tensor, runners_up: int = 0, with_all_pre_acts: bool = False
     ) -> Encoding:
         """
         Encode, compactly: input, route, products, select, keep.
@@ -248,8 +248,8 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             x: Activations of the language model, ``[..., d_in]``.
             runners_up: Number of latents to encode beyond the survivors; as many as there
                 are candidates left, at most.
-            with_candidates: Whether to return all candidates, with a gradient, which makes
-                the backward pass as dense as the forward pass. So does a hook on
+            with_all_pre_acts: Whether to return those of all candidates, with a gradient,
+                which makes the backward pass as dense as the forward pass. So does a hook on
                 pre-activations, which may make any of them depend on any other.
         """
         inputs = self._inputs(x)
@@ -260,8 +260,8 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         if self.cfg.rescale_acts_by_decoder_norm:
             norms = decoder_norm(self.W_dec)
         sizes = (self._k, self._k + runners_up) if runners_up else (self._k,)
-        if with_candidates or is_hooked(self.hook_sae_acts_pre):
-            candidates = self._candidates(rows, W_enc, omega, norms)
+        if with_all_pre_acts or is_hooked(self.hook_sae_acts_pre):
+            candidates, _ = self._candidates(rows, W_enc, omega, norms)
             all_pre_acts = self._hook_pre_acts(candidates.pre_acts(), rows)
             selected = candidates.select(all_pre_acts, self.selection(), sizes)
             pre_acts = all_pre_acts.flatten(1).gather(1, selected.positions)
@@ -269,14 +269,14 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         else:
             all_pre_acts = None
             with torch.no_grad():
-                candidates = self._candidates(rows, W_enc, omega, norms)
+                candidates, means = self._candidates(rows, W_enc, omega, norms)
                 selected, pre_acts = candidates.select_in_parts(self.selection(), sizes)
             kept, scaling = self._kept(selected, rows), candidates.scaling
             if torch.is_grad_enabled():
                 pre_acts, scaling = self._differentiable(
-                    candidates.products, rows, W_enc, omega, kept
+                    candidates.products, means, rows, W_enc, omega, kept
                 )
-        survivors, runners = self._decoder_inputs(pre_acts, rows, kept)
+        survivors, others = self._decoder_inputs(pre_acts, rows, kept)
         indices = survivors.pattern.indices
         values, pre_acts = survivors.coefficients, pre_acts[:, : indices.shape[1]]
         if norms is not None:
@@ -292,7 +292,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             latents=SparseLatents(values.view(shape), indices.view(shape)),
             pre_acts=pre_acts.view(shape),
             survivors=survivors,
-            runners_up=runners,
+            runners_up=others,
         )
 
     @override
@@ -373,15 +373,19 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         W_enc: torch.Tensor,
         omega: torch.Tensor | None,
         norms: torch.Tensor | None,
-    ) -> Candidates:
-        """All latents of each row's experts, and their products with the row."""
+    ) -> tuple[Candidates, torch.Tensor | None]:
+        """
+        All latents of each row's experts, and the mean of their products with the row,
+        ``[rows, e]``, if feature scaling needs it.
+        """
         products = grouped_encode(
             rows.x - rows.b_dec, W_enc, rows.experts, self.cfg.num_experts
         )
-        scaling = None
+        means = scaling = None
         if omega is not None:
-            scaling = expert_scaling(omega, rows.experts, products.mean(dim=-1))
-        return Candidates(
+            means = products.mean(dim=-1)
+            scaling = expert_scaling(omega, rows.experts, means)
+        candidates = Candidates(
             products,
             rows.experts,
             rows.gates,
@@ -389,6 +393,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             norms=None if norms is None else self._by_expert(norms),
             scaling=scaling,
         )
+        return candidates, means
 
     def _kept(self, selected: Selected, rows: Rows) -> Kept:
         size = self.cfg.expert_size
@@ -406,6 +411,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
     def _differentiable(
         self,
         products: torch.Tensor,
+        means: torch.Tensor | None,
         rows: Rows,
         W_enc: torch.Tensor,
         omega: torch.Tensor | None,
@@ -417,7 +423,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             rows.b_dec,
             W_enc,
             products.flatten(1).gather(1, kept.selected.positions),
-            None if omega is None else products.mean(dim=-1),
+            means,
             kept.pattern,
             SparsityPattern(rows.experts, self.cfg.num_experts),
         )
@@ -437,10 +443,10 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         coefficients = pre_acts.relu() * gates
         if kept.selected.mask is not None:
             coefficients = torch.where(kept.selected.mask, coefficients, 0)
-        widths = [width for width in kept.selected.widths if width]
-        if len(widths) < 2:
+        widths = kept.selected.widths
+        if not any(widths[1:]):
             return DecoderInput(coefficients, kept.pattern), None
-        survivors, runners = (
+        survivors, runners_up = (
             DecoderInput(c, self._pattern(latents))
             for c, latents in zip(
                 coefficients.split(widths, dim=1),
@@ -448,7 +454,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
                 strict=True,
             )
         )
-        return survivors, runners
+        return survivors, runners_up
 
     def _hook_pre_acts(self, pre_acts: torch.Tensor, rows: Rows) -> torch.Tensor:
         # The d_sae-wide tensor costs more than the whole encoder: only on request.

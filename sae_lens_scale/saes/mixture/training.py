@@ -102,7 +102,7 @@ class MixtureTrainingSAE(
         """
         in_step = self._shared_encoding is not None
         encoding = self._encode(
-            x, self._num_runners_up if in_step else 0, with_candidates=True
+            x, self._num_runners_up if in_step else 0, with_all_pre_acts=True
         )
         if in_step:
             self._shared_encoding = [encoding]
