@@ -5,12 +5,12 @@ Autograd functions over two backends, plain PyTorch and Triton. Every operation 
 counterpart written straight from the formula, which the tests hold it to.
 """
 
+from .autograd import SparsityPattern
 from .buffers import BufferPool
 from .dense_decode import decode_dense, decoder_norm
 from .encoder_products import encoder_products
 from .grouped_products import grouped_decode, grouped_encode
 from .indexing import index_select, lookup
-from .pattern import SparsityPattern
 from .sparse_latents import SparseLatents
 from .sparse_products import (
     latent_sums,

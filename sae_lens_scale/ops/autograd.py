@@ -1,12 +1,54 @@
-"""Products whose derivatives are products of the same kind, as autograd functions."""
+"""Products over a sparsity pattern, whose derivatives are products of the same kind."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 
-from .pattern import SparsityPattern
+from .buffers import BufferPool
+
+
+class SparsityPattern(NamedTuple):
+    """
+    The latents, or the experts, of each token: the non-zeros of a ``[tokens, size]`` matrix.
+
+    Attributes:
+        indices: Columns of each row's non-zeros, in ``range(size)``; ``[tokens, k]``, int64.
+        size: Number of columns: of latents, or of experts.
+        order: ``indices`` flattened and sorted by column, as positions in the unsorted;
+            ``[tokens * k]``. None until :meth:`sorted` finds it.
+        pool: Memory for results that are as large as weights, which are gradients most of
+            the time; fresh memory if None.
+    """
+
+    indices: Int[torch.Tensor, "tokens k"]
+    size: int
+    order: Int[torch.Tensor, " tokens_k"] | None = None
+    pool: BufferPool | None = None
+
+    def sorted(self) -> "SparsityPattern":
+        """The same pattern with ``order``: one sort for all products that follow."""
+        return (
+            self if self.order is not None else self._replace(order=self.find_order())
+        )
+
+    def find_order(self) -> Int[torch.Tensor, " tokens_k"]:
+        """``order``, sorted now if it was not; stable, so that results do not vary."""
+        if self.order is not None:
+            return self.order
+        return self.indices.flatten().argsort(stable=True)
+
+    def counts(self) -> Int[torch.Tensor, " size"]:
+        """Number of non-zeros in each column."""
+        return torch.bincount(self.indices.flatten(), minlength=self.size)
+
+    def empty(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor of a shape, from the pool if there is one."""
+        if self.pool is None:
+            return like.new_empty(shape)
+        return self.pool.take(shape, like)
 
 
 @dataclass(frozen=True)
@@ -64,16 +106,6 @@ def vmap_by_loop(
     ]
 
 
-def autocast_state(tensor: torch.Tensor) -> dict[str, Any]:
-    """Arguments for ``torch.autocast`` that restore what is in force for a tensor now."""
-    device = tensor.device.type
-    return {
-        "device_type": device,
-        "dtype": torch.get_autocast_dtype(device),
-        "enabled": torch.is_autocast_enabled(device),
-    }
-
-
 class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -84,7 +116,12 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
         ctx.product, a, b, indices, ctx.size, order, ctx.pool = inputs
-        ctx.autocast = autocast_state(a)
+        device = a.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
         ctx.save_for_backward(a, b, indices, order)
         ctx.save_for_forward(a, b, indices, order)
 

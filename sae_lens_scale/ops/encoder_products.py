@@ -6,8 +6,7 @@ import torch
 from einops import reduce
 from jaxtyping import Float
 
-from .autograd import opaque_to_compiler, vmap_by_loop
-from .pattern import SparsityPattern
+from .autograd import SparsityPattern, opaque_to_compiler, vmap_by_loop
 from .sparse_products import sampled_products, sparse_decode, transposed_latent_sums
 
 

@@ -6,16 +6,13 @@ As in :mod:`.sparse_products`, three products are each other's derivatives, here
 within each selected expert, and the experts' matrices ``[num_experts, width, n]``.
 """
 
-from types import ModuleType
-
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 
 from . import torch_backend
-from .autograd import BilinearProduct
+from .autograd import BilinearProduct, SparsityPattern
 from .backend import backend_for
-from .pattern import SparsityPattern
 
 
 def grouped_encode(
@@ -72,24 +69,17 @@ def grouped_decode(
     )
 
 
-def _backend(a: torch.Tensor, b: torch.Tensor, *sizes: int) -> ModuleType:
-    """torch's own grouped kernel, where it has one; see :func:`.backend_for`."""
-    if torch_backend.has_grouped_kernel(a, *sizes):
-        return torch_backend
-    return backend_for(a, b)
-
-
 _ENCODE = BilinearProduct(
-    lambda rows, matrices, p: _backend(
-        rows, matrices, *matrices.shape[1:]
-    ).grouped_encode(rows, matrices, p),
+    lambda rows, matrices, p: backend_for(rows, matrices).grouped_encode(
+        rows, matrices, p
+    ),
     lambda grad, _, matrices, p: _DECODE(grad, matrices, p),
     lambda grad, rows, _, p: _SUMS(rows, grad, p),
 )
 _DECODE = BilinearProduct(
-    lambda acts, matrices, p: _backend(
-        acts, matrices, *matrices.shape[1:]
-    ).grouped_decode(acts, matrices, p),
+    lambda acts, matrices, p: backend_for(acts, matrices).grouped_decode(
+        acts, matrices, p
+    ),
     lambda grad, _, matrices, p: _ENCODE(grad, matrices, p),
     lambda grad, acts, _, p: _SUMS(grad, acts, p),
 )

@@ -16,9 +16,8 @@ one in one of its factors is another one. So an SAE whose TopK keeps k latents n
 import torch
 from jaxtyping import Float
 
-from .autograd import BilinearProduct
+from .autograd import BilinearProduct, SparsityPattern
 from .backend import backend_for
-from .pattern import SparsityPattern
 
 
 def sparse_decode(

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from .pattern import SparsityPattern
+from .autograd import SparsityPattern
 
 # Bytes of the results that are computed at a time on the CPU: enough to keep cores busy,
 # little enough to stay in their caches until copied; fewer where the copy is a transpose.
@@ -81,7 +81,7 @@ def latent_sums(
     out: torch.Tensor,
 ) -> None:
     """Write, for each latent, the sum of its tokens' rows times values into ``out``."""
-    order = _order(latents)
+    order = latents.find_order()
     rows = _with_contiguous_rows(rows)
     tokens = order // max(1, latents.indices.shape[-1])
     weights = values.flatten()[order]
@@ -111,7 +111,7 @@ def grouped_encode(
     shape = (*experts.indices.shape, matrices.shape[-1])
     out = rows.new_empty(experts.indices.numel(), matrices.shape[-1])
     if has_grouped_kernel(rows, *matrices.shape[1:]):
-        order = _order(experts)
+        order = experts.find_order()
         sorted_rows = rows.index_select(0, order // experts.indices.shape[-1])
         products = _grouped_mm(sorted_rows, matrices, experts)
         return out.index_copy_(0, order, products).view(shape)
@@ -128,7 +128,7 @@ def grouped_decode(
     """``acts @ matrices.mT``, summed over each token's experts; ``[tokens, width]``."""
     flat = acts.flatten(0, 1)
     if has_grouped_kernel(acts, *matrices.shape[1:]):
-        order = _order(experts)
+        order = experts.find_order()
         products = _grouped_mm(flat.index_select(0, order), matrices.mT, experts)
         by_pair = torch.empty_like(products).index_copy_(0, order, products)
         by_slot = by_pair.view(*experts.indices.shape, -1)
@@ -151,7 +151,7 @@ def grouped_sums(
     """``rows.T @ acts`` over the tokens of each expert; ``[num_experts, width, n]``."""
     flat = acts.flatten(0, 1)
     if has_grouped_kernel(rows, rows.shape[-1], acts.shape[-1]):
-        order = _order(experts)
+        order = experts.find_order()
         sorted_rows = rows.index_select(0, order // experts.indices.shape[-1])
         sums = _grouped_mm(sorted_rows.T, flat.index_select(0, order), experts)
         return sums.to(rows.dtype)
@@ -204,18 +204,12 @@ def _groups(
     experts: SparsityPattern,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Each expert that has tokens; its (token, slot) pairs, flattened; their tokens."""
-    order, counts = _order(experts), experts.counts().tolist()
+    order, counts = experts.find_order(), experts.counts().tolist()
     tokens = order // experts.indices.shape[-1]
     groups = zip(order.split(counts), tokens.split(counts), strict=True)
     for expert, (pairs, its_tokens) in enumerate(groups):
         if len(pairs):
             yield expert, pairs, its_tokens
-
-
-def _order(pattern: SparsityPattern) -> torch.Tensor:
-    order = pattern.sorted().order
-    assert order is not None
-    return order
 
 
 def _with_contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 
-from .pattern import SparsityPattern
+from . import torch_backend
+from .autograd import SparsityPattern
 
 # Rows and columns of the tiles in which rows are gathered: enough loads in flight to hide
 # their latency, few enough for registers.
@@ -338,7 +339,7 @@ def latent_sums(
             ignored.
     """
     out.zero_()
-    indices, order = latents.indices, _order(latents)
+    indices, order = latents.indices, latents.find_order()
     (num_latents, width), k, pairs = out.shape, indices.shape[1], len(order)
     if not pairs or not out.numel():
         return
@@ -527,7 +528,9 @@ def grouped_encode(
     rows: torch.Tensor, matrices: torch.Tensor, experts: SparsityPattern
 ) -> torch.Tensor:
     """``rows @ matrices`` of each token's experts; ``[tokens, experts_per_token, n]``."""
-    tokens = _order(experts) // experts.indices.shape[-1]
+    if torch_backend.has_grouped_kernel(rows, *matrices.shape[1:]):
+        return torch_backend.grouped_encode(rows, matrices, experts)
+    tokens = experts.find_order() // experts.indices.shape[-1]
     products = _grouped(rows, tokens, matrices, experts)
     return products.view(*experts.indices.shape, matrices.shape[-1])
 
@@ -536,8 +539,10 @@ def grouped_decode(
     acts: torch.Tensor, matrices: torch.Tensor, experts: SparsityPattern
 ) -> torch.Tensor:
     """``acts @ matrices.mT``, summed over each token's experts; ``[tokens, width]``."""
+    if torch_backend.has_grouped_kernel(acts, *matrices.shape[1:]):
+        return torch_backend.grouped_decode(acts, matrices, experts)
     flat = acts.flatten(0, 1)
-    products = _grouped(flat, _order(experts), matrices.mT, experts)
+    products = _grouped(flat, experts.find_order(), matrices.mT, experts)
     return products.view(*experts.indices.shape, matrices.shape[1]).sum(dim=1)
 
 
@@ -552,16 +557,10 @@ def _grouped(
     if torch.is_autocast_enabled(device):
         rows = rows.to(torch.get_autocast_dtype(device))
         matrices = matrices.to(torch.get_autocast_dtype(device))
-    order = _order(experts)
+    order = experts.find_order()
     expert_of_pair = experts.indices.flatten()[order]
     out = grouped_products(rows, row_indices, matrices, order, expert_of_pair)
     return out.to(dtype)
-
-
-def _order(pattern: SparsityPattern) -> torch.Tensor:
-    order = pattern.sorted().order
-    assert order is not None
-    return order
 
 
 _INTERPRETED = not isinstance(_sparse_decode_kernel, triton.JITFunction)

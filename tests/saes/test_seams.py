@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from sae_lens_scale import ScaleTrainingSAE
-from sae_lens_scale.saes.mixture import candidates
+from sae_lens_scale.saes.mixture import selection
 from sae_lens_scale.saes.mixture.dispatch import Rows
 from sae_lens_scale.saes.mixture.encoding import Inputs
 from sae_lens_scale.saes.mixture.routing import Routing
@@ -90,7 +90,7 @@ def subclass(cls: type, sae: Any) -> Any:
 def test_a_selection_over_the_batch_sees_the_whole_batch(
     sparse: bool, at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(candidates, "_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(selection, "_AT_A_TIME", at_a_time)
     plain = scale_sae(
         multi_topk_coefficient=0.5,
         use_sparse_activations=sparse,

@@ -23,12 +23,11 @@ from sae_lens_scale.ops import (
     lookup,
 )
 
-from .candidates import Candidates
 from .config import MixtureSAEConfig
 from .dispatch import Rows
 from .feature_scaling import ExpertScaling, expert_scaling
 from .routing import Routing, route
-from .selection import SELECTIONS, Selected, Selection
+from .selection import SELECTIONS, Candidates, Selection
 
 # SAELens's run-time activation normalisation leaves these on the SAE between encode
 # and decode.
@@ -101,21 +100,6 @@ class DecoderInput(NamedTuple):
     """
 
     coefficients: torch.Tensor
-    pattern: SparsityPattern
-
-
-class Kept(NamedTuple):
-    """
-    Latents of each row that are kept: survivors, then runners-up.
-
-    Attributes:
-        selected: Their positions among the row's candidates, ``[rows, m]``.
-        slots: Positions of their experts among the row's experts, ``[rows, m]``.
-        pattern: The latents themselves, for the sparse products.
-    """
-
-    selected: Selected
-    slots: torch.Tensor
     pattern: SparsityPattern
 
 
@@ -252,33 +236,80 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
                 which makes the backward pass as dense as the forward pass. So does a hook on
                 pre-activations, which may make any of them depend on any other.
         """
+        cfg = self.cfg
+        # Input and route.
         inputs = self._inputs(x)
         routing = self._route(inputs.x)
         rows = self.dispatch(inputs, routing)
+
+        # Products.
         W_enc, omega = self._applied_encoder()
-        norms = None
-        if self.cfg.rescale_acts_by_decoder_norm:
-            norms = decoder_norm(self.W_dec)
+        norms = decoder_norm(self.W_dec) if cfg.rescale_acts_by_decoder_norm else None
+        watched = with_all_pre_acts or is_hooked(self.hook_sae_acts_pre)
+        with torch.set_grad_enabled(watched and torch.is_grad_enabled()):
+            products = grouped_encode(
+                rows.x - rows.b_dec, W_enc, rows.experts, cfg.num_experts
+            )
+            means = scaling = None
+            if omega is not None:
+                means = products.mean(dim=-1)
+                scaling = expert_scaling(omega, rows.experts, means)
+        candidates = Candidates(
+            products,
+            rows.experts,
+            rows.gates,
+            b_enc=self._by_expert(self.b_enc),
+            norms=None if norms is None else self._by_expert(norms),
+            scaling=scaling,
+        )
+
+        # Select.
         sizes = (self._k, self._k + runners_up) if runners_up else (self._k,)
-        if with_all_pre_acts or is_hooked(self.hook_sae_acts_pre):
-            candidates, _ = self._candidates(rows, W_enc, omega, norms)
+        if watched:
             all_pre_acts = self._hook_pre_acts(candidates.pre_acts(), rows)
             selected = candidates.select(all_pre_acts, self.selection(), sizes)
             pre_acts = all_pre_acts.flatten(1).gather(1, selected.positions)
-            kept, scaling = self._kept(selected, rows), candidates.scaling
         else:
             all_pre_acts = None
-            with torch.no_grad():
-                candidates, means = self._candidates(rows, W_enc, omega, norms)
-                selected, pre_acts = candidates.select_in_parts(self.selection(), sizes)
-            kept, scaling = self._kept(selected, rows), candidates.scaling
-            if torch.is_grad_enabled():
-                pre_acts, scaling = self._differentiable(
-                    candidates.products, means, rows, W_enc, omega, kept
+            selected, pre_acts = candidates.select_in_parts(self.selection(), sizes)
+        slots = selected.positions // cfg.expert_size
+        offsets = selected.positions % cfg.expert_size
+        indices = rows.experts.gather(1, slots) * cfg.expert_size + offsets
+        pattern = self._pattern(indices)
+
+        # Keep.
+        if torch.is_grad_enabled() and not watched:
+            pre_acts, means = encoder_products(
+                rows.x,
+                rows.b_dec,
+                W_enc,
+                products.flatten(1).gather(1, selected.positions),
+                means,
+                pattern,
+                SparsityPattern(rows.experts, cfg.num_experts),
+            )
+            if omega is not None and means is not None:
+                scaling = expert_scaling(omega, rows.experts, means)
+                scale, shift = (t.gather(1, slots) for t in scaling)
+                pre_acts = torch.addcmul(shift, pre_acts, scale)
+            pre_acts = pre_acts + lookup(self.b_enc, indices)
+        # ReLU before the gate: -inf * 0 would be NaN.
+        gates = rows.gates.to(pre_acts.dtype).gather(1, slots)
+        coefficients = pre_acts.relu() * gates
+        if selected.mask is not None:
+            coefficients = torch.where(selected.mask, coefficients, 0)
+        survivors, others = DecoderInput(coefficients, pattern), None
+        if any(selected.widths[1:]):
+            survivors, others = (
+                DecoderInput(c, self._pattern(i))
+                for c, i in zip(
+                    coefficients.split(selected.widths, dim=1),
+                    indices.split(selected.widths, dim=1),
+                    strict=True,
                 )
-        survivors, others = self._decoder_inputs(pre_acts, rows, kept)
-        indices = survivors.pattern.indices
-        values, pre_acts = survivors.coefficients, pre_acts[:, : indices.shape[1]]
+            )
+        values, indices = survivors.coefficients, survivors.pattern.indices
+        pre_acts = pre_acts[:, : indices.shape[1]]
         if norms is not None:
             values, pre_acts = values * norms[indices], pre_acts * norms[indices]
         shape = (*rows.shape, indices.shape[1])
@@ -297,20 +328,21 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
     @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
-        x, b_dec = self._default_inputs(sae_in)
+        x, b_dec = self._inputs(sae_in, own=True)
         return x - b_dec
 
-    def _inputs(self, x: torch.Tensor) -> Inputs:
+    def _inputs(self, x: torch.Tensor, own: bool = False) -> Inputs:
         """
-        Input of router and encoder; of an SAE that overrides process_sae_in what that
-        returns, with b_dec added back for the router.
-        """
-        if not is_overridden(self, "process_sae_in"):
-            return self._default_inputs(x)
-        b_dec = self._subtracted_b_dec()
-        return Inputs(self.process_sae_in(x) + b_dec, b_dec)
+        Input of router and encoder.
 
-    def _default_inputs(self, x: torch.Tensor) -> Inputs:
+        Of an SAE that overrides process_sae_in the encoder's input is what that returns, and
+        the router's the same with b_dec added back, unless ``own`` asks for this class's.
+        """
+        b_dec = self.b_dec
+        if not self.cfg.apply_b_dec_to_input:
+            b_dec = self.W_enc.new_zeros(self.cfg.d_in)
+        if not own and is_overridden(self, "process_sae_in"):
+            return Inputs(self.process_sae_in(x) + b_dec, b_dec)
         x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
         # A last dimension of 1 would broadcast against b_dec without an error.
         if x.shape[-1:] != (self.cfg.d_in,):
@@ -318,12 +350,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
                 f"the last dimension of x must be d_in={self.cfg.d_in}, "
                 f"got shape {tuple(x.shape)}"
             )
-        return Inputs(self.run_time_activation_norm_fn_in(x), self._subtracted_b_dec())
-
-    def _subtracted_b_dec(self) -> torch.Tensor:
-        if self.cfg.apply_b_dec_to_input:
-            return self.b_dec
-        return self.W_enc.new_zeros(self.cfg.d_in)
+        return Inputs(self.run_time_activation_norm_fn_in(x), b_dec)
 
     def _route(self, router_in: torch.Tensor) -> Routing:
         routing = route(
@@ -367,94 +394,12 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         """
         return self.W_enc, None
 
-    def _candidates(
-        self,
-        rows: Rows,
-        W_enc: torch.Tensor,
-        omega: torch.Tensor | None,
-        norms: torch.Tensor | None,
-    ) -> tuple[Candidates, torch.Tensor | None]:
-        """
-        All latents of each row's experts, and the mean of their products with the row,
-        ``[rows, e]``, if feature scaling needs it.
-        """
-        products = grouped_encode(
-            rows.x - rows.b_dec, W_enc, rows.experts, self.cfg.num_experts
-        )
-        means = scaling = None
-        if omega is not None:
-            means = products.mean(dim=-1)
-            scaling = expert_scaling(omega, rows.experts, means)
-        candidates = Candidates(
-            products,
-            rows.experts,
-            rows.gates,
-            b_enc=self._by_expert(self.b_enc),
-            norms=None if norms is None else self._by_expert(norms),
-            scaling=scaling,
-        )
-        return candidates, means
-
-    def _kept(self, selected: Selected, rows: Rows) -> Kept:
-        size = self.cfg.expert_size
-        slots, offsets = selected.positions // size, selected.positions % size
-        latents = rows.experts.gather(1, slots) * size + offsets
-        return Kept(selected, slots, self._pattern(latents))
-
     def _pattern(self, latents: torch.Tensor) -> SparsityPattern:
         pattern = SparsityPattern(latents, self.cfg.d_sae, pool=self._gradient_memory)
         if torch.is_grad_enabled() and self.W_dec.requires_grad:
             # Encoder and decoder gradients will both need its order.
             return pattern.sorted()
         return pattern
-
-    def _differentiable(
-        self,
-        products: torch.Tensor,
-        means: torch.Tensor | None,
-        rows: Rows,
-        W_enc: torch.Tensor,
-        omega: torch.Tensor | None,
-        kept: Kept,
-    ) -> tuple[torch.Tensor, ExpertScaling | None]:
-        """Pre-activations of the kept latents, and the scaling, with their gradients."""
-        pre_acts, means = encoder_products(
-            rows.x,
-            rows.b_dec,
-            W_enc,
-            products.flatten(1).gather(1, kept.selected.positions),
-            means,
-            kept.pattern,
-            SparsityPattern(rows.experts, self.cfg.num_experts),
-        )
-        scaling = None
-        if omega is not None and means is not None:
-            scaling = expert_scaling(omega, rows.experts, means)
-            scale, shift = (t.gather(1, kept.slots) for t in scaling)
-            pre_acts = torch.addcmul(shift, pre_acts, scale)
-        return pre_acts + lookup(self.b_enc, kept.pattern.indices), scaling
-
-    def _decoder_inputs(
-        self, pre_acts: torch.Tensor, rows: Rows, kept: Kept
-    ) -> tuple[DecoderInput, DecoderInput | None]:
-        """Survivors and, if there are any, runners-up."""
-        gates = rows.gates.to(pre_acts.dtype).gather(1, kept.slots)
-        # ReLU before the gate: -inf * 0 would be NaN.
-        coefficients = pre_acts.relu() * gates
-        if kept.selected.mask is not None:
-            coefficients = torch.where(kept.selected.mask, coefficients, 0)
-        widths = kept.selected.widths
-        if not any(widths[1:]):
-            return DecoderInput(coefficients, kept.pattern), None
-        survivors, runners_up = (
-            DecoderInput(c, self._pattern(latents))
-            for c, latents in zip(
-                coefficients.split(widths, dim=1),
-                kept.pattern.indices.split(widths, dim=1),
-                strict=True,
-            )
-        )
-        return survivors, runners_up
 
     def _hook_pre_acts(self, pre_acts: torch.Tensor, rows: Rows) -> torch.Tensor:
         # The d_sae-wide tensor costs more than the whole encoder: only on request.

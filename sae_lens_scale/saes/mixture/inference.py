@@ -80,13 +80,13 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         encoding = self._encode(x)
         return self._finish_decoding(self._recons_of(encoding, encoding.survivors))
 
+    # Overrides of these work on activations that are d_sae wide.
+    _DENSE_METHODS: tuple[str, ...] = ("encode", "decode")
+
     def _goes_dense(self) -> bool:
-        """
-        Say whether activations have to be d_sae wide: for a hook on them, or for an encode
-        or decode that is not this package's own.
-        """
+        """Say whether a hook or an override wants activations that are d_sae wide."""
         return is_hooked(self.hook_sae_acts_post) or is_overridden(
-            self, "encode", "decode"
+            self, *self._DENSE_METHODS
         )
 
     @override
@@ -114,12 +114,9 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         if self.cfg.rescale_acts_by_decoder_norm:
             feature_acts = feature_acts * (1 / decoder_norm(self.W_dec))
         recons = decode_dense(feature_acts.reshape(-1, self.cfg.d_sae), self.W_dec)
-        return self._finish_decoding(recons.view(*feature_acts.shape[:-1], self.d_out))
-
-    @property
-    def d_out(self) -> int:
-        """Width of what is reconstructed; see :meth:`.MixtureTrainingSAE.target`."""
-        return self.W_dec.shape[1]
+        return self._finish_decoding(
+            recons.view(*feature_acts.shape[:-1], recons.shape[-1])
+        )
 
     def combine(self, partial: torch.Tensor, rows: Rows) -> torch.Tensor:
         """
@@ -142,7 +139,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         """Sum of the latents' decoder rows, without bias, ``[..., d_out]``."""
         partial = sparse_decode(latents.coefficients, self.W_dec, latents.pattern)
         recons = self.combine(partial, encoding.rows)
-        return recons.view(*encoding.routing.indices.shape[:-1], self.d_out)
+        return recons.view(*encoding.routing.indices.shape[:-1], recons.shape[-1])
 
     def _finish_decoding(self, recons: torch.Tensor) -> torch.Tensor:
         recons = self.hook_sae_recons(recons + self.b_dec)

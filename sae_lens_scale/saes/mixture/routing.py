@@ -118,22 +118,15 @@ def route(
 def expert_load(
     indices: Int[torch.Tensor, "*batch experts_per_token"],
     num_experts: int,
-    dtype: torch.dtype = torch.float32,
-) -> Float[torch.Tensor, " num_experts"]:
-    """Share of all selections that went to each expert, ``[num_experts]``; sums to 1."""
-    counts = torch.bincount(indices.flatten(), minlength=num_experts)
-    return counts.to(dtype) / indices.numel()
-
-
-def routed_load(
-    indices: Int[torch.Tensor, "*batch experts_per_token"],
-    num_experts: int,
-    num_shared_experts: int,
+    num_shared_experts: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Float[torch.Tensor, " num_routed_experts"]:
-    """Share of the router's selections that went to each expert that is not shared."""
+    """Share of the router's selections that each expert got that is not shared; sums to 1."""
     routed = indices[..., num_shared_experts:] - num_shared_experts
-    return expert_load(routed, num_experts - num_shared_experts, dtype)
+    counts = torch.bincount(
+        routed.flatten(), minlength=num_experts - num_shared_experts
+    )
+    return counts.to(dtype) / routed.numel()
 
 
 def load_balance_loss(
@@ -156,5 +149,5 @@ def load_balance_loss(
     """
     mean_p = routing.probabilities.reshape(-1, num_experts).mean(dim=0)
     mean_p = mean_p[num_shared_experts:]
-    load = routed_load(routing.indices, num_experts, num_shared_experts, mean_p.dtype)
+    load = expert_load(routing.indices, num_experts, num_shared_experts, mean_p.dtype)
     return len(mean_p) * (load * mean_p).sum()

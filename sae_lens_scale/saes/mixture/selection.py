@@ -1,12 +1,19 @@
-"""Selection: the rule by which candidates survive."""
+"""Selection: candidates, and the rule by which some of them survive."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+
+from sae_lens_scale.ops import lookup
+
+from .feature_scaling import ExpertScaling
+
+# Candidates that are ranked at a time on the CPU: as many as stay in a core's cache.
+_AT_A_TIME = 1 << 17
 
 TopKOver = Literal["activations", "gated_activations"]
 
@@ -26,18 +33,6 @@ class Selected(NamedTuple):
     positions: Int[torch.Tensor, "tokens m"]
     widths: tuple[int, ...]
     mask: Bool[torch.Tensor, "tokens m"] | None = None
-
-    @staticmethod
-    def concatenate(parts: Sequence["Selected"]) -> "Selected":
-        """Selections of consecutive parts of a batch as that of the whole."""
-        if len(parts) == 1:
-            return parts[0]
-        masks = [part.mask for part in parts if part.mask is not None]
-        return Selected(
-            torch.cat([part.positions for part in parts]),
-            parts[0].widths,
-            torch.cat(masks) if masks else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -107,3 +102,75 @@ SELECTIONS: dict[TopKOver, Selection] = {
         meaning="the k largest g · h of a token (the Scale SAE authors' code)",
     ),
 }
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """
+    Some latents of each selected expert, n of each: all of them, or the dead ones.
+
+    Attributes:
+        products: Products with their encoder vectors, ``[rows, e, n]``.
+        experts: The selected experts, ``[rows, e]``.
+        gates: Gates of these, ``[rows, e]``.
+        b_enc: Biases of every expert's latents, ``[num_experts, n]``.
+        norms: Decoder norms that they are ranked with, ``[num_experts, n]``; None without.
+        scaling: Feature scaling of the selected experts; None without.
+    """
+
+    products: Float[torch.Tensor, "rows e n"]
+    experts: Int[torch.Tensor, "rows e"]
+    gates: Float[torch.Tensor, "rows e"]
+    b_enc: Float[torch.Tensor, "num_experts n"]
+    norms: Float[torch.Tensor, "num_experts n"] | None
+    scaling: ExpertScaling | None
+
+    def pre_acts(self) -> Float[torch.Tensor, "rows e n"]:
+        """Pre-activations, before any norm or gate."""
+        products = self.products
+        if self.scaling is not None:
+            scale, shift = (t.unsqueeze(-1) for t in self.scaling)
+            products = torch.addcmul(shift, products, scale)
+        return products + lookup(self.b_enc, self.experts)
+
+    @torch.no_grad()
+    def select(
+        self, pre_acts: torch.Tensor, selection: Selection, sizes: Sequence[int]
+    ) -> Selected:
+        """Survivors among candidates of these pre-activations, which may be edited ones."""
+        if self.norms is not None:
+            pre_acts = pre_acts * self.norms[self.experts]
+        ranking = selection.rank(pre_acts, self.gates.to(pre_acts.dtype))
+        return selection.select(ranking.flatten(1), sizes)
+
+    @torch.no_grad()
+    def select_in_parts(
+        self, selection: Selection, sizes: Sequence[int]
+    ) -> tuple[Selected, Float[torch.Tensor, "rows m"]]:
+        """Survivors and their pre-activations, without those of all candidates at once."""
+        step = len(self.products)
+        if self.products.device.type == "cpu" and selection.per_token:
+            step = _AT_A_TIME // self.products.shape[1:].numel()
+        columns = [self.products, self.experts, self.gates, *(self.scaling or ())]
+        found, pre_acts_found = [], []
+        for products, experts, gates, *scaling in zip(
+            *(column.split(max(1, step)) for column in columns), strict=True
+        ):
+            part = replace(
+                self,
+                products=products,
+                experts=experts,
+                gates=gates,
+                scaling=ExpertScaling(*scaling) if scaling else None,
+            )
+            pre_acts = part.pre_acts()
+            selected = part.select(pre_acts, selection, sizes)
+            found.append(selected)
+            pre_acts_found.append(pre_acts.flatten(1).gather(1, selected.positions))
+        masks = [selected.mask for selected in found if selected.mask is not None]
+        selected = Selected(
+            torch.cat([selected.positions for selected in found]),
+            found[0].widths,
+            torch.cat(masks) if masks else None,
+        )
+        return selected, torch.cat(pre_acts_found)

@@ -30,14 +30,14 @@ from sae_lens_scale.ops import (
     lookup,
 )
 
-from .candidates import Candidates
 from .config import MixtureTrainingSAEConfig
 from .dead_latents import dead_latent_loss, dead_offsets, strongest_dead
 from .encoding import Encoding, is_overridden
 from .files import require_tensors
 from .inference import MixtureSAE
 from .initialization import geometric_median, spherical_kmeans
-from .routing import load_balance_loss, routed_load
+from .routing import expert_load, load_balance_loss
+from .selection import Candidates
 
 # Of Gao et al. 2024, section 5.3.1.
 MULTI_TOPK_FACTOR = 4
@@ -57,6 +57,8 @@ class MixtureTrainingSAE(
     MixtureSAE[T_MIXTURE_TRAINING_CONFIG], TrainingSAE[T_MIXTURE_TRAINING_CONFIG], ABC
 ):
     """Training of a mixture-of-experts SAE."""
+
+    _DENSE_METHODS = (*MixtureSAE._DENSE_METHODS, "encode_with_hidden_pre")
 
     # Each routed expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
@@ -134,9 +136,18 @@ class MixtureTrainingSAE(
                 weight into NaN, without an error.
         """
         with self._share_encoding():
-            feature_acts, hidden_pre, sae_out = self._reconstruct_for_training(
-                step_input.sae_in
-            )
+            if not self.cfg.use_sparse_activations or self._goes_dense():
+                feature_acts, hidden_pre = self.encode_with_hidden_pre(
+                    step_input.sae_in
+                )
+                sae_out = self.decode(feature_acts)
+            else:
+                encoding = self._encode(step_input.sae_in, self._num_runners_up)
+                self._shared_encoding = [encoding]
+                feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
+                hidden_pre = encoding.pre_acts
+                recons = self._recons_of(encoding, encoding.survivors)
+                sae_out = self._finish_decoding(recons)
             errors = self.mse_loss_fn(sae_out, self.target(step_input))
             losses = {"mse_loss": errors.sum(dim=-1).mean()}
             losses |= self.calculate_aux_loss(
@@ -161,24 +172,6 @@ class MixtureTrainingSAE(
             losses=losses,
             metrics=metrics,
         )
-
-    def _reconstruct_for_training(
-        self, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Activations, pre-activations and the reconstruction; keeps the encoding."""
-        # Hooks and overrides are written for dense activations.
-        if not self.cfg.use_sparse_activations or self._goes_dense():
-            feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
-            return feature_acts, hidden_pre, self.decode(feature_acts)
-        encoding = self._encode(x, runners_up=self._num_runners_up)
-        self._shared_encoding = [encoding]
-        feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
-        sae_out = self._finish_decoding(self._recons_of(encoding, encoding.survivors))
-        return feature_acts, encoding.pre_acts, sae_out
-
-    @override
-    def _goes_dense(self) -> bool:
-        return super()._goes_dense() or is_overridden(self, "encode_with_hidden_pre")
 
     @contextmanager
     def _share_encoding(self) -> Iterator[None]:
@@ -302,7 +295,7 @@ class MixtureTrainingSAE(
         acts = torch.where(taken, pre_acts, 0) * gates
         W_dec = index_select(self.W_dec, 0, latents.flatten(), self._gradient_memory)
         recons = grouped_decode(acts, W_dec, rows.experts, cfg.num_experts)
-        residual = (sae_in - sae_out).detach().reshape(-1, self.d_out)
+        residual = (sae_in - sae_out).detach().reshape(-1, sae_out.shape[-1])
         num_dead = is_dead.sum(dim=(-2, -1)).to(residual.dtype).unsqueeze(-1)
         return cfg.aux_loss_coefficient * dead_latent_loss(
             self.combine(recons, rows),
@@ -347,7 +340,7 @@ class MixtureTrainingSAE(
         """Diagnostics for the logger; docs/architectures.md says what they are."""
         num_experts = self.cfg.num_experts
         indices = self._encoding_of(step_input.sae_in).routing.indices
-        load = routed_load(indices, num_experts, self.cfg.num_shared_experts)
+        load = expert_load(indices, num_experts, self.cfg.num_shared_experts)
         self._logged_load = load
         metrics: Metrics = {
             "router/max_load": load.max() * len(load),
