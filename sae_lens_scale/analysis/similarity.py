@@ -263,7 +263,7 @@ def active_latents(
         # A hook may change the values that encode returns, or select an expert twice.
         if (
             isinstance(sae, MixtureSAE)
-            and not sae._goes_dense()
+            and sae._encodes_compactly()
             and not is_hooked(sae.hook_expert_indices)
         ):
             values, indices = sae._encode(batch).latents

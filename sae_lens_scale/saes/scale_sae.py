@@ -19,6 +19,7 @@ from .mixture.config import (
     MixtureTrainingSAEConfig,
     require_choice,
 )
+from .mixture.encoding import Encoding
 from .mixture.feature_scaling import DECOMPOSITIONS, DecompositionName, scaled_encoder
 from .mixture.inference import MixtureSAE
 from .mixture.routing import GateName
@@ -305,8 +306,8 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
 
     @override
     @torch.no_grad()
-    def _metrics(self, step_input: TrainStepInput) -> Metrics:
-        metrics = super()._metrics(step_input)
+    def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
+        metrics = super()._metrics(step_input, encoding)
         if self.omega is not None:
             metrics["omega/mean"] = self.omega.mean()
             metrics["omega/min"] = self.omega.min()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -243,8 +244,163 @@ def test_activation_fn_is_saelenss_topk_and_agrees_with_encode(
     assert twin.activation_fn.k == twin.cfg.k == 6
 
 
-def test_an_activation_fn_that_the_encoder_would_ignore_is_refused():
+class OwnForward(TopK):
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("activation_fn", [torch.nn.ReLU(), OwnForward(6)], ids=str)
+def test_an_activation_fn_that_the_encoder_would_ignore_is_refused(activation_fn: Any):
     sae: SAE[Any] = scale_sae()
-    sae.activation_fn = torch.nn.ReLU()
-    with pytest.raises(ValueError, match=r"activation_fn must be .*TopK, got ReLU\(\)"):
+    sae.activation_fn = activation_fn
+    with pytest.raises(ValueError, match="activation_fn must be SAELens's TopK, got"):
         sae.encode(X)
+
+
+@pytest.mark.parametrize("k", [0, 25])
+def test_a_k_that_no_token_can_keep_is_refused(k: int):
+    sae = scale_sae()
+    sae.activation_fn.k = k
+    with pytest.raises(ValueError, match=f"k must be from 1 to the 24 .*, got {k}"):
+        sae.encode(X)
+
+
+def test_a_config_that_is_replaced_counts():
+    sae = scale_sae()
+    sae.cfg = copy.deepcopy(sae.cfg)
+    sae.cfg.k = 2
+    assert (sae.encode(X) > 0).sum(-1).max() == 2
+
+
+LOSSES: dict[str, Any] = {"multi_topk_coefficient": 0.5, "aux_loss_coefficient": 0.25}
+
+
+def other_losses(sae: Any, x: torch.Tensor, sae_out: torch.Tensor) -> Any:
+    return sae.calculate_aux_loss(step_input(x, DEAD), x, x, sae_out)
+
+
+class LooksElsewhere:
+    """Encodes another batch, and its own without gradients, before the losses."""
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, *args: Any
+    ) -> dict[str, torch.Tensor]:
+        sae: Any = self
+        sae.encode_with_hidden_pre(-3 * X)
+        with torch.no_grad():
+            sae.encode_with_hidden_pre(step_input.sae_in)
+        return super().calculate_aux_loss(step_input, *args)  # type: ignore[misc]
+
+
+class TrainsElsewhere:
+    """Does a whole step of another batch in the midst of its own."""
+
+    nested = False
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, *args: Any
+    ) -> dict[str, torch.Tensor]:
+        if not self.nested:
+            self.nested = True
+            sae: Any = self
+            sae.training_forward_pass(replace(step_input, sae_in=-3 * X))
+            self.nested = False
+        return super().calculate_aux_loss(step_input, *args)  # type: ignore[misc]
+
+
+class EncodesTwice:
+    """Encodes a noisy copy after its own input."""
+
+    def encode_with_hidden_pre(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        result = super().encode_with_hidden_pre(x)  # type: ignore[misc]
+        super().encode_with_hidden_pre(-3 * x)  # type: ignore[misc]
+        return result
+
+
+@both
+@sparse_or_dense
+@pytest.mark.parametrize("mixin", [LooksElsewhere, TrainsElsewhere, EncodesTwice])
+def test_losses_are_those_of_the_steps_own_batch(
+    make: Callable[..., Any], sparse: bool, mixin: type
+):
+    plain = make(use_sparse_activations=sparse, **LOSSES)
+    sae = with_mixin(mixin, plain)
+    want = plain.training_forward_pass(step_input(X, DEAD, is_logging_step=True))
+    got = sae.training_forward_pass(step_input(X, DEAD, is_logging_step=True))
+    for name, loss in want.losses.items():
+        assert_close(got.losses[name], loss)
+        assert got.losses[name].requires_grad
+    assert got.metrics == want.metrics
+
+
+def test_losses_of_a_batch_that_is_asked_for_within_a_step():
+    seen = []
+
+    class AsksForAnother:
+        def calculate_aux_loss(
+            self, step_input: TrainStepInput, *args: Any
+        ) -> dict[str, torch.Tensor]:
+            other = replace(step_input, sae_in=-3 * X)
+            seen.append(super().calculate_aux_loss(other, *args))  # type: ignore[misc]
+            return super().calculate_aux_loss(step_input, *args)  # type: ignore[misc]
+
+    plain = scale_sae(**LOSSES)
+    output = with_mixin(AsksForAnother, plain).training_forward_pass(
+        step_input(X, DEAD)
+    )
+    want = other_losses(plain, -3 * X, output.sae_out)
+    for name, loss in want.items():
+        assert_close(seen[0][name], loss)
+        assert (seen[0][name] - output.losses[name]).abs() > 1e-3
+
+
+def test_an_encode_of_ones_own_leaves_the_step_sparse():
+    class OwnEncode(ScaleTrainingSAE):
+        @override
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("SAELens's training steps do not call encode")
+
+    sae = subclass(OwnEncode, scale_sae())
+    assert sae.training_forward_pass(step_input(X, DEAD)).feature_acts.is_sparse
+    with pytest.raises(AssertionError):
+        sae(X)
+
+
+@both
+def test_hooks_see_a_step_once(make: Callable[..., Any]):
+    class OwnEncoder:
+        def encode_with_hidden_pre(
+            self, x: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            sae: Any = self
+            pre = sae.hook_sae_acts_pre(sae.process_sae_in(x) @ sae.W_enc + sae.b_enc)
+            return sae.activation_fn(pre), pre
+
+    seen: list[str] = []
+    for plain in (make(), make(use_sparse_activations=False)):
+        for sae in (plain, with_mixin(DoubledActivations, plain)):
+            hooks = [(n, lambda t, hook: seen.append(hook.name)) for n in sae.hook_dict]
+            with sae.hooks(fwd_hooks=hooks):
+                sae.training_forward_pass(step_input(X, DEAD))
+            assert len(seen) == len(set(seen)) == len(sae.hook_dict) - 2
+            seen.clear()
+    sae = with_mixin(OwnEncoder, make())
+    hooks = [(name, lambda t, hook: seen.append(hook.name)) for name in sae.hook_dict]
+    with sae.hooks(fwd_hooks=hooks):
+        sae.training_forward_pass(step_input(X, DEAD))
+    assert sorted(seen) == ["hook_sae_acts_pre", "hook_sae_input", "hook_sae_recons"]
+
+
+def test_an_edit_may_send_tokens_to_a_shared_expert_in_training():
+    sae = scale_sae(num_shared_experts=1, experts_per_token=3)
+
+    def edit(indices: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.zeros_like(indices)
+
+    with sae.hooks(fwd_hooks=[("hook_expert_indices", edit)]):
+        output = sae.training_forward_pass(step_input(X, DEAD, is_logging_step=True))
+    assert output.losses["load_balance_loss"] == 0
+    assert output.metrics["router/idle_experts"] == 4

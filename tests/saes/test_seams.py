@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from sae_lens_scale import ScaleTrainingSAE
 from sae_lens_scale.saes.mixture import selection
+from sae_lens_scale.saes.mixture.dead_latents import strongest_dead
 from sae_lens_scale.saes.mixture.dispatch import Rows
 from sae_lens_scale.saes.mixture.encoding import Inputs
 from sae_lens_scale.saes.mixture.routing import Routing
@@ -261,3 +262,57 @@ def test_experts_may_be_elsewhere(overrides: dict[str, Any], dead_share: float):
     expected = gradients(plain, want.loss)
     for name, gradient in gradients(sae, got.loss).items():
         assert_close(gradient, expected[name])
+
+
+def test_activations_of_experts_that_are_elsewhere_are_those_of_the_token():
+    plain = scale_sae()
+    sae = subclass(OneExpertAtATime, plain)
+    acts = plain.encode(X)
+    assert_close(sae.encode(X), acts)
+    assert_close(sae.encode(X.view(2, 4, 10)), acts.view(2, 4, 60))
+    watch = [("hook_sae_acts_post", lambda acts, hook: 2 * acts)]
+    assert_close(sae.run_with_hooks(X, fwd_hooks=watch), plain.decode(2 * acts))
+
+
+def test_pre_activations_of_experts_that_are_elsewhere_are_refused():
+    sae = subclass(OneExpertAtATime, scale_sae())
+    watch = [("hook_sae_acts_pre", lambda pre, hook: pre)]
+    for use in (
+        lambda: sae.encode_with_hidden_pre(X),
+        lambda: sae.run_with_hooks(X, fwd_hooks=watch),
+    ):
+        with pytest.raises(NotImplementedError, match="dispatch is overridden"):
+            use()
+
+
+class AboveThreshold(ScaleTrainingSAE):
+    """A rule of each token alone that keeps more of one than of another."""
+
+    @override
+    def selection(self) -> Selection:
+        return replace(super().selection(), select=self.select)
+
+    @staticmethod
+    def select(ranking: torch.Tensor, sizes: Sequence[int]) -> Selected:
+        return best_of_each_row(ranking, [(ranking > 1).sum(-1) for _ in sizes])
+
+
+def test_a_selection_of_parts_that_differ_is_refused(monkeypatch: pytest.MonkeyPatch):
+    sae = subclass(AboveThreshold, scale_sae())
+    sae.encode(X)
+    monkeypatch.setattr(selection, "_AT_A_TIME", 1)
+    with pytest.raises(ValueError, match="per_token=True must keep as many latents"):
+        sae.encode(X)
+
+
+def test_a_masked_position_does_not_hide_the_same_one_kept():
+    ranking = torch.tensor([[[3.0, 2.0, 1.0]]])
+
+    def select(ranking: torch.Tensor, sizes: Sequence[int]) -> Selected:
+        positions = torch.tensor([[0, 1, 0]])
+        return Selected(positions, (3,), torch.tensor([[True, True, False]]))
+
+    everything = torch.ones_like(ranking, dtype=torch.bool)
+    experts = torch.zeros(1, 1, dtype=torch.int64)
+    taken = strongest_dead(ranking, None, experts, everything, 2, select)
+    assert taken.tolist() == [[[True, True, False]]]

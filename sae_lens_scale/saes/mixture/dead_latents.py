@@ -68,10 +68,14 @@ def strongest_dead(
     ranking = pre_acts if norms is None else pre_acts * norms[experts]
     flat = ranking.masked_fill(~is_dead, -torch.inf).flatten(1)
     best = select(flat, (size,))
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen.scatter_(1, best.positions, True if best.mask is None else best.mask)
+    positions, candidates = best.positions, flat.shape[1]
+    if best.mask is not None:
+        # Beyond the last, to be cut off: a position that is masked may be one that is kept.
+        positions = torch.where(best.mask, positions, candidates)
+    chosen = flat.new_zeros(len(flat), candidates + 1, dtype=torch.bool)
+    chosen = chosen.scatter_(1, positions, True)[:, :candidates]
     # A token with fewer dead candidates also drew living ones.
-    return chosen.view_as(is_dead) & is_dead
+    return chosen.reshape(is_dead.shape) & is_dead
 
 
 def dead_latent_loss(

@@ -20,7 +20,8 @@ class Rows:
         b_dec: Vector that the encoder subtracts from them, ``[d_in]``.
         experts: Experts of each row, ``[rows, experts_per_row]``, int64.
         gates: Gates of these experts, likewise.
-        shape: Dimensions that the rows have outside of the encoder.
+        shape: Leading dimensions of what is returned for each row, which multiply to their
+            number; in one process those of the batch.
     """
 
     x: Float[torch.Tensor, "rows d_in"]

@@ -48,9 +48,10 @@ def is_hooked(hook: nn.Module) -> bool:
 
 def is_overridden(sae: SAE[Any], *names: str) -> bool:
     """Say whether a subclass, or somebody on the SAE itself, replaced one of our methods."""
-    owners = [next(c for c in type(sae).__mro__ if name in vars(c)) for name in names]
-    return any(name in vars(sae) for name in names) or any(
-        owner.__module__.rpartition(".")[0] != __package__ for owner in owners
+    return any(
+        name in vars(sae)
+        or getattr(sae, name).__module__.rpartition(".")[0] != __package__
+        for name in names
     )
 
 
@@ -81,7 +82,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         x: The router's input, normalised, ``[..., d_in]``.
-        b_dec: Vector that the encoder's input is smaller by, ``[d_in]``; zeros without
+        b_dec: Decoder bias, which the encoder subtracts, ``[d_in]``; zeros without
             ``apply_b_dec_to_input``.
     """
 
@@ -94,8 +95,8 @@ class DecoderInput(NamedTuple):
     Latents of each row that decode together.
 
     Attributes:
-        coefficients: Multipliers of their decoder rows, ``[rows, m]``: activations, but for
-            the decoder norms that rescale_acts_by_decoder_norm puts into these.
+        coefficients: Multipliers of their decoder rows, ``[rows, m]``: feature activations,
+            divided by decoder norms with rescale_acts_by_decoder_norm.
         pattern: The latents, for the sparse products.
     """
 
@@ -108,24 +109,22 @@ class Encoding(NamedTuple):
     Everything that encoding a batch computes, compactly.
 
     Attributes:
-        inputs: Input of router and encoder.
         routing: Experts and gates of each token.
         rows: Tokens where their experts are.
-        W_enc: Encoder vectors that rows are multiplied with, ``[d_in, d_sae]``.
+        applied_W_enc: Encoder vectors that rows are multiplied with, ``[d_in, d_sae]``.
         scaling: Feature scaling of each row's experts; None without.
         all_pre_acts: Those of all candidates, before decoder norms, ``[rows, e, n]``; None
             unless asked for.
-        latents: Surviving latents and their feature activations, ``[..., k]``.
+        latents: Surviving latents and their feature activations, ``[..., k]``; a row each.
         pre_acts: Their pre-activations before any gate, ``[..., k]``, times decoder norms
             if TopK ranks with these.
         survivors: The same latents for the decoder.
         runners_up: Latents next in rank for the decoder; None unless asked for.
     """
 
-    inputs: Inputs
     routing: Routing
     rows: Rows
-    W_enc: torch.Tensor
+    applied_W_enc: torch.Tensor
     scaling: ExpertScaling | None
     all_pre_acts: torch.Tensor | None
     latents: SparseLatents
@@ -177,13 +176,19 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
     @property
     def _k(self) -> int:
-        """Number of latents that a token keeps: that of SAELens's activation function."""
-        if not isinstance(self.activation_fn, TopK):
+        """Number of latents that a token keeps: that of the activation function."""
+        topk, cfg = self.activation_fn, self.cfg
+        if not isinstance(topk, TopK) or type(topk).forward is not TopK.forward:
+            raise ValueError(f"activation_fn must be SAELens's TopK, got {topk}")
+        # The config's own TopK would still know a config that was replaced.
+        k = cfg.k if isinstance(topk, ConfigTopK) else topk.k
+        candidates = cfg.experts_per_token * cfg.expert_size
+        if not 1 <= k <= candidates:
             raise ValueError(
-                f"activation_fn must be SAELens's TopK, got {self.activation_fn}; "
-                "override selection() to choose latents by another rule"
+                f"k must be from 1 to the {candidates} latents of a token's experts, "
+                f"got {k}"
             )
-        return self.activation_fn.k
+        return k
 
     def selection(self) -> Selection:
         """The rule by which candidates survive; :class:`.Selection` is its contract."""
@@ -290,8 +295,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             )
             if omega is not None and means is not None:
                 scaling = expert_scaling(omega, rows.experts, means)
-                scale, shift = (t.gather(1, slots) for t in scaling)
-                pre_acts = torch.addcmul(shift, pre_acts, scale)
+                pre_acts = scaling.apply(pre_acts, slots)
             pre_acts = pre_acts + lookup(self.b_enc, indices)
         # ReLU before the gate: -inf * 0 would be NaN.
         gates = rows.gates.to(pre_acts.dtype).gather(1, slots)
@@ -314,10 +318,9 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             values, pre_acts = values * norms[indices], pre_acts * norms[indices]
         shape = (*rows.shape, indices.shape[1])
         return Encoding(
-            inputs=inputs,
             routing=routing,
             rows=rows,
-            W_enc=W_enc,
+            applied_W_enc=W_enc,
             scaling=scaling,
             all_pre_acts=all_pre_acts,
             latents=SparseLatents(values.view(shape), indices.view(shape)),
@@ -328,16 +331,15 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
     @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
+        """
+        The encoder's input. An SAE that overrides this has b_dec added back to what it
+        returns for the router, whose input is that of before the subtraction.
+        """
         x, b_dec = self._inputs(sae_in, own=True)
         return x - b_dec
 
     def _inputs(self, x: torch.Tensor, own: bool = False) -> Inputs:
-        """
-        Input of router and encoder.
-
-        Of an SAE that overrides process_sae_in the encoder's input is what that returns, and
-        the router's the same with b_dec added back, unless ``own`` asks for this class's.
-        """
+        """Input of router and encoder; that of this class if ``own``, whatever overrides do."""
         b_dec = self.b_dec
         if not self.cfg.apply_b_dec_to_input:
             b_dec = self.W_enc.new_zeros(self.cfg.d_in)
@@ -405,14 +407,23 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         # The d_sae-wide tensor costs more than the whole encoder: only on request.
         if not is_hooked(self.hook_sae_acts_pre):
             return pre_acts
-        wide = self._to_wide(pre_acts, rows.experts)
+        wide = self._to_wide(pre_acts, rows)
         wide = self.hook_sae_acts_pre(wide.view(*rows.shape, self.cfg.d_sae))
         wide = self._by_expert(wide.reshape(-1, self.cfg.d_sae))
         return wide.gather(1, rows.experts.unsqueeze(-1).expand_as(pre_acts))
 
-    def _to_wide(self, pre_acts: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """Candidates spread over all latents, -inf at other experts'; ``[rows, d_sae]``."""
-        cfg = self.cfg
+    def _to_wide(self, pre_acts: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """
+        Spread candidates over all latents, -inf at other experts'; ``[rows, d_sae]``.
+
+        Raises:
+            NotImplementedError: If rows are not tokens, none of which has all of them then.
+        """
+        cfg, experts = self.cfg, rows.experts
+        if is_overridden(self, "dispatch"):
+            raise NotImplementedError(
+                "pre-activations of all latents cannot be shown where dispatch is overridden"
+            )
         wide = pre_acts.new_full(
             (len(pre_acts), cfg.num_experts, cfg.expert_size), -torch.inf
         )

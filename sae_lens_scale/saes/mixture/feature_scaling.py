@@ -100,6 +100,28 @@ class ExpertScaling(NamedTuple):
     scale: Float[torch.Tensor, "tokens experts_per_token"]
     shift: Float[torch.Tensor, "tokens experts_per_token"]
 
+    def apply(
+        self,
+        products: Float[torch.Tensor, "tokens m"],
+        slots: Int[torch.Tensor, "tokens m"] | None = None,
+    ) -> Float[torch.Tensor, "tokens m"]:
+        """
+        Scale products.
+
+        Args:
+            products: Products with latents of the selected experts, ``[tokens, m]``, or
+                with as many of each, ``[tokens, experts_per_token, n]``.
+            slots: Positions of their experts among the token's, in the former case.
+
+        Returns:
+            In the shape and dtype of ``products``.
+        """
+        if slots is None:
+            scale, shift = self.scale.unsqueeze(-1), self.shift.unsqueeze(-1)
+        else:
+            scale, shift = self.scale.gather(1, slots), self.shift.gather(1, slots)
+        return torch.addcmul(shift, products, scale).to(products.dtype)
+
 
 def expert_scaling(
     omega: Float[torch.Tensor, " num_experts"],
@@ -118,7 +140,9 @@ def expert_scaling(
         mean_products: Mean of the products with each selected expert, likewise.
 
     Returns:
-        A scale and a shift for each selected expert.
+        A scale and a shift for each selected expert, in at least float32: 1 + omega would
+        lose a small omega in bfloat16.
     """
-    selected = lookup(omega, experts)
-    return ExpertScaling(1 + selected, -selected * mean_products)
+    dtype = torch.promote_types(omega.dtype, torch.float32)
+    selected = lookup(omega.to(dtype), experts)
+    return ExpertScaling(1 + selected, -selected * mean_products.to(dtype))

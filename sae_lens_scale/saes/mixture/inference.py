@@ -50,8 +50,13 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         Raises:
             ValueError: If the last dimension of ``x`` is not d_in.
         """
-        latents = self._encode(x).latents
-        return self.hook_sae_acts_post(latents.to_dense(self.cfg.d_sae))
+        return self.hook_sae_acts_post(self._feature_acts(self._encode(x)))
+
+    def _feature_acts(self, encoding: Encoding) -> torch.Tensor:
+        """Feature activations of each token, ``[..., d_sae]``."""
+        acts = encoding.latents.to_dense(self.cfg.d_sae).flatten(0, -2)
+        acts = self.combine(acts, encoding.rows)
+        return acts.view(*encoding.routing.indices.shape[:-1], self.cfg.d_sae)
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,19 +80,14 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         return self.hook_sae_output(sae_out)
 
     def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
-        if self._goes_dense():
+        if not self._encodes_compactly() or is_overridden(self, "decode"):
             return self.decode(self.encode(x))
         encoding = self._encode(x)
         return self._finish_decoding(self._recons_of(encoding, encoding.survivors))
 
-    # Overrides of these work on activations that are d_sae wide.
-    _DENSE_METHODS: tuple[str, ...] = ("encode", "decode")
-
-    def _goes_dense(self) -> bool:
-        """Say whether a hook or an override wants activations that are d_sae wide."""
-        return is_hooked(self.hook_sae_acts_post) or is_overridden(
-            self, *self._DENSE_METHODS
-        )
+    def _encodes_compactly(self) -> bool:
+        """Say whether encode returns what ``_encode`` finds: no hook or override changes it."""
+        return not (is_hooked(self.hook_sae_acts_post) or is_overridden(self, "encode"))
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
@@ -120,13 +120,13 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
 
     def combine(self, partial: torch.Tensor, rows: Rows) -> torch.Tensor:
         """
-        Add up what the rows of each token made of it; the counterpart of ``dispatch``.
+        Add up the results of each token's rows; the counterpart of ``dispatch``.
 
-        It is called with partial reconstructions and with numbers per row, always for all
-        rows and all tokens, and has to be differentiable.
+        It gets partial reconstructions, feature activations or counts, always of all rows,
+        and has to be differentiable.
 
         Args:
-            partial: One row for each row, ``[rows, width]``.
+            partial: A result for each row, ``[rows, width]``.
             rows: The rows, as ``dispatch`` returned them.
 
         Returns:

@@ -122,11 +122,9 @@ def expert_load(
     dtype: torch.dtype = torch.float32,
 ) -> Float[torch.Tensor, " num_routed_experts"]:
     """Share of the router's selections that each expert got that is not shared; sums to 1."""
-    routed = indices[..., num_shared_experts:] - num_shared_experts
-    counts = torch.bincount(
-        routed.flatten(), minlength=num_experts - num_shared_experts
-    )
-    return counts.to(dtype) / routed.numel()
+    counts = torch.bincount(indices.flatten(), minlength=num_experts)
+    total = indices[..., num_shared_experts:].numel()
+    return counts[num_shared_experts:].to(dtype) / total
 
 
 def load_balance_loss(

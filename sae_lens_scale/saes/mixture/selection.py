@@ -45,9 +45,9 @@ class Selection:
     it returns the candidates that a TopK of so many latents per token keeps and those of
     the smaller sizes do not: for ``(k,)`` the survivors, for ``(k, 4 * k)`` the survivors
     and after them the runners-up that the Multi-TopK loss trains. Where there are fewer
-    candidates than asked for, it returns all of them. A rule whose survivors of one token
-    depend on that token alone says so with ``per_token``, and may be given a part of the
-    batch at a time; any other one always sees the whole batch.
+    candidates than asked for, it returns all of them. A rule that keeps as many latents of
+    each token, and by that token alone, says so with ``per_token``, and may be given a part
+    of the batch at a time; any other one always sees the whole batch, and may return a mask.
 
     Attributes:
         rank: Ranking values, from pre-activations ``[tokens, experts_per_token,
@@ -129,8 +129,7 @@ class Candidates:
         """Pre-activations, before any norm or gate."""
         products = self.products
         if self.scaling is not None:
-            scale, shift = (t.unsqueeze(-1) for t in self.scaling)
-            products = torch.addcmul(shift, products, scale)
+            products = self.scaling.apply(products)
         return products + lookup(self.b_enc, self.experts)
 
     @torch.no_grad()
@@ -167,10 +166,13 @@ class Candidates:
             selected = part.select(pre_acts, selection, sizes)
             found.append(selected)
             pre_acts_found.append(pre_acts.flatten(1).gather(1, selected.positions))
-        masks = [selected.mask for selected in found if selected.mask is not None]
-        selected = Selected(
-            torch.cat([selected.positions for selected in found]),
-            found[0].widths,
-            torch.cat(masks) if masks else None,
-        )
-        return selected, torch.cat(pre_acts_found)
+        if len(found) == 1:
+            return found[0], pre_acts_found[0]
+        widths = {selected.widths for selected in found}
+        if len(widths) > 1 or any(selected.mask is not None for selected in found):
+            raise ValueError(
+                "a selection with per_token=True must keep as many latents of each token "
+                f"and have no mask, got widths {sorted(widths)}"
+            )
+        positions = torch.cat([selected.positions for selected in found])
+        return Selected(positions, found[0].widths), torch.cat(pre_acts_found)

@@ -15,6 +15,7 @@ from sae_lens.saes.sae import (
     TrainingSAE,
     TrainStepInput,
     TrainStepOutput,
+    _disable_hooks,
 )
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError
@@ -32,7 +33,7 @@ from sae_lens_scale.ops import (
 
 from .config import MixtureTrainingSAEConfig
 from .dead_latents import dead_latent_loss, dead_offsets, strongest_dead
-from .encoding import Encoding, is_overridden
+from .encoding import Encoding, is_hooked, is_overridden
 from .files import require_tensors
 from .inference import MixtureSAE
 from .initialization import geometric_median, spherical_kmeans
@@ -58,13 +59,10 @@ class MixtureTrainingSAE(
 ):
     """Training of a mixture-of-experts SAE."""
 
-    _DENSE_METHODS = (*MixtureSAE._DENSE_METHODS, "encode_with_hidden_pre")
-
     # Each routed expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
-    # The encoding that losses are being computed of: none or one. None outside of a training
-    # step, since it would keep the step's graph alive.
-    _shared_encoding: list[Encoding] | None = None
+    # The input that losses are being computed for, with its encoding.
+    _current: tuple[torch.Tensor, Encoding] | None = None
 
     def target(self, step_input: TrainStepInput) -> torch.Tensor:
         """
@@ -89,6 +87,12 @@ class MixtureTrainingSAE(
         return super().encode(x)
 
     @override
+    def _encodes_compactly(self) -> bool:
+        return super()._encodes_compactly() and not is_overridden(
+            self, "encode_with_hidden_pre"
+        )
+
+    @override
     def encode_with_hidden_pre(
         self, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,19 +106,17 @@ class MixtureTrainingSAE(
             Both ``[..., d_sae]``; pre-activations are -inf at latents whose expert
             was not selected.
         """
-        in_step = self._shared_encoding is not None
-        encoding = self._encode(
-            x, self._num_runners_up if in_step else 0, with_all_pre_acts=True
-        )
-        if in_step:
-            self._shared_encoding = [encoding]
+        return self._hidden_pre_of(self._encode(x, with_all_pre_acts=True))
+
+    def _hidden_pre_of(self, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result of encode_with_hidden_pre."""
         hidden_pre, experts = encoding.all_pre_acts, encoding.rows.experts
         assert hidden_pre is not None
         if self.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * self._by_expert(decoder_norm(self.W_dec))[experts]
-        feature_acts = encoding.latents.to_dense(self.cfg.d_sae)
-        hidden_pre = self._to_wide(hidden_pre, experts).view_as(feature_acts)
-        return self.hook_sae_acts_post(feature_acts), hidden_pre
+        feature_acts = self._feature_acts(encoding)
+        hidden_pre = self._to_wide(hidden_pre, encoding.rows)
+        return self.hook_sae_acts_post(feature_acts), hidden_pre.view_as(feature_acts)
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -126,8 +128,8 @@ class MixtureTrainingSAE(
 
         Returns:
             ``feature_acts`` and ``hidden_pre`` are those of
-            :meth:`encode_with_hidden_pre`. With ``use_sparse_activations``, unless
-            ``hook_sae_acts_post`` is hooked or a method is overridden, ``feature_acts`` is
+            :meth:`encode_with_hidden_pre`. With ``use_sparse_activations``, unless that or
+            ``decode`` is overridden or ``hook_sae_acts_post`` is hooked, ``feature_acts`` is
             a sparse COO tensor and ``hidden_pre`` holds the surviving latents only,
             ``[tokens, k]``.
 
@@ -135,25 +137,36 @@ class MixtureTrainingSAE(
             ValueError: If the loss is not finite. One such step would turn every
                 weight into NaN, without an error.
         """
-        with self._share_encoding():
-            if not self.cfg.use_sparse_activations or self._goes_dense():
-                feature_acts, hidden_pre = self.encode_with_hidden_pre(
-                    step_input.sae_in
-                )
-                sae_out = self.decode(feature_acts)
-            else:
-                encoding = self._encode(step_input.sae_in, self._num_runners_up)
-                self._shared_encoding = [encoding]
-                feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
-                hidden_pre = encoding.pre_acts
-                recons = self._recons_of(encoding, encoding.survivors)
-                sae_out = self._finish_decoding(recons)
-            errors = self.mse_loss_fn(sae_out, self.target(step_input))
-            losses = {"mse_loss": errors.sum(dim=-1).mean()}
+        x = step_input.sae_in
+        if is_overridden(self, "encode_with_hidden_pre"):
+            feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
+            sae_out = self.decode(feature_acts)
+            # For the losses; hooks have seen the other one.
+            with _disable_hooks(self), self._keep_run_time_norm_state():
+                encoding = self._encode(x, self._num_runners_up)
+        elif (
+            not self.cfg.use_sparse_activations
+            or is_hooked(self.hook_sae_acts_post)
+            or is_overridden(self, "decode")
+        ):
+            encoding = self._encode(x, self._num_runners_up, with_all_pre_acts=True)
+            feature_acts, hidden_pre = self._hidden_pre_of(encoding)
+            sae_out = self.decode(feature_acts)
+        else:
+            encoding = self._encode(x, self._num_runners_up)
+            feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
+            hidden_pre = encoding.pre_acts
+            recons = self._recons_of(encoding, encoding.survivors)
+            sae_out = self._finish_decoding(recons)
+        errors = self.mse_loss_fn(sae_out, self.target(step_input))
+        losses = {"mse_loss": errors.sum(dim=-1).mean()}
+        with self._losses_of(x, encoding):
             losses |= self.calculate_aux_loss(
                 step_input, feature_acts, hidden_pre, sae_out
             )
-            metrics = self._metrics(step_input) if step_input.is_logging_step else {}
+        metrics = (
+            self._metrics(step_input, encoding) if step_input.is_logging_step else {}
+        )
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
             values = ", ".join(f"{n} {v.item()}" for n, v in losses.items())
@@ -174,26 +187,14 @@ class MixtureTrainingSAE(
         )
 
     @contextmanager
-    def _share_encoding(self) -> Iterator[None]:
-        """Let everything that runs within, and needs the encoding, have the same one."""
-        if self._shared_encoding is not None:
-            yield
-            return
-        self._shared_encoding = []
+    def _losses_of(self, sae_in: torch.Tensor, encoding: Encoding) -> Iterator[None]:
+        """Give an input's encoding to its losses, whose signatures are SAELens's."""
+        outer, self._current = self._current, (sae_in, encoding)
         try:
             yield
         finally:
-            self._shared_encoding = None
-
-    def _encoding_of(self, sae_in: torch.Tensor) -> Encoding:
-        """The shared encoding; computed anew if there is none yet."""
-        if self._shared_encoding:
-            return self._shared_encoding[0]
-        with self._keep_run_time_norm_state():
-            encoding = self._encode(sae_in, runners_up=self._num_runners_up)
-        if self._shared_encoding is not None:
-            self._shared_encoding = [encoding]
-        return encoding
+            # Kept any longer, it would keep the graph alive.
+            self._current = outer
 
     @override
     def calculate_aux_loss(
@@ -215,29 +216,36 @@ class MixtureTrainingSAE(
         Returns:
             Scalars, each of them part of the loss.
         """
-        cfg = self.cfg
+        cfg, sae_in = self.cfg, step_input.sae_in
+        if self._current is not None and self._current[0] is sae_in:
+            encoding = self._current[1]
+        else:
+            with self._keep_run_time_norm_state():
+                encoding = self._encode(sae_in, self._num_runners_up)
         losses: dict[str, torch.Tensor] = {}
-        with self._share_encoding():
-            encoding = self._encoding_of(step_input.sae_in)
-            if cfg.load_balance_coefficient:
-                balance = load_balance_loss(
-                    encoding.routing, cfg.num_experts, cfg.num_shared_experts
-                )
-                losses["load_balance_loss"] = (
-                    cfg.load_balance_coefficient * cfg.d_in * balance
-                )
-            if cfg.aux_loss_coefficient:
+        if cfg.load_balance_coefficient:
+            balance = load_balance_loss(
+                encoding.routing, cfg.num_experts, cfg.num_shared_experts
+            )
+            losses["load_balance_loss"] = (
+                cfg.load_balance_coefficient * cfg.d_in * balance
+            )
+        if cfg.aux_loss_coefficient:
+            with self._losses_of(sae_in, encoding):
                 losses["auxiliary_reconstruction_loss"] = self.calculate_topk_aux_loss(
                     sae_in=self.target(step_input),
                     sae_out=sae_out,
                     hidden_pre=hidden_pre,
                     dead_neuron_mask=step_input.dead_neuron_mask,
                 )
-            if cfg.multi_topk_coefficient:
-                losses["multi_topk_loss"] = (
-                    cfg.multi_topk_coefficient
-                    * self._multi_topk_loss(step_input, encoding, sae_out)
-                )
+        if cfg.multi_topk_coefficient:
+            wider = sae_out
+            if encoding.runners_up is not None:
+                wider = sae_out + self._recons_of(encoding, encoding.runners_up)
+            errors = self.mse_loss_fn(wider, self.target(step_input))
+            losses["multi_topk_loss"] = (
+                cfg.multi_topk_coefficient * errors.sum(dim=-1).mean()
+            )
         return losses
 
     @property
@@ -246,14 +254,6 @@ class MixtureTrainingSAE(
         if not self.cfg.multi_topk_coefficient:
             return 0
         return (MULTI_TOPK_FACTOR - 1) * self._k
-
-    def _multi_topk_loss(
-        self, step_input: TrainStepInput, encoding: Encoding, sae_out: torch.Tensor
-    ) -> torch.Tensor:
-        """The squared error of a TopK that keeps several times as many latents."""
-        if encoding.runners_up is not None:
-            sae_out = sae_out + self._recons_of(encoding, encoding.runners_up)
-        return self.mse_loss_fn(sae_out, self.target(step_input)).sum(dim=-1).mean()
 
     def calculate_topk_aux_loss(
         self,
@@ -274,11 +274,24 @@ class MixtureTrainingSAE(
 
         Returns:
             A scalar.
+
+        Raises:
+            ValueError: If it is called on its own, not by calculate_aux_loss, by an SAE
+                whose target is another than its input: the latter is not known then.
         """
         if dead_neuron_mask is None or not dead_neuron_mask.any():
             return sae_out.new_zeros(())
-        encoding, cfg = self._encoding_of(sae_in), self.cfg
-        rows = encoding.rows
+        if self._current is not None:
+            encoding = self._current[1]
+        elif is_overridden(self, "target"):
+            raise ValueError(
+                "calculate_topk_aux_loss needs the encoding of the SAE's input: "
+                "call calculate_aux_loss instead"
+            )
+        else:
+            with self._keep_run_time_norm_state():
+                encoding = self._encode(sae_in)
+        cfg, rows = self.cfg, encoding.rows
         offsets, is_dead = dead_offsets(dead_neuron_mask, cfg.num_experts)
         first = torch.arange(cfg.num_experts, device=offsets.device) * cfg.expert_size
         latents = first.unsqueeze(-1) + offsets
@@ -319,7 +332,7 @@ class MixtureTrainingSAE(
         if encoding.all_pre_acts is not None:
             return encoding.all_pre_acts.gather(-1, offsets[rows.experts])
         W_enc = index_select(
-            encoding.W_enc, 1, latents.flatten(), self._gradient_memory
+            encoding.applied_W_enc, 1, latents.flatten(), self._gradient_memory
         )
         # As in route: the gradient of b_dec comes from a term that is zero.
         b_dec = rows.b_dec.detach()
@@ -336,10 +349,10 @@ class MixtureTrainingSAE(
         return dead.pre_acts()
 
     @torch.no_grad()
-    def _metrics(self, step_input: TrainStepInput) -> Metrics:
+    def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
         """Diagnostics for the logger; docs/architectures.md says what they are."""
         num_experts = self.cfg.num_experts
-        indices = self._encoding_of(step_input.sae_in).routing.indices
+        indices = encoding.routing.indices
         load = expert_load(indices, num_experts, self.cfg.num_shared_experts)
         self._logged_load = load
         metrics: Metrics = {

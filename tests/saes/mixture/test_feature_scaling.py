@@ -35,9 +35,20 @@ def test_expert_scaling_equals_a_product_with_the_scaled_encoder():
     indices = torch.rand(7, 3).topk(2, dim=-1).indices
     products = grouped_encode(x, W, indices, 3)
     scaling = expert_scaling(omega, indices, products.mean(-1))
-    got = scaling.scale[..., None] * products + scaling.shift[..., None]
-    W_hat = scaled_encoder(W, omega, "mean")
-    torch.testing.assert_close(got, grouped_encode(x, W_hat, indices, 3))
+    want = grouped_encode(x, scaled_encoder(W, omega, "mean"), indices, 3)
+    torch.testing.assert_close(scaling.apply(products), want)
+    slots = torch.tensor([[0, 1, 1]] * 7)
+    some = scaling.apply(products[:, [0, 1, 1], [3, 0, 2]], slots)
+    torch.testing.assert_close(some, want[:, [0, 1, 1], [3, 0, 2]])
+
+
+def test_a_small_omega_is_not_lost_in_bfloat16():
+    omega = torch.full((1,), 0.003, dtype=torch.bfloat16)
+    experts = torch.zeros(1, 1, dtype=torch.int64)
+    scaling = expert_scaling(omega, experts, torch.zeros(1, 1, dtype=torch.bfloat16))
+    torch.testing.assert_close(scaling.scale, 1 + omega.float().view(1, 1))
+    products = torch.ones(1, 1, 2, dtype=torch.bfloat16)
+    assert scaling.apply(products).dtype == torch.bfloat16
 
 
 def test_omega_zero_changes_nothing():
