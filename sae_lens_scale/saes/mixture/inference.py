@@ -54,8 +54,8 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
 
     def _feature_acts(self, encoding: Encoding) -> torch.Tensor:
         """Feature activations of each token, ``[..., d_sae]``."""
-        acts = encoding.latents.to_dense(self.cfg.d_sae).flatten(0, -2)
-        acts = self.combine(acts, encoding.rows)
+        acts = encoding.latents.to_dense(self.cfg.d_sae)
+        acts = self.combine(acts.view(-1, self.cfg.d_sae), encoding.rows)
         return acts.view(*encoding.routing.indices.shape[:-1], self.cfg.d_sae)
 
     @override
