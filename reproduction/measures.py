@@ -39,7 +39,6 @@ def reconstruction_error(
     Measure the error of an SAE's reconstruction.
 
     Args:
-        sae: An SAE, in training or not.
         activations: Batches of raw activations, ``[tokens, d_in]`` in float32.
         scaler: The trainer's, for an SAE in training.
 
@@ -66,15 +65,7 @@ def reconstruction_error(
 
 @torch.no_grad()
 def variance(activations: Activations) -> float:
-    """
-    Compute the variance of activations, summed over d_in: the mse at which fvu is 1.
-
-    Args:
-        activations: Held-out activations.
-
-    Returns:
-        Mean over tokens of the squared distance from the mean.
-    """
+    """Compute the variance of activations, summed over d_in: the mse at which fvu is 1."""
     spread = _Spread()
     for batch in activations.batches(_BATCH):
         spread.add(batch)
@@ -104,16 +95,7 @@ class _Spread:
 
 @torch.no_grad()
 def firing_counts(sae: SAE[Any], activations: Activations) -> torch.Tensor:
-    """
-    Count the tokens on which each latent fires.
-
-    Args:
-        sae: An SAE for raw activations.
-        activations: Held-out activations.
-
-    Returns:
-        ``[d_sae]``, int64.
-    """
+    """Count the tokens on which each latent fires: ``[d_sae]``, int64."""
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.device)
     for _, latents in active_latents(sae, activations.batches(_BATCH)):
         counts += latents.bincount(minlength=sae.cfg.d_sae)
@@ -124,15 +106,8 @@ def reconstruction(
     sae: SAE[Any], activations: Activations, counts: torch.Tensor
 ) -> dict[str, float]:
     """
-    Measure how well an SAE reconstructs activations, and with how many latents.
-
-    Args:
-        sae: An SAE for raw activations.
-        activations: Held-out activations.
-        counts: Their :func:`firing_counts`.
-
-    Returns:
-        Results over all tokens, as in a record's ``in_domain``.
+    Measure how well an SAE reconstructs activations, and with how many latents, as in a record's
+    ``in_domain``; ``counts`` are the :func:`firing_counts`.
     """
     error = reconstruction_error(sae, activations.batches(_BATCH))
     return {
@@ -149,11 +124,6 @@ def further_measures(
 ) -> dict[str, Any]:
     """
     Measure what figures show of an SAE besides its reconstruction.
-
-    Args:
-        sae: An SAE for raw activations.
-        activations: Held-out activations.
-        counts: Their :func:`firing_counts`.
 
     Returns:
         Results by name, that JSON can hold. Those that need latents that fire are left out

@@ -37,14 +37,9 @@ _L1_COEFFICIENTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 @dataclass(frozen=True)
 class Preset:
     """
-    A grid of runs.
+    A grid of runs, for each of the seeds.
 
-    Attributes:
-        base: Name of the folder; presets of one base share activations, and runs that they
-            have in common.
-        cache: Settings of the activations.
-        runs: Settings of the runs, for the first seed.
-        seeds: Seeds of each run.
+    Presets of one base share a folder, activations, and runs that they have in common.
     """
 
     base: str

@@ -17,7 +17,7 @@ def load_text(
     name: str, split: Literal["train", "test", "all"]
 ) -> Dataset | IterableDataset:
     """
-    Load a text to run a language model on.
+    Load a text to run a language model on: documents in the column ``"text"``.
 
     Args:
         name: "anarchism" (An Anarchist FAQ, prose on politics and history, from Debian's
@@ -26,9 +26,6 @@ def load_text(
             on the hub, which asks its users to log in); or any name that
             :func:`sae_lens_scale.loading.text.load_text` takes.
         split: "train" and "test" share no document; "all" is both.
-
-    Returns:
-        The documents, in the column ``"text"``.
 
     Raises:
         ValueError: ``split`` is none of the three, or there are too few texts to split.
@@ -44,11 +41,8 @@ def load_text(
 
 def fetch_anarchism() -> Path:
     """
-    Find the text of Debian's package ``anarchism``, fetching it if it is missing.
-
-    Returns:
-        Folder of the text, in HTML: the installed package's, or one in the cache, which
-        ``SAE_LENS_SCALE_CACHE`` names.
+    Find the text of Debian's package ``anarchism``, in HTML: the installed package's, or one in the
+    cache, which ``SAE_LENS_SCALE_CACHE`` names, fetched if it is missing.
 
     Raises:
         RuntimeError: It could not be fetched. The message says how to do it by hand.

@@ -50,7 +50,6 @@ class GridTrainer(SAETrainer[Any, Any]):
     Attributes:
         after_step: Called with the trainer after each step, in order. The stopwatch runs
             on, except for callers that stop it.
-        stopwatch: Time that training took.
     """
 
     def __init__(
@@ -135,20 +134,15 @@ def train_run(
     Train an SAE and measure it.
 
     Args:
-        settings: Settings of the run.
         cache: The activations to train and to evaluate on.
         output: Folder of the records, in which a run that is recorded is not repeated;
             None keeps nothing.
-        device: Device to train on.
         workers: Number of runs that share the machine, for the record.
         keep_weights: Leave the SAE, for inference, in a folder beside the record.
         measures: Measure more than the reconstruction.
         customize: Called with the trainer and the activations to train on before the first
             step, for variants that no setting makes: it may change the trainer, its SAE
             and its optimizer, and add to ``after_step``. Name them in ``settings.variant``.
-
-    Returns:
-        The record.
 
     Raises:
         ValueError: If settings and activations do not fit, if the record in the folder is
@@ -326,15 +320,7 @@ def finished_record(
     settings: RunSettings, cache: ActivationCache, output: str | Path
 ) -> RunRecord | None:
     """
-    Find the record of an earlier run.
-
-    Args:
-        settings: Settings of the run.
-        cache: The activations that it is to train on.
-        output: Folder of the records.
-
-    Returns:
-        The record, or None if there is none.
+    Find the record of an earlier run, if there is one.
 
     Raises:
         ValueError: If its SAE or its activations differ from these, because defaults have
