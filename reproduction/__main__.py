@@ -96,10 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--list", action="store_true", help="name the runs, train nothing")
 
     evaluate = _add(
-        commands,
-        "evaluate",
-        "add the language model's loss to the records",
-        _evaluate,
+        commands, "evaluate", "add the language model's loss to the records", _evaluate
     )
     evaluate.add_argument(
         "--contexts", type=int, default=64, help="of each text (default: %(default)s)"

@@ -8,7 +8,7 @@ map into memory and mix anew, over all tokens, for each training run.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -254,10 +254,12 @@ class ActivationCache:
 
     def to(self, device: str | torch.device) -> "ActivationCache":
         """Copy the activations to a device's memory."""
-        splits = (self.train, self.in_domain, self.other_domain)
-        train, in_domain, other = (s and s.to(device) for s in splits)
-        assert train is not None and in_domain is not None
-        return ActivationCache(train, in_domain, other, self.settings, self.folder)
+        return replace(
+            self,
+            train=self.train.to(device),
+            in_domain=self.in_domain.to(device),
+            other_domain=self.other_domain and self.other_domain.to(device),
+        )
 
 
 def text_hash(token_ids: torch.Tensor) -> str:

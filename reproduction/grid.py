@@ -16,13 +16,7 @@ from tqdm.auto import tqdm
 
 from .activations import ActivationCache, CacheSettings
 from .measures import variance
-from .records import (
-    RunRecord,
-    held_out_variances,
-    read,
-    read_records,
-    require_one_text,
-)
+from .records import RunRecord, held_out_variances, read, read_records, require_one_text
 from .settings import RunSettings
 from .training import finished_record, train_run
 

@@ -169,10 +169,7 @@ class _Experiment:
                 )
         # The ceiling, at few k: a run takes about five times as long as a Scale SAE's.
         for k in (8, 32, 64):
-            runs += [
-                full := self.run("full", {"k": k}),
-                _with_multi_topk(full),
-            ]
+            runs += [full := self.run("full", {"k": k}), _with_multi_topk(full)]
         runs += [
             self.run("gated", {"d_sae": self.d_in, "l1_coefficient": l1})
             for l1 in _L1_COEFFICIENTS

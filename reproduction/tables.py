@@ -16,10 +16,7 @@ TOKENS = "settings.training_tokens"
 # Parts of a training step; the last is their sum.
 _FLOPS = ("router", "encoder", "decoder", "backward", "total")
 # Headers of a table's columns, by the column of the frame that they are values of.
-_HEADERS = {
-    "k": "k = {:g}".format,
-    TOKENS: "{:,.0f} tokens".format,
-}
+_HEADERS = {"k": "k = {:g}".format, TOKENS: "{:,.0f} tokens".format}
 _L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("L0", "l0", "{:.1f}".format),
     ("FVU", "fvu", "{:.4f}".format),

@@ -56,18 +56,11 @@ def fetch_anarchism() -> Path:
         with tempfile.TemporaryDirectory(
             prefix=".download-", dir=cached.parent
         ) as temporary:
+            options: Any = {"cwd": temporary, "text": True, "capture_output": True}
+            unpack = "dpkg -x anarchism_*.deb anarchism"
             try:
-                for command in (
-                    "apt-get download -q anarchism",
-                    "dpkg -x anarchism_*.deb anarchism",
-                ):
-                    subprocess.run(
-                        ["sh", "-c", command],
-                        cwd=temporary,
-                        check=True,
-                        text=True,
-                        capture_output=True,
-                    )
+                for command in ("apt-get download -q anarchism", unpack):
+                    subprocess.run(["sh", "-c", command], check=True, **options)
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(
                     f"Debian's package anarchism could not be fetched "
@@ -83,13 +76,9 @@ def _hle_biomedical(split: str) -> Dataset:
     if split != "all":
         raise ValueError("split must be 'all' for hle-biomedical: it is too short")
     questions: Any = load_dataset("cais/hle", split="test")
-    rows = questions.remove_columns(
-        [
-            c
-            for c in questions.column_names
-            if c not in ("question", "answer", "category")
-        ]
-    ).filter(lambda row: row["category"] == "Biology/Medicine")
+    rows = questions.select_columns(["question", "answer", "category"]).filter(
+        lambda row: row["category"] == "Biology/Medicine"
+    )
     return Dataset.from_dict(
         {"text": [f"{row['question']}\n{row['answer']}" for row in rows]}
     )

@@ -159,8 +159,10 @@ def train_run(
         torch.manual_seed(settings.seed)
         trainer = _start(settings, cache, device)
         initialization = trainer.stopwatch.seconds
-        held_out = cache.in_domain.sample(settings.curve_tokens)
-        curve = _draw_curve(trainer, settings, held_out) if len(held_out) else []
+        curve: list[dict[str, float]] = []
+        if settings.curve_tokens:
+            held_out = Activations([cache.in_domain.sample(settings.curve_tokens)])
+            curve = _draw_curve(trainer, settings, held_out)
         if customize is not None:
             customize(trainer, cache.train)
         trainer.stopwatch.start()
@@ -284,7 +286,7 @@ def _initialize(
 
 
 def _draw_curve(
-    trainer: GridTrainer, settings: RunSettings, held_out: torch.Tensor
+    trainer: GridTrainer, settings: RunSettings, held_out: Activations
 ) -> list[dict[str, float]]:
     """Let training fill a list with the points of a learning curve."""
     due = {0, *(max(1, round(share * settings.steps)) for share in _CURVE)}
@@ -295,9 +297,7 @@ def _draw_curve(
             return
         trainer.stopwatch.stop()
         error = reconstruction_error(
-            trainer.sae,
-            held_out.split(settings.batch_size),
-            trainer.activation_scaler,
+            trainer.sae, held_out, trainer.activation_scaler, settings.batch_size
         )
         curve.append(
             {

@@ -87,11 +87,7 @@ def count_per_token(
     [
         TOPK,
         {**TOPK, "apply_b_dec_to_input": False},
-        {
-            **TOPK,
-            "use_sparse_activations": True,
-            "rescale_acts_by_decoder_norm": False,
-        },
+        {**TOPK, "use_sparse_activations": True, "rescale_acts_by_decoder_norm": False},
         {**DENSE, "architecture": "gated"},
         {**DENSE, "architecture": "gated", "apply_b_dec_to_input": False},
         {**DENSE, "architecture": "standard"},

@@ -30,9 +30,7 @@ GATED = RunSettings("gated", {"d_sae": 16})
 
 
 def test_a_grid_is_trained_from_the_command_line(
-    tiny_model: HookedSAETransformer,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tiny_model: HookedSAETransformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     changes = {
         "hook_name": "blocks.0.hook_resid_post",
@@ -139,9 +137,7 @@ def test_an_error_shows_where_it_came_from_on_request(tmp_path: Path):
 
 
 def test_evaluate_says_what_has_no_weights(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     write_records(tmp_path / "runs", "smollm2-time", seeds=(0,))
     (first, *_) = records = read_records(tmp_path / "runs")
@@ -221,8 +217,7 @@ def test_changes_reach_settings_and_fields_of_SAEs():
     # However a number is written, it is the same run.
     short, long = (
         select_runs(
-            [SCALE],
-            [f"training_tokens={tokens}", f"k={k}", f"lr={lr}", f"lr_end={lr}"],
+            [SCALE], [f"training_tokens={tokens}", f"k={k}", f"lr={lr}", f"lr_end={lr}"]
         )
         for tokens, k, lr in (("1e6", "2.0", "1"), ("1000000", "2", "1.0"))
     )
