@@ -54,9 +54,7 @@ def runs(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def evaluate(
-    runs: Path, tiny_model: HookedSAETransformer
-) -> Evaluate:
+def evaluate(runs: Path, tiny_model: HookedSAETransformer) -> Evaluate:
     def evaluate(folder: Path = runs, **changes: Any) -> list[RunRecord]:
         options = {"model": tiny_model, "texts": TEXTS, "contexts": 4, **changes}
         return evaluate_records(folder, options.pop("settings", SETTINGS), **options)
@@ -84,9 +82,7 @@ def test_a_record_gets_what_loss_recovered_says_of_the_first_contexts(
     assert not any(point.fwd_hooks for point in tiny_model.hook_dict.values())
 
 
-def test_records_are_completed_once(
-    runs: Path, tmp_path: Path, evaluate: Evaluate
-):
+def test_records_are_completed_once(runs: Path, tmp_path: Path, evaluate: Evaluate):
     before = read_records(runs)
     assert len(evaluate(contexts=6)) == 2
     for old, new in zip(before, read_records(runs), strict=True):
@@ -139,9 +135,7 @@ def test_an_interruption_keeps_what_was_evaluated_before(
     assert len(calls) == 5
 
 
-def test_records_of_another_text_are_not_added_to(
-    runs: Path, evaluate: Evaluate
-):
+def test_records_of_another_text_are_not_added_to(runs: Path, evaluate: Evaluate):
     evaluate()
     pending = read_records(runs)[0]
     del pending.measures["loss_recovered"]
