@@ -78,7 +78,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: str | Path) -> "RunRecord":
-        """Read a record; a file that holds none is a ValueError."""
+        """Read a record; ValueError if the file holds none."""
         try:
             return cls(**json.loads(Path(path).read_text()))
         except (TypeError, ValueError) as error:
@@ -86,7 +86,7 @@ class RunRecord:
 
 
 def read_records(folder: str | Path) -> list[RunRecord]:
-    """Read all records of a folder, in the order of their names; none is a FileNotFoundError."""
+    """Read the records of a folder by name; FileNotFoundError if there is no such folder."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is no folder")
     return [RunRecord.read(path) for path in sorted(Path(folder).glob("*.json"))]

@@ -1,10 +1,10 @@
 """Points of a figure's lines: from a frame of runs to means over seeds."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 
@@ -98,23 +98,24 @@ def over_seeds(runs: pd.DataFrame, line: str, x: str, metric: str) -> list[Point
     """
     columns = runs.reindex(columns=[line, x, "seed"])
     values = runs[metric].astype(float)
-    if np.isinf(values).any():
-        raise ValueError(
-            f"{metric} must be finite, got {values[np.isinf(values)].iloc[0]}"
-        )
-    if (again := columns.duplicated()).any():
-        of_line, at, seed = columns.loc[again].iloc[0]
+    infinite = values.loc[values.abs() == math.inf]
+    if len(infinite):
+        raise ValueError(f"{metric} must be finite, got {infinite.iloc[0]}")
+    again = columns.loc[columns.duplicated()]
+    if len(again):
+        of_line, at, seed = again.iloc[0].tolist()
         raise ValueError(
             f"runs must have one row for each {line}, {x} and seed, got several with "
             f"{of_line!r}, {at!r} and {seed!r}: leave out those with other settings"
         )
-    found = values.groupby([columns[line], columns[x]], sort=False)
+    found: Any = values.groupby([columns[line], columns[x]], sort=False)
     return [
         Point(
-            *place,
-            of_seeds.mean(),
-            of_seeds.std() if len(of_seeds) > 1 else None,
-            len(of_seeds),
+            of_line,
+            at,
+            seeds.mean(),
+            seeds.std() if len(seeds) > 1 else None,
+            len(seeds),
         )
-        for place, of_seeds in found
+        for (of_line, at), seeds in found
     ]

@@ -82,16 +82,20 @@ def test_tables_leave_out_what_has_no_records(tmp_path: Path):
         path.unlink()
     found = set(tables(tmp_path, "smollm2"))
     assert {"fvu", "length"} <= found
-    assert not {"comparison", "length-comparison", "ablation-gates"} & found
+    assert not {"comparison", "length-comparison"} & found
 
 
-def test_tables_need_no_other_domain(main_grid: Path):
+def test_tables_of_the_main_grid_need_no_other_domain_and_are_no_ablations(
+    main_grid: Path,
+):
     for record in read_records(main_grid):
         record.other_domain = None
         record.write(main_grid)
     found = set(tables(main_grid, "smollm2"))
     assert "comparison" in found
     assert not {"comparison-other-domain", "fvu-other-domain"} & found
+    # Of these the main grid has several runs.
+    assert not {"ablation-flops", "length"} & found
 
 
 def test_draw_draws_every_figure_beside_the_papers_numbers(
@@ -124,6 +128,11 @@ def test_draw_leaves_out_what_records_do_not_suffice_for(
 
 
 def test_losses_of_different_numbers_of_contexts_are_not_compared(decompositions: Path):
+    found = set(tables(decompositions, "smollm2"))
+    # Of the gates there is only the default's run.
+    assert found & {"ablation-decompositions", "ablation-gates"} == {
+        "ablation-decompositions"
+    }
     record, *_ = read_records(decompositions)
     record.measures["loss_recovered"]["contexts"] = 64
     record.write(decompositions)

@@ -115,8 +115,8 @@ def test_axes_and_the_papers_numbers_are_of_the_domain_that_is_drawn(name: str):
 
 @pytest.mark.parametrize("name", LINES)
 def test_lines_are_means_over_seeds_of_the_metric(name: str):
-    rows, line, *columns = LINES[name]
-    want = expected(rows, line, *columns, NAMES.get(line, "{}"))
+    rows, line, x, metric = LINES[name]
+    want = expected(rows, line, x, metric, NAMES.get(line, "{}"))
     names = {"experts_per_token": ["e = 1", "e = 2", "e = 16"], "label": FEW_LABELS}
     if line in names:
         assert sorted(want) == sorted(names[line])
