@@ -15,6 +15,7 @@ def sae() -> TopKSAE:
     sae = TopKSAE(TopKSAEConfig(d_in=6, d_sae=20, k=3))
     sae.W_dec.data.normal_()
     sae.W_enc.data.copy_(sae.W_dec.T)
+    sae.b_enc.data.normal_()
     return sae
 
 
