@@ -104,6 +104,7 @@ def test_a_command_ends_as_it_is_told_to(
         time.sleep(5)
 
     before = signal.getsignal(signal.SIGTERM)
+    assert before is not signal.default_int_handler
     monkeypatch.setattr(command_module, "tables", terminate)
     assert main(["report", "--preset", "smollm2"]) == 130
     assert capsys.readouterr().err == "reproduction: error: interrupted\n"
