@@ -33,9 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     Run a command.
 
-    Args:
-        arguments: Words of the command line; by default the process's own.
-
     Returns:
         The exit status: 0, 1 for an error, 130 after an interruption. Wrong usage exits
         with 2, as argparse does.
@@ -45,22 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print_result(options.run(options))
+        return 0
     except KeyboardInterrupt:
-        _complain("interrupted")
-        return 130
+        status, complaint = 130, "interrupted"
     except Exception as error:
         # Bad arguments and files end as errors of any type, deep in a library.
         if options.traceback:
             raise
-        _complain(error_text(error))
-        return 1
+        status, complaint = 1, error_text(error)
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
-
-
-def _complain(text: str) -> None:
-    print(f"reproduction: error: {text}", file=sys.stderr)  # noqa: T201
+    print(f"reproduction: error: {complaint}", file=sys.stderr)  # noqa: T201
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,10 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--list", action="store_true", help="name the runs, train nothing")
 
     evaluate = _add(
-        commands,
-        "evaluate",
-        "add the language model's loss to the records",
-        _evaluate,
+        commands, "evaluate", "add the language model's loss to the records", _evaluate
     )
     evaluate.add_argument(
         "--contexts", type=int, default=64, help="of each text (default: %(default)s)"
@@ -239,15 +229,13 @@ def select_runs(
     runs: Sequence[RunSettings], changes: Sequence[str] = (), only: str | None = None
 ) -> list[RunSettings]:
     """
-    Choose among runs, and change them.
+    Choose the runs whose name, before any change, contains ``only`` (``*`` stands for anything),
+    and change them.
 
     Args:
-        runs: The runs.
         changes: ``NAME=VALUE`` each: a setting, or a field of the SAE's config, in JSON
             (strings may go without quotes). Several values, separated by commas, make a
             run each. SAEs that lack a field stay as they are.
-        only: Choose runs whose name, before any change, contains this; ``*`` stands for
-            anything.
 
     Returns:
         The runs, without repetitions.
@@ -275,14 +263,13 @@ def select_runs(
 
 
 def _settable(run: RunSettings) -> set[str]:
-    return {*get_type_hints(type(run)), *run.sae_fields()}
+    return {*get_type_hints(RunSettings), *run.sae_fields()}
 
 
 def _changed(run: RunSettings, changes: dict[str, Any]) -> RunSettings:
-    own, of_sae = get_type_hints(type(run)), run.sae_fields()
-    sae = {n: v for n, v in changes.items() if n not in own and n in of_sae}
-    changed = {n: v for n, v in changes.items() if n in own}
-    return replace(run, **{"sae": {**run.sae, **sae}, **changed})
+    own = {n: v for n, v in changes.items() if n in get_type_hints(RunSettings)}
+    sae = {n: v for n, v in changes.items() if n not in own and n in run.sae_fields()}
+    return replace(run, **{"sae": {**run.sae, **sae}, **own})
 
 
 def _parse_change(change: str) -> tuple[str, list[Any]]:

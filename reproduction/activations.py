@@ -1,14 +1,14 @@
 """
 Cached activations of a language model, their settings and readers.
 
-They lie on disk in the order of the text, in shards (:mod:`.caching` writes them). Readers
-map the shards into memory and mix them anew for each training run, over all tokens.
+They lie on disk in the order of the text, in shards (:mod:`.caching` writes them), which readers
+map into memory and mix anew, over all tokens, for each training run.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -29,15 +29,13 @@ class CacheSettings:
     Settings of cached activations.
 
     Args:
-        model (str): "smollm2" or the name of a TransformerLens model.
-        hook_name (str): Hook whose activations are cached.
-        text (str): Text to train on, and in another part of it to evaluate on; a name
+        model: "smollm2" or the name of a TransformerLens model.
+        text: Text to train on, and in another part of it to evaluate on; a name
             that :func:`.load_text` knows.
-        other_text (str | None): Text of another domain to evaluate on, likewise.
-        train_tokens (int): Tokens to train on.
-        test_tokens (int): Tokens to evaluate on, of the training text's other part.
-        other_tokens (int): Tokens to evaluate on, of the other text.
-        context_size (int): Tokens per prompt, BOS included.
+        other_text: Text of another domain to evaluate on.
+        train_tokens, test_tokens, other_tokens: Tokens to train on, and to evaluate on of the
+            training text's other part and of the other text.
+        context_size: Tokens per prompt, BOS included.
     """
 
     model: str = "smollm2"
@@ -72,15 +70,8 @@ class CacheSettings:
 @dataclass(frozen=True)
 class SplitSettings:
     """
-    Settings of the activations of one folder.
-
-    Attributes:
-        model: The language model, see :class:`CacheSettings`.
-        hook_name: Hook whose activations are cached.
-        context_size: Tokens per prompt, BOS included.
-        text: Text that the model reads.
-        text_split: Part of it, see :func:`.load_text`.
-        tokens: Number of tokens, special ones left out.
+    Settings of the activations of one folder: of ``tokens`` tokens, special ones left out, of a
+    part of a text. The rest is as in :class:`CacheSettings`.
     """
 
     model: str
@@ -91,16 +82,7 @@ class SplitSettings:
     tokens: int
 
     def require_fit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        """
-        Refuse activations that were made with other settings; the number of tokens may differ.
-
-        Args:
-            folder: Folder of the activations, for the message.
-            manifest: Their manifest.
-
-        Raises:
-            ValueError: If a setting differs.
-        """
+        """Refuse a manifest of other settings; the number of tokens may differ."""
         for name, value in asdict(self).items():
             if name != "tokens" and manifest[name] != value:
                 raise ValueError(
@@ -152,15 +134,7 @@ class Activations:
         return Activations([whole])
 
     def take(self, indices: torch.Tensor) -> torch.Tensor:
-        """
-        Read tokens.
-
-        Args:
-            indices: Positions of the tokens, ``[n]``.
-
-        Returns:
-            Their activations in float32, ``[n, d_in]``.
-        """
+        """Read the tokens at the positions ``[n]``, in float32: ``[n, d_in]``."""
         first = self._parts[0]
         if len(self._parts) == 1:
             return first[indices.to(first.device)].float()
@@ -174,14 +148,8 @@ class Activations:
 
     def sample(self, n: int, seed: int = 0) -> torch.Tensor:
         """
-        Choose tokens at random, the same for the same seed.
-
-        Args:
-            n: Number of tokens; all, if there are fewer.
-            seed: Seed of the choice.
-
-        Returns:
-            Their activations in float32, ``[n, d_in]``.
+        Choose n tokens at random, the same for the same seed, or all if there are fewer; they are in
+        float32, ``[n, d_in]``.
         """
         return self.take(next(self._orders(seed))[:n])
 
@@ -193,10 +161,6 @@ class Activations:
     def shuffled(self, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
         """
         Read batches to train on, without an end: each epoch is mixed anew over all tokens.
-
-        Args:
-            batch_size: Tokens per batch.
-            seed: Seed of the order.
 
         Yields:
             ``[batch_size, d_in]`` in float32; the incomplete batch of an epoch is left out.
@@ -225,9 +189,8 @@ class ActivationCache:
     The activations that a grid trains and is evaluated on.
 
     Attributes:
-        train: Activations to train on.
         in_domain: Activations to evaluate on: of other documents of the same text.
-        other_domain: Activations of a text of another domain, if there is one.
+        other_domain: Activations of a text of another domain.
         settings: Their settings; None if they were not cached.
         folder: Their folder on disk, if they have one.
     """
@@ -241,14 +204,7 @@ class ActivationCache:
     @classmethod
     def open(cls, folder: str | Path, settings: CacheSettings) -> "ActivationCache":
         """
-        Read a cache that :func:`.cache_activations` wrote.
-
-        Args:
-            folder: Its folder.
-            settings: The settings that it must have. Of more tokens, the first are read.
-
-        Returns:
-            Activations, mapped into memory.
+        Map a cache that :func:`.cache_activations` wrote into memory; of more tokens, the first.
 
         Raises:
             FileNotFoundError: If there is no cache.
@@ -269,16 +225,14 @@ class ActivationCache:
                     f"{path} holds {manifest['tokens']:,} tokens of {split.tokens:,}: "
                     "caching was not finished"
                 )
-            shards = [map_shard(file)["activations"] for file in _shards(path)]
+            shards = [shard["activations"] for shard in _shards(path)]
             splits[name] = Activations(shards, split.tokens)
         return cls(**splits, settings=settings, folder=Path(folder))
 
     def describe(self) -> dict[str, Any] | None:
         """
-        Describe the cache for records.
-
-        Returns:
-            The settings and, of a cache on disk, ``texts``: its :attr:`text_hashes`.
+        Describe the cache for records: its settings and, of a cache on disk, ``texts``: its
+        :attr:`text_hashes`.
         """
         if self.settings is None:
             return None
@@ -292,29 +246,24 @@ class ActivationCache:
         the installed packages. Of a cache on disk only.
         """
         assert self.settings is not None and self.folder is not None
-        return {
-            name: _digest(self.folder / name, split.tokens)
-            for name, split in self.settings.splits().items()
-        }
+        hashes = {}
+        for name, split in self.settings.splits().items():
+            parts = [shard["token_ids"] for shard in _shards(self.folder / name)]
+            hashes[name] = text_hash(torch.cat(parts)[: split.tokens])
+        return hashes
 
     def to(self, device: str | torch.device) -> "ActivationCache":
         """Copy the activations to a device's memory."""
-        splits = (self.train, self.in_domain, self.other_domain)
-        train, in_domain, other = (s and s.to(device) for s in splits)
-        assert train is not None and in_domain is not None
-        return ActivationCache(train, in_domain, other, self.settings, self.folder)
+        return replace(
+            self,
+            train=self.train.to(device),
+            in_domain=self.in_domain.to(device),
+            other_domain=self.other_domain and self.other_domain.to(device),
+        )
 
 
 def text_hash(token_ids: torch.Tensor) -> str:
-    """
-    Hash of a text.
-
-    Args:
-        token_ids: Its tokens without special ones, ``[tokens]``.
-
-    Returns:
-        The first 16 hexadecimal digits of a SHA-256.
-    """
+    """Hash token ids ``[tokens]``, special ones left out: 16 hexadecimal digits of a SHA-256."""
     return hashlib.sha256(token_ids.int().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -330,13 +279,5 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def _digest(folder: Path, tokens: int) -> str:
-    parts = []
-    for file in _shards(folder):
-        with safe_open(file, "pt") as shard:
-            parts.append(shard.get_tensor("token_ids"))
-    return text_hash(torch.cat(parts)[:tokens])
+def _shards(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [map_shard(file) for file in sorted(folder.glob("*.safetensors"))]

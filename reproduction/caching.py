@@ -11,7 +11,6 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from sae_lens_scale.analysis.contexts import excluded_ids
-from sae_lens_scale.files import replacing_files
+from sae_lens_scale.files import replacing_files, write_whole
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
 
 from .activations import (
@@ -56,15 +55,10 @@ def cache_activations(
     training with ``exclude_special_tokens``.
 
     Args:
-        settings: Settings of the activations.
         folder: Folder of the cache.
         model: The language model, by default loaded by its name when it is needed.
         texts: The texts, likewise.
         prompts_per_batch: Contexts that the model reads at once.
-        device: Device that the model runs on.
-
-    Returns:
-        The cache.
 
     Raises:
         ValueError: If the folder holds something else, or a text is too short.
@@ -106,7 +100,7 @@ def _cache_split(
         "versions": {n: version(n) for n in ("torch", "sae-lens", "transformer-lens")},
     }
     if not known:
-        _write_manifest(folder, manifest)
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
     store = token_store(
         model,
         text,
@@ -126,13 +120,13 @@ def _cache_split(
                     f"but {split.tokens:,} are wanted"
                 )
             tokens = torch.stack(contexts)
-            token_ids = tokens.flatten()
-            keep = ~torch.isin(token_ids, excluded)
+            keep = ~torch.isin(tokens, excluded)
+            token_ids = tokens[keep]
             file = folder / f"{i:05}.safetensors"
             if file.exists():
                 # These tokens are all that is kept of the text; they must be the same.
                 before = map_shard(file)["token_ids"].long()
-                if not torch.equal(before, token_ids[keep]):
+                if not torch.equal(before, token_ids):
                     raise ValueError(f"{file} was made from another text")
             else:
                 activations = torch.cat(
@@ -141,18 +135,15 @@ def _cache_split(
                         for part in tokens.split(prompts_per_batch)
                     ]
                 )
-                shard = {
-                    "activations": activations.flatten(0, 1)[keep],
-                    "token_ids": token_ids[keep].int(),
-                }
+                shard = {"activations": activations[keep], "token_ids": token_ids.int()}
                 with replacing_files(folder) as temporary:
                     save_file(shard, temporary / file.name)
-            new = int(keep.sum())
-            rows += new
-            bar.update(new)
+            rows += len(token_ids)
+            bar.update(len(token_ids))
             if rows >= split.tokens:
                 break
-    _write_manifest(folder, {**manifest, "tokens": rows})
+    finished = {**manifest, "tokens": rows}
+    write_whole(folder / MANIFEST, json.dumps(finished, indent=1))
 
 
 def _width(model: HookedSAETransformer, hook_name: str) -> int:
@@ -167,11 +158,6 @@ def _width(model: HookedSAETransformer, hook_name: str) -> int:
     return cache[hook_name].shape[2:].numel()
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with replacing_files(folder) as temporary:
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-
-
 def token_store(
     model: HookedSAETransformer,
     text: Dataset | IterableDataset,
@@ -181,18 +167,9 @@ def token_store(
     autocast_lm: bool = False,
 ) -> ActivationsStore:
     """
-    SAELens's store, for its ``iterable_sequences`` and ``get_activations``.
-
-    Args:
-        model: The language model.
-        text: Text that it reads.
-        hook_name: Hook of the activations.
-        context_size: Tokens per context, BOS included.
-        d_in: Width of the activations, if they are wanted.
-        autocast_lm: Compute them in bfloat16; the residual stream stays in float32.
-
-    Returns:
-        The store, at the start of the text.
+    SAELens's store at the start of a text, for its ``iterable_sequences`` and
+    ``get_activations``; only the latter needs ``d_in``. With ``autocast_lm`` activations are
+    computed in bfloat16, but for the residual stream.
     """
     return ActivationsStore(
         model=model,

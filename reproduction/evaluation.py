@@ -32,10 +32,11 @@ def evaluate_records(
     device: str = "cpu",
 ) -> list[RunRecord]:
     """
-    Add the loss recovered to the records that lack it.
+    Add the loss recovered to the records that lack it and have their weights
+    (``keep_weights``).
 
-    Runs need their weights (``keep_weights``). Each record is written as soon as it is
-    measured, so that an interruption costs one SAE's work.
+    Each record is written as soon as it is measured, so that an interruption costs one SAE's
+    work.
 
     Args:
         output: Folder of the records.
@@ -44,7 +45,6 @@ def evaluate_records(
         texts: The held-out texts, likewise.
         contexts: Number of contexts of each text to read.
         prompts_per_batch: Contexts that the model reads at once.
-        device: Device of the model and the SAEs.
 
     Returns:
         The records that were measured; ``measures["loss_recovered"]`` has a result for

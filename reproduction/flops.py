@@ -45,13 +45,10 @@ to TopK's decoder M and to its backward pass 2 M.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from sae_lens.saes.gated_sae import GatedSAEConfig, GatedTrainingSAEConfig
-from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig, JumpReLUTrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
-from sae_lens.saes.standard_sae import StandardSAEConfig, StandardTrainingSAEConfig
-from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
 from sae_lens_scale.saes import ScaleTrainingSAEConfig
 from sae_lens_scale.saes.mixture import MixtureSAEConfig
@@ -60,16 +57,10 @@ from sae_lens_scale.saes.mixture.training import (
     MixtureTrainingSAEConfig,
 )
 
-_DENSE = (
-    TopKSAEConfig,
-    TopKTrainingSAEConfig,
-    GatedSAEConfig,
-    GatedTrainingSAEConfig,
-    StandardSAEConfig,
-    StandardTrainingSAEConfig,
-    JumpReLUSAEConfig,
-    JumpReLUTrainingSAEConfig,
-)
+# Others of SAELens extend these configs and compute other things.
+_DENSE = ("topk", "gated", "standard", "jumprelu")
+# Multiply-adds for each token and each of d_in: router, encoder, decoder, backward pass.
+_Products = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -77,14 +68,9 @@ class FlopsPerToken:
     """
     FLOPs for each token of a batch.
 
-    Attributes:
-        router: FLOPs of the router, forward.
-        encoder: FLOPs of the encoder, forward. SAEs that agree in it are what the Scale SAE
-            paper calls FLOPs-matched.
-        decoder: FLOPs of the decoder, forward.
-        backward: FLOPs of the backward pass; 0 for an SAE that is not trained.
-        forward: ``router + encoder + decoder``.
-        total: ``forward + backward``.
+    SAEs that agree in ``encoder`` are what the Scale SAE paper calls FLOPs-matched. ``backward`` is
+    0 for an SAE that is not trained, ``forward`` is ``router + encoder + decoder`` and ``total``
+    ``forward + backward``.
     """
 
     router: int
@@ -99,36 +85,22 @@ class FlopsPerToken:
         object.__setattr__(self, "total", self.forward + self.backward)
 
 
-class _Products(NamedTuple):
-    """Multiply-adds for each token and each of d_in."""
-
-    router: int
-    encoder: int
-    decoder: int
-    backward: int
-
-
 def flops_per_token(cfg: SAEConfig, dead_latents: int = 0) -> FlopsPerToken:
     """
     Count what an SAE computes for a token; the module says by which formulas.
 
     Args:
-        cfg: Training or inference config of a Scale, Switch, TopK, Gated, Standard or
-            JumpReLU SAE. With a training config a training step is counted, otherwise a
-            reconstruction.
+        cfg: Config of a Scale, Switch, TopK, Gated, Standard or JumpReLU SAE. With a training
+            config a training step is counted, otherwise a reconstruction.
         dead_latents: Number of latents that the dead-latent loss computes: the dead ones of
             the expert that has most of them, or of a dense SAE.
-
-    Returns:
-        FLOPs for each token.
 
     Raises:
         ValueError: If the architecture is another one, or there are not so many latents.
     """
     if isinstance(cfg, MixtureSAEConfig):
         most, products = cfg.expert_size, _mixture(cfg, dead_latents)
-    # Not isinstance: SAEs that extend these (BatchTopK, Matryoshka) compute other things.
-    elif type(cfg) in _DENSE:
+    elif cfg.architecture() in _DENSE:
         most, products = cfg.d_sae, _dense(cfg, dead_latents)
     else:
         raise ValueError(
@@ -144,7 +116,7 @@ def _mixture(cfg: MixtureSAEConfig, most_dead: int) -> _Products:
     experts, k = cfg.num_experts, cfg.k
     active = cfg.experts_per_token * cfg.expert_size
     if not isinstance(cfg, MixtureTrainingSAEConfig):
-        return _Products(experts, active, k, 0)
+        return (experts, active, k, 0)
     sparse = cfg.use_sparse_activations
     # Nothing tells the router anything if gates are 1 and loads are not balanced.
     learns = cfg.gate != "uniform" or cfg.load_balance_coefficient > 0
@@ -168,21 +140,21 @@ def _mixture(cfg: MixtureSAEConfig, most_dead: int) -> _Products:
         decoder, backward = decoder + dead, backward + 2 * dead
         if sparse:
             encoder, backward = encoder + dead, backward + dead
-    return _Products(experts, encoder, decoder, backward)
+    return (experts, encoder, decoder, backward)
 
 
 def _dense(cfg: SAEConfig, dead_latents: int) -> _Products:
     wide = cfg.d_sae
     if isinstance(cfg, GatedSAEConfig):
-        return _Products(0, 2 * wide, wide, 0)
+        return (0, 2 * wide, wide, 0)
     if isinstance(cfg, GatedTrainingSAEConfig):
-        return _Products(0, 3 * wide, 2 * wide, 8 * wide)
+        return (0, 3 * wide, 2 * wide, 8 * wide)
     if not isinstance(cfg, TrainingSAEConfig):
-        return _Products(0, wide, wide, 0)
+        return (0, wide, wide, 0)
     decoder, backward = wide, 4 * wide
     if isinstance(cfg, TopKTrainingSAEConfig):
         if cfg.use_sparse_activations:
             decoder, backward = cfg.k, 3 * wide + cfg.k
         if dead_latents:
             decoder, backward = decoder + wide, backward + 2 * wide
-    return _Products(0, wide, decoder, backward)
+    return (0, wide, decoder, backward)

@@ -5,24 +5,18 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tqdm.auto import tqdm
 
 from .activations import ActivationCache, CacheSettings
 from .measures import variance
-from .records import (
-    RunRecord,
-    held_out_variances,
-    read,
-    read_records,
-    require_one_text,
-)
+from .records import RunRecord, held_out_variances, read, read_records, require_one_text
 from .settings import RunSettings
 from .training import finished_record, train_run
 
@@ -43,13 +37,11 @@ def run_grid(
     Train all runs that have no record yet.
 
     Args:
-        runs: Settings of the runs.
         cache: The activations; on disk if there are several workers.
         output: Folder of the records.
         workers: Processes that train at the same time. Two of one thread are faster than
             one of two on a machine with two cores.
         threads: Threads of each; by default the cores are shared out.
-        device: Device to train on.
         keep_weights: Keep the SAEs, each in a folder beside its record.
 
     Returns:
@@ -159,7 +151,7 @@ def _train_in_processes(
         # Threads that spin while they wait would take the cores from other workers.
         "OMP_WAIT_POLICY": "PASSIVE",
     }
-    with _environment(environment):
+    with patch.dict(os.environ, environment):
         executor = ProcessPoolExecutor(
             common["workers"],
             multiprocessing.get_context("spawn"),
@@ -184,28 +176,13 @@ def _train_in_processes(
             executor.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
 def _start_worker(threads: int) -> None:
     # Ctrl-C reaches all processes; the parent stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
 
-@functools.cache
-def _open_cache(folder: Path, settings: CacheSettings) -> ActivationCache:
-    return ActivationCache.open(folder, settings)
+_open_cache = functools.cache(ActivationCache.open)
 
 
 def _train_in_worker(

@@ -1,6 +1,5 @@
 """Measures of every SAE of a grid."""
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -32,15 +31,15 @@ _SIMILARITY_TOKENS = 8192
 @torch.no_grad()
 def reconstruction_error(
     sae: SAE[Any],
-    activations: Iterable[torch.Tensor],
+    activations: Activations,
     scaler: ActivationScaler | None = None,
+    batch_size: int = _BATCH,
 ) -> dict[str, float]:
     """
     Measure the error of an SAE's reconstruction.
 
     Args:
-        sae: An SAE, in training or not.
-        activations: Batches of raw activations, ``[tokens, d_in]`` in float32.
+        activations: Raw activations.
         scaler: The trainer's, for an SAE in training.
 
     Returns:
@@ -48,72 +47,37 @@ def reconstruction_error(
         units) and ``fvu`` (that, divided by their variance).
 
     Raises:
-        ValueError: If there are no tokens, or all are the same.
+        ValueError: If all tokens are the same.
     """
     scaler = scaler or ActivationScaler()
-    spread, error = _Spread(), torch.zeros((), dtype=torch.float64)
-    for batch in activations:
+    total = variance(activations)
+    if not total > 0:
+        raise ValueError("activations must differ from token to token, to be explained")
+    error = torch.zeros((), dtype=torch.float64)
+    for batch in activations.batches(batch_size):
         batch = batch.to(sae.device)
         output = scaler.unscale(sae(scaler.scale(batch)))
         error += (output - batch).square().sum(dim=-1).sum(dtype=torch.float64).cpu()
-        spread.add(batch)
-    total = spread.variance()
-    if not total > 0:
-        raise ValueError("activations must differ from token to token, to be explained")
-    mse = error.item() / spread.tokens
+    mse = error.item() / len(activations)
     return {"mse": mse, "fvu": mse / total}
 
 
 @torch.no_grad()
 def variance(activations: Activations) -> float:
-    """
-    Compute the variance of activations, summed over d_in: the mse at which fvu is 1.
-
-    Args:
-        activations: Held-out activations.
-
-    Returns:
-        Mean over tokens of the squared distance from the mean.
-    """
-    spread = _Spread()
+    """Compute the variance of activations, summed over d_in: the mse at which fvu is 1."""
+    total: Any = 0
+    squares: Any = 0
     for batch in activations.batches(_BATCH):
-        spread.add(batch)
-    return spread.variance()
-
-
-class _Spread:
-    """Sums of activations and of their squares."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._total: torch.Tensor | float = 0.0
-        self._squares: torch.Tensor | float = 0.0
-
-    def add(self, batch: torch.Tensor) -> None:
         exact = batch.double()
-        self._total = self._total + exact.sum(dim=0)
-        self._squares = self._squares + exact.square().sum()
-        self.tokens += len(batch)
-
-    def variance(self) -> float:
-        if not isinstance(self._total, torch.Tensor):
-            raise ValueError("activations must hold at least one token, got none")
-        around_mean = self._squares - self._total.square().sum() / self.tokens
-        return float(around_mean) / self.tokens
+        total += exact.sum(dim=0)
+        squares += exact.square().sum()
+    around_mean = squares - total.square().sum() / len(activations)
+    return around_mean.item() / len(activations)
 
 
 @torch.no_grad()
 def firing_counts(sae: SAE[Any], activations: Activations) -> torch.Tensor:
-    """
-    Count the tokens on which each latent fires.
-
-    Args:
-        sae: An SAE for raw activations.
-        activations: Held-out activations.
-
-    Returns:
-        ``[d_sae]``, int64.
-    """
+    """Count the tokens on which each latent fires: ``[d_sae]``, int64."""
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.device)
     for _, latents in active_latents(sae, activations.batches(_BATCH)):
         counts += latents.bincount(minlength=sae.cfg.d_sae)
@@ -124,17 +88,10 @@ def reconstruction(
     sae: SAE[Any], activations: Activations, counts: torch.Tensor
 ) -> dict[str, float]:
     """
-    Measure how well an SAE reconstructs activations, and with how many latents.
-
-    Args:
-        sae: An SAE for raw activations.
-        activations: Held-out activations.
-        counts: Their :func:`firing_counts`.
-
-    Returns:
-        Results over all tokens, as in a record's ``in_domain``.
+    Measure how well an SAE reconstructs activations, and with how many latents, as in a record's
+    ``in_domain``; ``counts`` are the :func:`firing_counts`.
     """
-    error = reconstruction_error(sae, activations.batches(_BATCH))
+    error = reconstruction_error(sae, activations)
     return {
         **error,
         "explained_variance": 1 - error["fvu"],
@@ -149,11 +106,6 @@ def further_measures(
 ) -> dict[str, Any]:
     """
     Measure what figures show of an SAE besides its reconstruction.
-
-    Args:
-        sae: An SAE for raw activations.
-        activations: Held-out activations.
-        counts: Their :func:`firing_counts`.
 
     Returns:
         Results by name, that JSON can hold. Those that need latents that fire are left out

@@ -27,7 +27,7 @@ class PaperFigure:
             paper states them: "label", "num_experts", "experts_per_token",
             "feature_scaling", "decomposition", "k" (or "quantile") and the metric.
         dataset: Text that it was evaluated on; None if none was needed.
-        note: A remark, such as a setting that the paper does not state; None for none.
+        note: A remark, such as a setting that the paper does not state.
     """
 
     metric: str
@@ -38,14 +38,11 @@ class PaperFigure:
 
 def paper_figure(figure: str) -> PaperFigure:
     """
-    Numbers of one of the paper's figures.
+    Numbers of one of the paper's figures: single values, as it reports no spread over seeds.
 
     Args:
         figure: "2", "3a", "3b", "3c", "3d", "4a", "4c", "5a", "5b", "7a", "7b", "8a" or
             "10"; or "redundancy", Switch SAE's beside Scale SAE's, which has no number.
-
-    Returns:
-        The figure's numbers; single values, as the paper reports no spread over seeds.
 
     Raises:
         ValueError: If there are no numbers of such a figure.

@@ -37,14 +37,9 @@ _L1_COEFFICIENTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 @dataclass(frozen=True)
 class Preset:
     """
-    A grid of runs.
+    A grid of runs, for each of the seeds.
 
-    Attributes:
-        base: Name of the folder; presets of one base share activations, and runs that they
-            have in common.
-        cache: Settings of the activations.
-        runs: Settings of the runs, for the first seed.
-        seeds: Seeds of each run.
+    Presets of one base share a folder, activations, and runs that they have in common.
     """
 
     base: str
@@ -174,10 +169,7 @@ class _Experiment:
                 )
         # The ceiling, at few k: a run takes about five times as long as a Scale SAE's.
         for k in (8, 32, 64):
-            runs += [
-                full := self.run("full", {"k": k}),
-                _with_multi_topk(full),
-            ]
+            runs += [full := self.run("full", {"k": k}), _with_multi_topk(full)]
         runs += [
             self.run("gated", {"d_sae": self.d_in, "l1_coefficient": l1})
             for l1 in _L1_COEFFICIENTS

@@ -38,8 +38,7 @@ class RunRecord:
 
     Attributes:
         name: Name of the record's file and of the folder of the weights.
-        label: The architecture for people, such as "scale 64/2".
-        settings: The run's settings.
+        label: The architecture for people, such as "Scale 64/2".
         sae_cfg: The SAE's whole training config.
         cache: Settings of the activations, and hashes of their texts; None if they were not
             cached.
@@ -72,33 +71,14 @@ class RunRecord:
     measures: dict[str, Any]
 
     def write(self, folder: str | Path) -> Path:
-        """
-        Write the record, whole or not at all.
-
-        Args:
-            folder: Folder of the records, made if it is missing.
-
-        Returns:
-            Path of the file.
-        """
+        """Write the record, whole or not at all, into a folder that is made if it is missing."""
         path = Path(folder, f"{self.name}.json")
         write_whole(path, dump_json(asdict(self)) + "\n")
         return path
 
     @classmethod
     def read(cls, path: str | Path) -> "RunRecord":
-        """
-        Read a record.
-
-        Args:
-            path: Its file.
-
-        Returns:
-            The record.
-
-        Raises:
-            ValueError: If the file holds no record.
-        """
+        """Read a record; ValueError if the file holds none."""
         try:
             return cls(**json.loads(Path(path).read_text()))
         except (TypeError, ValueError) as error:
@@ -106,18 +86,7 @@ class RunRecord:
 
 
 def read_records(folder: str | Path) -> list[RunRecord]:
-    """
-    Read all records of a folder.
-
-    Args:
-        folder: Folder of the records.
-
-    Returns:
-        Records in the order of their names.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-    """
+    """Read the records of a folder by name; FileNotFoundError if there is no such folder."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is no folder")
     return [RunRecord.read(path) for path in sorted(Path(folder).glob("*.json"))]
@@ -125,10 +94,9 @@ def read_records(folder: str | Path) -> list[RunRecord]:
 
 def read(folder: str | Path, names: Sequence[str] | None = None) -> pd.DataFrame:
     """
-    Read the runs of a folder, one row a run.
+    Read the runs of a folder of records, or of the tables made of them, one row a run.
 
     Args:
-        folder: Folder of the records, or of the tables made of them.
         names: Names of the runs to read; all by default.
 
     Returns:
@@ -204,13 +172,8 @@ def _active_latents(runs: pd.DataFrame) -> Any:
 
 def held_out_variances(runs: pd.DataFrame) -> list[float]:
     """
-    Recover the variance of the activations that each run was measured on.
-
-    Args:
-        runs: Rows of :func:`read`.
-
-    Returns:
-        Sums over d_in, without the runs that have no finite error.
+    Recover the variance, summed over d_in, of the activations that each run of :func:`read` was
+    measured on, if its error is finite.
     """
     if runs.empty:
         return []
@@ -222,12 +185,8 @@ def require_one_text(variances: Sequence[float], folder: str | Path) -> None:
     Refuse to compare runs that were measured on different texts.
 
     A text is known by the variance of its activations, which every record has: a
-    necessary condition, not a sufficient one.
-
-    Args:
-        variances: Of held-out activations. The same text on another machine or in another
-            precision differs by 0.1 %, other documents of its kind by about 1 %.
-        folder: Folder of the records, for the message.
+    necessary condition, not a sufficient one. The same text on another machine or in another
+    precision differs by 0.1 %, other documents of its kind by about 1 %.
 
     Raises:
         ValueError: If they differ by more than 0.3 %.
@@ -243,14 +202,9 @@ def require_one_text(variances: Sequence[float], folder: str | Path) -> None:
 
 def read_curves(folder: str | Path) -> pd.DataFrame:
     """
-    Read the learning curves of all runs of a folder, one row a point.
-
-    Args:
-        folder: Folder of the records, or of the tables made of them.
-
-    Returns:
-        ``name``, ``label``, ``k``, ``seed`` and the point's ``tokens``, ``seconds``,
-        ``cpu_seconds``, ``mse`` and ``fvu``.
+    Read the learning curves of a folder of records, or of the tables made of them, one row a point:
+    ``name``, ``label``, ``k``, ``seed`` of the run and ``tokens``, ``seconds``, ``cpu_seconds``,
+    ``mse`` and ``fvu``.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -273,17 +227,12 @@ def _points(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 def write_tables(folder: str | Path, output: str | Path) -> list[Path]:
     """
-    Write the records of a folder as tables; an error leaves the tables that were there.
-
-    Args:
-        folder: Folder of the records.
-        output: Folder of the tables, made if it is missing: ``runs.csv`` with a row for each
-            run, ``curves.csv`` with a row for each point of a learning curve, and
-            ``lists.jsonl`` with the lists of :data:`.COLUMNS`, a line for each run. Floats are
-            written with all their digits.
+    Write the records of a folder as tables into another; an error leaves those that were there.
 
     Returns:
-        Paths of the three files.
+        Paths of ``runs.csv`` with a row for each run, ``curves.csv`` with a row for each point of a
+        learning curve, and ``lists.jsonl`` with the lists of :data:`.COLUMNS`, a line for each run.
+        Floats are written with all their digits.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -307,16 +256,7 @@ def write_tables(folder: str | Path, output: str | Path) -> list[Path]:
 
 
 def describe_environment(device: str, workers: int) -> dict[str, Any]:
-    """
-    Describe what a run's times depend on.
-
-    Args:
-        device: Device of the run.
-        workers: Number of runs that shared the machine.
-
-    Returns:
-        Date, machine, threads and versions.
-    """
+    """Describe what a run's times depend on: date, machine, threads and versions."""
     on_gpu = torch.device(device).type == "cuda"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -42,15 +42,8 @@ _WORDS = {True: "with scaling", False: "without scaling"}
 
 def preset_runs(folder: str | Path, preset: str) -> pd.DataFrame:
     """
-    Read the runs of a preset.
-
-    Args:
-        folder: Folder of the records, or of the tables made of them.
-        preset: Name of a preset.
-
-    Returns:
-        A row for each run that has a record, of any seed, label by label in the preset's
-        order.
+    Read the runs of a preset from a folder of records, or of the tables made of them: a row for each
+    run that has a record, of any seed, label by label in the preset's order.
 
     Raises:
         ValueError: If there is no record at all, or if they are of different texts or of
@@ -87,10 +80,9 @@ def _of_preset(runs: pd.DataFrame, preset: str) -> pd.DataFrame:
 
 def tables(folder: str | Path, base: str) -> dict[str, str]:
     """
-    Make all tables that the runs of a folder allow.
+    Make all tables that the runs of a folder of records, or of tables made of them, allow.
 
     Args:
-        folder: Folder of the records, or of the tables made of them.
         base: The presets' base, such as "smollm2".
 
     Returns:
@@ -216,15 +208,8 @@ def draw(
 
 def fill(document: str, tables: dict[str, str]) -> str:
     """
-    Put tables into a document, at the places that it marks.
-
-    Args:
-        document: Text in Markdown, with pairs of lines ``<!-- table NAME -->`` and
-            ``<!-- end -->``.
-        tables: Tables by name.
-
-    Returns:
-        The text with new tables between these lines.
+    Put tables into a document in Markdown, between the lines ``<!-- table NAME -->`` and
+    ``<!-- end -->``.
 
     Raises:
         ValueError: If the document names a table that there is not.

@@ -28,33 +28,30 @@ class RunSettings:
     Settings of a training run: all that decides its SAE, but for the activations.
 
     Args:
-        architecture (str): Any that SAELens knows, such as "scale", "switch", "topk" or
+        architecture: Any that SAELens knows, such as "scale", "switch", "topk" or
             "gated"; or "full", a TopK SAE computed as a Switch SAE with one expert, which
             is equal and, when it is wide, many times as fast.
-        sae (dict[str, Any]): Fields of the SAE's training config; d_sae at least. d_in
+        sae: Fields of the SAE's training config; d_sae at least. d_in
             comes from the activations, and normalize_activations is
             "expected_average_only_in" unless it is given.
-        lr (float): Learning rate.
-        lr_factors (dict[str, float]): Factors of the learning rates of some parameters, by
+        lr_factors: Factors of the learning rates of some parameters, by
             their names, such as ``{"W_router": 0.1}``.
-        lr_scheduler_name (str): SAELens's name of the schedule.
-        lr_warm_up_fraction (float): Share of the steps in which the learning rate rises.
-        lr_decay_fraction (float): Share of the steps in which it falls to 0.
-        lr_end (float | None): Last learning rate of cosine schedules; lr / 10 by default.
-        adam_beta1 (float): Adam's first beta.
-        adam_beta2 (float): Adam's second beta.
-        batch_size (int): Tokens per step.
-        training_tokens (int): Tokens to train on, in whole steps; more than are cached
+        lr_scheduler_name: SAELens's name of the schedule.
+        lr_warm_up_fraction: Share of the steps in which the learning rate rises.
+        lr_decay_fraction: Share of the steps in which it falls to 0.
+        lr_end: Last learning rate of cosine schedules; lr / 10 by default.
+        batch_size: Tokens per step.
+        training_tokens: Tokens to train on, in whole steps; more than are cached
             are read in epochs.
-        dead_after_tokens (int): A latent that has not fired for as many is dead.
-        initialization ("activations" | "default"): Start from activations (mixtures with
+        dead_after_tokens: A latent that has not fired for as many is dead.
+        initialization: Start from activations (mixtures with
             ``initialize_from_activations``, other SAEs with b_dec at their geometric median),
             or as SAELens does.
-        tokens_per_expert (int): Tokens for each expert in that initialisation.
-        autocast (bool): Train in bfloat16 where torch's autocast does.
-        curve_tokens (int): Held-out tokens of the learning curve; 0 for no curve.
-        seed (int): Seed of the initial weights and of the order of the tokens.
-        variant (str): A name for properties that these settings do not show.
+        tokens_per_expert: Tokens for each expert in that initialisation.
+        autocast: Train in bfloat16 where torch's autocast does.
+        curve_tokens: Held-out tokens of the learning curve; 0 for no curve.
+        seed: Seed of the initial weights and of the order of the tokens.
+        variant: A name for properties that these settings do not show.
     """
 
     architecture: str
@@ -120,14 +117,7 @@ class RunSettings:
 
     def sae_config(self, d_in: int, device: str = "cpu") -> TrainingSAEConfig:
         """
-        The SAE's training config.
-
-        Args:
-            d_in: Width of the activations.
-            device: Device that it trains on.
-
-        Returns:
-            SAELens's config of the architecture.
+        The SAE's training config, SAELens's of the architecture, for activations ``d_in`` wide.
 
         Raises:
             ValueError: If a field is not one of the architecture's own.
@@ -188,13 +178,8 @@ class RunSettings:
 
 def set_number_types(settings: Any) -> None:
     """
-    Convert a dataclass' numbers to the types of its fields, so that equal settings have one name.
-
-    Args:
-        settings: The dataclass, which may be frozen.
-
-    Raises:
-        ValueError: If a field for a number has anything else.
+    Convert the numbers of a dataclass, which may be frozen, to the types of its fields, so that
+    equal settings have one name; a field for a number that has anything else is a ValueError.
     """
     for name, kind in get_type_hints(type(settings)).items():
         value = typed_number(name, getattr(settings, name), kind)
@@ -203,18 +188,8 @@ def set_number_types(settings: Any) -> None:
 
 def typed_number(name: str, value: Any, kind: Any) -> Any:
     """
-    Convert a number to a type, however it is written: 1e6 may be an int.
-
-    Args:
-        name: Name of the setting, for the message.
-        value: Its value.
-        kind: Its type.
-
-    Returns:
-        The number; anything else stays as it is.
-
-    Raises:
-        ValueError: If the type is a number's and the value does not fit it.
+    Convert a number to a type, however it is written: 1e6 may be an int. Anything else stays as it
+    is, or is a ValueError that names the setting if the type is a number's.
     """
     number = type(value) in (int, float)
     if number and float in (get_args(kind) or (kind,)):

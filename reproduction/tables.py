@@ -1,4 +1,8 @@
-"""Tables of runs: text for the command line, Markdown for documents."""
+"""
+Tables of runs, rows of :func:`.records.read`: text for the command line, Markdown for documents.
+
+In Markdown a single run, or seed, is marked with an asterisk.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -12,10 +16,7 @@ TOKENS = "settings.training_tokens"
 # Parts of a training step; the last is their sum.
 _FLOPS = ("router", "encoder", "decoder", "backward", "total")
 # Headers of a table's columns, by the column of the frame that they are values of.
-_HEADERS = {
-    "k": "k = {:g}".format,
-    TOKENS: "{:,.0f} tokens".format,
-}
+_HEADERS = {"k": "k = {:g}".format, TOKENS: "{:,.0f} tokens".format}
 _L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("L0", "l0", "{:.1f}".format),
     ("FVU", "fvu", "{:.4f}".format),
@@ -25,14 +26,8 @@ _L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 def summary(runs: pd.DataFrame) -> str:
     """
-    Means and spreads over seeds, as text.
-
-    Args:
-        runs: Rows of :func:`.records.read`.
-
-    Returns:
-        A line for each label, k and combination of those settings (but the seed) that differ
-        between runs of one label and k.
+    Means and spreads over seeds, as text: a line for each label, k and combination of those settings
+    (but the seed) that differ between runs of one label and k.
     """
     groups = runs.groupby(["label", "k", *_varying(runs)], dropna=False)
     text = groups[["fvu", "l0", "alive", "dead"]].agg(_mean_and_spread)
@@ -65,8 +60,6 @@ def cells(
     Average a metric over seeds.
 
     Args:
-        runs: Rows of :func:`.records.read`.
-        metric: The column to average.
         rows: Column whose values name the rows.
         columns: Column whose values are the columns, ``k`` or ``settings.training_tokens``
             for :func:`markdown`.
@@ -87,16 +80,7 @@ def cells(
 
 
 def measured_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """
-    Select the runs that have a metric.
-
-    Args:
-        runs: Rows of :func:`.records.read`.
-        metric: A column, which may be missing.
-
-    Returns:
-        Those of the rows.
-    """
+    """Select the runs that have a metric, a column that may be missing."""
     return runs.dropna(subset=[metric]) if metric in runs else runs.head(0)
 
 
@@ -120,16 +104,7 @@ def _paired(
 
 
 def markdown(frame: pd.DataFrame, form: Callable[[float], str]) -> str:
-    """
-    Write a table of means and spreads in Markdown.
-
-    Args:
-        frame: A frame of :func:`cells`.
-        form: Function that writes a number.
-
-    Returns:
-        Lines of a table; a single run is marked with an asterisk.
-    """
+    """Write a frame of :func:`cells` as means and spreads in Markdown."""
 
     rows = [[str(row), *_written(frame.loc[row], form)] for row in frame.index]
     return _lines(["", *_headers(frame)], rows)
@@ -151,14 +126,8 @@ def _written(row: pd.Series, form: Callable[[float], str]) -> list[str]:
 
 def l1_table(runs: pd.DataFrame) -> str:
     """
-    Table of SAEs that have no k, a column for each L1 coefficient.
-
-    Args:
-        runs: Rows of :func:`.records.read` that are of Gated SAEs of one size.
-
-    Returns:
-        A table in Markdown: L0, FVU and, where it was measured, loss recovered; a single
-        run is marked with an asterisk.
+    Table of Gated SAEs of one size, which have no k, a column for each L1 coefficient: L0, FVU and,
+    where it was measured, loss recovered.
     """
     coefficients = sorted(set(runs["sae_cfg.l1_coefficient"]))
     rows = []
@@ -173,18 +142,13 @@ def l1_table(runs: pd.DataFrame) -> str:
 
 def gated_comparison(gated: pd.DataFrame, others: pd.DataFrame) -> str:
     """
-    Compare the errors of SAEs with a k to those of SAEs without, at equal L0.
-
-    The others' mean FVU between two of their k is interpolated, log FVU over log k.
-
-    Args:
-        gated: Rows of :func:`.records.read` that are of Gated SAEs of one size.
-        others: Rows with a k.
+    Compare the errors of SAEs with a k to those of Gated SAEs of one size at equal L0: the others'
+    mean FVU between two of their k is interpolated, log FVU over log k.
 
     Returns:
         A table in Markdown, of shares by which errors are lower, with a column for each L1
-        coefficient whose L0 lies between the smallest and the largest k; a dash for a label whose own k do not reach that far,
-        a label that reaches none is left out. Empty if there is no such coefficient.
+        coefficient whose L0 lies between the smallest and the largest k, or "" if there is none.
+        A label has a dash where its own k do not reach, and is left out if they never do.
     """
     means = gated.groupby("sae_cfg.l1_coefficient")[["l0", "fvu"]].mean()
     l0, error = np.asarray(means, dtype=float).T
@@ -207,14 +171,8 @@ def gated_comparison(gated: pd.DataFrame, others: pd.DataFrame) -> str:
 
 def flops_table(runs: pd.DataFrame) -> str:
     """
-    Table of the cost of training, per token.
-
-    Args:
-        runs: Rows of :func:`.records.read` that have a k.
-
-    Returns:
-        A table in Markdown, in millions of FLOPs, at the smallest of the k that most labels
-        have; labels that have no such run are left out.
+    Table in Markdown of the cost of training, in millions of FLOPs per token, of runs that have a k,
+    at the smallest of the k that most labels have; labels that have no such run are left out.
     """
     # Seeds do not differ.
     runs = runs.drop_duplicates(["label", "k"])
@@ -236,18 +194,16 @@ def comparison(
     runs: pd.DataFrame, metric: str = "fvu", columns: str = "k", kind: str = OURS
 ) -> str:
     """
-    Compare the error of the best Scale SAE to those of others.
+    Compare the error of the best SAE of a kind, a start of labels, to those of others.
 
     Args:
-        runs: Rows of :func:`.records.read`.
         metric: The error.
         columns: Column at whose values to compare: ``k`` or ``settings.training_tokens``.
-        kind: Start of the labels of which the best is compared.
 
     Returns:
         A table in Markdown: for each value the best one's label, and by how much its mean error is
         lower than the mean errors of the other labels, each over the seeds that both have, and
-        in parentheses seed by seed; a single seed is marked with an asterisk.
+        in parentheses seed by seed.
 
     Raises:
         ValueError: If no run is of that kind.
@@ -277,15 +233,14 @@ def gap_closed(
     Measure the share of the gap between two SAEs that others close, at each k.
 
     Args:
-        runs: Rows of :func:`.records.read`.
         floor: Label of the SAE of the same cost.
         ceiling: Start of the labels of SAEs of the same width; at each k the best counts.
         metric: The error.
 
     Returns:
         A table in Markdown: for each k the best SAE of the same width, and for the other labels the
-        share of the seeds that all three have, and in parentheses seed by seed, a single seed marked
-        with an asterisk; 100 % is as good as the ceiling.
+        share of the seeds that all three have, and in parentheses seed by seed; 100 % is as good as
+        the ceiling.
 
     Raises:
         ValueError: If a label is missing.

@@ -17,7 +17,7 @@ def load_text(
     name: str, split: Literal["train", "test", "all"]
 ) -> Dataset | IterableDataset:
     """
-    Load a text to run a language model on.
+    Load a text to run a language model on: documents in the column ``"text"``.
 
     Args:
         name: "anarchism" (An Anarchist FAQ, prose on politics and history, from Debian's
@@ -26,9 +26,6 @@ def load_text(
             on the hub, which asks its users to log in); or any name that
             :func:`sae_lens_scale.loading.text.load_text` takes.
         split: "train" and "test" share no document; "all" is both.
-
-    Returns:
-        The documents, in the column ``"text"``.
 
     Raises:
         ValueError: ``split`` is none of the three, or there are too few texts to split.
@@ -44,11 +41,8 @@ def load_text(
 
 def fetch_anarchism() -> Path:
     """
-    Find the text of Debian's package ``anarchism``, fetching it if it is missing.
-
-    Returns:
-        Folder of the text, in HTML: the installed package's, or one in the cache, which
-        ``SAE_LENS_SCALE_CACHE`` names.
+    Find the text of Debian's package ``anarchism``, in HTML: the installed package's, or one in the
+    cache, which ``SAE_LENS_SCALE_CACHE`` names, fetched if it is missing.
 
     Raises:
         RuntimeError: It could not be fetched. The message says how to do it by hand.
@@ -62,18 +56,11 @@ def fetch_anarchism() -> Path:
         with tempfile.TemporaryDirectory(
             prefix=".download-", dir=cached.parent
         ) as temporary:
+            options: Any = {"cwd": temporary, "text": True, "capture_output": True}
+            unpack = "dpkg -x anarchism_*.deb anarchism"
             try:
-                for command in (
-                    "apt-get download -q anarchism",
-                    "dpkg -x anarchism_*.deb anarchism",
-                ):
-                    subprocess.run(
-                        ["sh", "-c", command],
-                        cwd=temporary,
-                        check=True,
-                        text=True,
-                        capture_output=True,
-                    )
+                for command in ("apt-get download -q anarchism", unpack):
+                    subprocess.run(["sh", "-c", command], check=True, **options)
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(
                     f"Debian's package anarchism could not be fetched "
@@ -89,13 +76,9 @@ def _hle_biomedical(split: str) -> Dataset:
     if split != "all":
         raise ValueError("split must be 'all' for hle-biomedical: it is too short")
     questions: Any = load_dataset("cais/hle", split="test")
-    rows = questions.remove_columns(
-        [
-            c
-            for c in questions.column_names
-            if c not in ("question", "answer", "category")
-        ]
-    ).filter(lambda row: row["category"] == "Biology/Medicine")
+    rows = questions.select_columns(["question", "answer", "category"]).filter(
+        lambda row: row["category"] == "Biology/Medicine"
+    )
     return Dataset.from_dict(
         {"text": [f"{row['question']}\n{row['answer']}" for row in rows]}
     )

@@ -50,7 +50,6 @@ class GridTrainer(SAETrainer[Any, Any]):
     Attributes:
         after_step: Called with the trainer after each step, in order. The stopwatch runs
             on, except for callers that stop it.
-        stopwatch: Time that training took.
     """
 
     def __init__(
@@ -135,20 +134,15 @@ def train_run(
     Train an SAE and measure it.
 
     Args:
-        settings: Settings of the run.
         cache: The activations to train and to evaluate on.
         output: Folder of the records, in which a run that is recorded is not repeated;
             None keeps nothing.
-        device: Device to train on.
         workers: Number of runs that share the machine, for the record.
         keep_weights: Leave the SAE, for inference, in a folder beside the record.
         measures: Measure more than the reconstruction.
         customize: Called with the trainer and the activations to train on before the first
             step, for variants that no setting makes: it may change the trainer, its SAE
             and its optimizer, and add to ``after_step``. Name them in ``settings.variant``.
-
-    Returns:
-        The record.
 
     Raises:
         ValueError: If settings and activations do not fit, if the record in the folder is
@@ -165,8 +159,10 @@ def train_run(
         torch.manual_seed(settings.seed)
         trainer = _start(settings, cache, device)
         initialization = trainer.stopwatch.seconds
-        held_out = cache.in_domain.sample(settings.curve_tokens)
-        curve = _draw_curve(trainer, settings, held_out) if len(held_out) else []
+        curve: list[dict[str, float]] = []
+        if settings.curve_tokens:
+            held_out = Activations([cache.in_domain.sample(settings.curve_tokens)])
+            curve = _draw_curve(trainer, settings, held_out)
         if customize is not None:
             customize(trainer, cache.train)
         trainer.stopwatch.start()
@@ -290,7 +286,7 @@ def _initialize(
 
 
 def _draw_curve(
-    trainer: GridTrainer, settings: RunSettings, held_out: torch.Tensor
+    trainer: GridTrainer, settings: RunSettings, held_out: Activations
 ) -> list[dict[str, float]]:
     """Let training fill a list with the points of a learning curve."""
     due = {0, *(max(1, round(share * settings.steps)) for share in _CURVE)}
@@ -301,9 +297,7 @@ def _draw_curve(
             return
         trainer.stopwatch.stop()
         error = reconstruction_error(
-            trainer.sae,
-            held_out.split(settings.batch_size),
-            trainer.activation_scaler,
+            trainer.sae, held_out, trainer.activation_scaler, settings.batch_size
         )
         curve.append(
             {
@@ -326,15 +320,7 @@ def finished_record(
     settings: RunSettings, cache: ActivationCache, output: str | Path
 ) -> RunRecord | None:
     """
-    Find the record of an earlier run.
-
-    Args:
-        settings: Settings of the run.
-        cache: The activations that it is to train on.
-        output: Folder of the records.
-
-    Returns:
-        The record, or None if there is none.
+    Find the record of an earlier run, if there is one.
 
     Raises:
         ValueError: If its SAE or its activations differ from these, because defaults have

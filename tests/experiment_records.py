@@ -36,7 +36,7 @@ def write_records(folder: Path, preset: str, seeds: tuple[int, ...] = (0, 1)) ->
                     "decoder": 1_150 * k,
                     "backward": 4_600 * k,
                     "total": 697_000 + 5_750 * k,
-                },
+                }
             },
         }
         counts = [int(rng.integers(1, 99)) for _ in range(num_experts or 0)]

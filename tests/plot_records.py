@@ -1,5 +1,6 @@
 """Made-up records to draw, and the points of a drawn panel."""
 
+from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
@@ -42,58 +43,47 @@ _METRICS = (
 def _make_runs() -> list[Row]:
     """A main comparison, and the ablations of Scale SAE with 64 experts."""
     rng = np.random.default_rng(0)
+    settings: list[Row] = [
+        {"label": label, "num_experts": num_experts, "experts_per_token": e}
+        for label, (num_experts, e) in LABELS.items()
+        if label != "Scale 64/2"
+    ]
+    variants = [(e, scaling, "mean") for e in (1, 2, 16) for scaling in (True, False)]
+    for e, scaling, decomposition in [
+        *variants,
+        (2, True, "identity"),
+        (2, True, "learned"),
+    ]:
+        name = "" if decomposition == "mean" else f" {decomposition}"
+        settings.append(
+            {
+                "label": f"Scale 64/{e}{name if scaling else ' unscaled'}",
+                "num_experts": 64,
+                "experts_per_token": e,
+                "feature_scaling": scaling,
+                "decomposition": decomposition,
+            }
+        )
     runs: list[Row] = []
-
-    def add(label: str, k: int, num_experts: int | None, **settings: Any) -> None:
-        for seed in range(3):
-            metrics = {name: float(rng.uniform(0.1, 0.9)) for name in _METRICS}
-            run = {"label": label, "k": k, "seed": seed, "num_experts": num_experts}
-            run |= settings | metrics
-            run["overlap_histogram"] = rng.integers(1, 1000, k + 1).tolist()
-            if num_experts:
-                run["expert_counts"] = rng.integers(0, 99, num_experts).tolist()
-            if settings.get("feature_scaling"):
-                run["scaling_factors"] = rng.uniform(0, 1, num_experts).tolist()
-            runs.append(run)
-
-    for k in KS:
-        for label, (num_experts, e) in LABELS.items():
-            if label != "Scale 64/2":
-                add(label, k, num_experts, experts_per_token=e)
-        for e in (1, 2, 16):
-            for scaling in (True, False):
-                add(
-                    f"Scale 64/{e}" if scaling else f"Scale 64/{e} unscaled",
-                    k,
-                    64,
-                    experts_per_token=e,
-                    feature_scaling=scaling,
-                    decomposition="mean",
-                )
-        for decomposition in ("identity", "learned"):
-            add(
-                f"Scale 64/2 {decomposition}",
-                k,
-                64,
-                experts_per_token=2,
-                feature_scaling=True,
-                decomposition=decomposition,
-            )
+    for k, of_run, seed in product(KS, settings, range(3)):
+        run = {**of_run, "k": k, "seed": seed}
+        run |= {name: float(rng.uniform(0.1, 0.9)) for name in _METRICS}
+        run["overlap_histogram"] = rng.integers(1, 1000, k + 1).tolist()
+        if run["num_experts"]:
+            run["expert_counts"] = rng.integers(0, 99, run["num_experts"]).tolist()
+        if run.get("feature_scaling"):
+            run["scaling_factors"] = rng.uniform(0, 1, run["num_experts"]).tolist()
+        runs.append(run)
     return runs
 
 
 def _make_scores() -> list[Row]:
     rng = np.random.default_rng(1)
+    names = ("label", "seed", "quantile")
     return [
-        {
-            "label": label,
-            "seed": seed,
-            "quantile": quantile,
-            "autointerp_accuracy": float(rng.uniform(0.3, 0.9)),
-        }
-        for label in LABELS
-        for seed in (0, 1)
-        for quantile in QUANTILES
+        dict(zip(names, run, strict=True))
+        | {"autointerp_accuracy": rng.uniform(0.3, 0.9)}
+        for run in product(LABELS, (0, 1), QUANTILES)
     ]
 
 

@@ -108,16 +108,8 @@ def draw_curves(
     axes: Axes, runs: pd.DataFrame, curves: Sequence[Any], line: str
 ) -> list[Point]:
     """
-    Draw whole curves, one for each run, as means with bands.
-
-    Args:
-        axes: Panel.
-        runs: A row for each run.
-        curves: Lists of numbers, the values of each run at 0, 1, 2, ...; NaN is not drawn.
-        line: Column that tells the lines apart.
-
-    Returns:
-        A point for each line, for :func:`seeds_caption`.
+    Draw whole curves, one for each run, as means with bands: lists of the values at 0, 1, 2, ...,
+    of which NaN is not drawn. Returns a point for each line, for :func:`seeds_caption`.
     """
     points = over_seeds(runs.assign(one=1.0), line, "one", "one")
     lines = runs[line].tolist()
@@ -141,17 +133,11 @@ def draw_curve(axes: Axes, x: Any, mean: Any, std: Any, style: LineStyle) -> Non
 
 def line_styles(values: Sequence[Any], column: str) -> dict[Any, LineStyle]:
     """
-    Names and colours of lines, the same in every figure.
+    Names and colours of the values of a column, the same in every figure, in the order of the
+    legend.
 
     Numbers of latents and experts go from dark to light. Labels of the paper's SAEs have
     colours of their own; other labels get the remaining ones, in order.
-
-    Args:
-        values: Values of a column, repetitions included.
-        column: Name of the column.
-
-    Returns:
-        The style of each value, in the order of the legend.
     """
     values = [*dict.fromkeys(values)]
     if column in _ORDERED:
@@ -200,12 +186,8 @@ def _label_colors(labels: Sequence[str]) -> dict[str, str]:
 
 def finish_axes(axes: Axes, x: str, scale: str = "linear") -> None:
     """
-    Set the scales, ticks and the name of the horizontal axis.
-
-    Args:
-        axes: Panel.
-        x: Column of the horizontal axis, or its name.
-        scale: Scale of the vertical axis; see :class:`.kinds.Metric`.
+    Set the scales and ticks, and name the horizontal axis, by a column or in words; the vertical
+    one has a scale of :class:`.kinds.Metric`.
     """
     axes.set_xlabel(name_of(x))
     if x in _ORDERED:
@@ -268,12 +250,8 @@ def set_caption(figure: Figure, text: str) -> None:
 
 def add_legend(figure: Figure, line: str, **place: Any) -> None:
     """
-    Add one legend for all panels, with each name once.
-
-    Args:
-        figure: Figure.
-        line: Column that tells the lines apart; its numbers, of any panel, are put in order.
-        place: Arguments of ``Figure.legend``; by default it is on the right.
+    Add one legend for all panels, with each name once, on the right unless ``place`` (of
+    ``Figure.legend``) says otherwise. Numbers, of any panel, are put in order.
     """
     handles: dict[str, Artist] = {}
     for axes in figure.axes:

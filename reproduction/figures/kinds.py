@@ -1,9 +1,8 @@
 """
 Kinds of figures: an entry of the table, and the functions that draw one.
 
-Each of the functions ``lines``, ``cells``, ``usage``, ``overlaps`` and ``curves`` takes the
-entry, the panels (measured numbers, and beside them the paper's if they are asked for) and a
-title, and returns the figure.
+Each of ``lines``, ``cells``, ``usage``, ``overlaps`` and ``curves`` takes the entry, the panels
+(measured numbers, and beside them the paper's if they are asked for) and a title.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,13 +36,10 @@ from .points import Point, over_seeds, require_positive
 @dataclass(frozen=True)
 class Metric:
     """
-    A measured number, and its axis.
+    A measured number, a column of the runs, and the name and scale of its axis.
 
-    Attributes:
-        column: Column of the runs.
-        label: Name of the axis.
-        scale: "linear"; "log"; "share", written in percent, linear up to 0.1 % and
-            logarithmic above; or "percent", with a line at zero.
+    The scale "share" is written in percent, linear up to 0.1 % and logarithmic above; "percent" has
+    a line at zero.
     """
 
     column: str
@@ -68,7 +64,6 @@ class Plot:
 
     Attributes:
         kind: Function that draws it.
-        metric: The metric that is drawn.
         line: Column that tells the lines apart.
         x: Column of the horizontal axis.
         where: Columns, and the value that runs must have, as in :func:`.points.select`.
@@ -122,9 +117,8 @@ def lines(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
 
 def cells(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
     """
-    A table in colours, a row for each line: mean and standard deviation in percent.
-
-    Panels have the same colours.
+    A table in colours, the same in all panels: a row for each line, mean and standard deviation
+    in percent.
     """
     points = [over_seeds(p.runs, plot.line, plot.x, p.metric.column) for p in panels]
     figure, all_axes = panel_figure(len(panels), title)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import Any
 
 import pandas as pd
@@ -12,14 +11,8 @@ import pandas as pd
 @dataclass(frozen=True)
 class Point:
     """
-    A point of a line, of the runs that differ in their seed only.
-
-    Attributes:
-        line: Value that tells the line from others.
-        x: Place on the horizontal axis.
-        mean: Mean over seeds.
-        std: Standard deviation (of a sample); None for a single seed.
-        seeds: Number of seeds.
+    A point of a line: the mean of runs that differ in their seed only, and the standard deviation
+    of a sample, None for a single seed.
     """
 
     line: Any
@@ -39,14 +32,10 @@ def select(
     Select the rows that a figure shows.
 
     Args:
-        runs: A row for each run.
         needs: Columns that a figure is drawn of; rows that lack one are left out.
         labels: Keep the rows of these, in this order; all if None.
         where: Columns, and the value that they must have: None for any, or a function of
             the column, such as ``pd.Series.min``.
-
-    Returns:
-        A part of ``runs``.
 
     Raises:
         ValueError: If a column or a label is missing, or no row is left.
@@ -96,43 +85,37 @@ def with_mean_decomposition(runs: pd.DataFrame) -> pd.DataFrame:
 
 def over_seeds(runs: pd.DataFrame, line: str, x: str, metric: str) -> list[Point]:
     """
-    Mean and spread of a metric over seeds.
+    Average a metric over seeds, line by line in the order of ``runs``.
 
     Args:
         runs: A row for each run. Without a column "seed", each has a point of its own.
         line: Column that tells the lines apart.
         x: Column of the horizontal axis.
-        metric: Column to average.
-
-    Returns:
-        The points, line by line in the order of ``runs``.
 
     Raises:
         ValueError: If a point has two runs with the same seed (averaged, runs with
             different settings would pass for seeds), or a number is infinite.
     """
-    columns = [
-        runs[name].tolist() if name in runs else [0] * len(runs)
-        for name in (line, x, "seed", metric)
-    ]
-    points: dict[tuple[Any, Any], dict[Any, float]] = {}
-    for of_line, at, seed, value in zip(*columns, strict=True):
-        if math.isinf(value):
-            raise ValueError(f"{metric} must be finite, got {value}")
-        seeds = points.setdefault((of_line, at), {})
-        if seed in seeds:
-            raise ValueError(
-                f"runs must have one row for each {line}, {x} and seed, got several with "
-                f"{of_line!r}, {at!r} and {seed!r}: leave out those with other settings"
-            )
-        seeds[seed] = value
+    columns = runs.reindex(columns=[line, x, "seed"])
+    values = runs[metric].astype(float)
+    infinite = values.loc[values.abs() == math.inf]
+    if len(infinite):
+        raise ValueError(f"{metric} must be finite, got {infinite.iloc[0]}")
+    again = columns.loc[columns.duplicated()]
+    if len(again):
+        of_line, at, seed = again.iloc[0].tolist()
+        raise ValueError(
+            f"runs must have one row for each {line}, {x} and seed, got several with "
+            f"{of_line!r}, {at!r} and {seed!r}: leave out those with other settings"
+        )
+    found: Any = values.groupby([columns[line], columns[x]], sort=False)
     return [
         Point(
             of_line,
             at,
-            mean(seeds.values()),
-            stdev(seeds.values()) if len(seeds) > 1 else None,
+            seeds.mean(),
+            seeds.std() if len(seeds) > 1 else None,
             len(seeds),
         )
-        for (of_line, at), seeds in points.items()
+        for (of_line, at), seeds in found
     ]

@@ -19,9 +19,8 @@ def _mean_omega(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _similarity_reduction(runs: pd.DataFrame) -> pd.DataFrame:
     """
-    Compare runs with feature scaling to those of the same e, k and seed without.
-
-    Runs without such a partner are left out.
+    Compare runs with feature scaling to those of the same e, k and seed without, if there are
+    any.
     """
     metric = "activation_similarity"
     key = ["experts_per_token", "k", "seed"]
@@ -213,18 +212,15 @@ def draw(
     **where: Any,
 ) -> Figure:
     """
-    Draw a figure.
+    Draw a figure; save it with ``savefig``.
 
     Args:
         figure: Name of an entry of :data:`FIGURES`, or an entry of one's own.
         runs: A row for each run; see :mod:`reproduction.figures`.
         labels: Draw these only, in this order; all by default.
-        paper: Whether to draw the paper's numbers beside, if its scripts hold them.
+        paper: Draw the paper's numbers beside, if its scripts hold them.
         title: Title of the figure; by default the entry's.
         where: Columns and their values, in place of the entry's: ``k=8``. None for any.
-
-    Returns:
-        The figure; save it with ``savefig``.
 
     Raises:
         ValueError: If there is no such entry, nothing to draw, a column or a label is

@@ -1,4 +1,4 @@
-"""What several test modules of the experiments share."""
+"""Records that several test modules share."""
 
 from pathlib import Path
 

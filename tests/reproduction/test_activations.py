@@ -1,4 +1,4 @@
-"""How cached activations are read."""
+"""Reading of cached activations."""
 
 from itertools import islice
 
@@ -45,7 +45,7 @@ def test_each_epoch_is_a_new_order_of_all_tokens_that_the_seed_decides():
     sample = activations.sample(5)
     assert torch.equal(sample, activations.sample(5))
     assert len(activations.sample(99)) == 12
-    # What does not fill a batch waits for another epoch.
+    # Tokens that do not fill a batch wait for another epoch.
     ten = islice(activations.shuffled(5, 0), 2)
     assert len(torch.cat(list(ten))[:, 0].unique()) == 10
 

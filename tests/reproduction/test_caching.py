@@ -14,19 +14,17 @@ from safetensors.torch import load_file, save_file
 from tiny_cache import SETTINGS, TEXTS
 
 from reproduction import caching as module
-from reproduction.activations import (
-    ActivationCache,
-    Activations,
-    CacheSettings,
-)
+from reproduction.activations import ActivationCache, Activations, CacheSettings
 from reproduction.caching import cache_activations
 from sae_lens_scale.loading.language_model import fast_bfloat16
+
+Make = Callable[..., ActivationCache]
 
 
 @pytest.fixture
 def make(
     tiny_model: HookedSAETransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., ActivationCache]:
+) -> Make:
     """Caches a tiny model's activations in shards of 8 contexts."""
     monkeypatch.setattr(module, "_SHARD_POSITIONS", 256)
 
@@ -44,7 +42,7 @@ def rows(activations: Activations) -> torch.Tensor:
 
 
 def test_the_cache_holds_what_SAELenss_store_would_train_on(
-    make: Callable[..., ActivationCache], tiny_model: HookedSAETransformer
+    make: Make, tiny_model: HookedSAETransformer
 ):
     cache = make()
     tokenizer: Any = tiny_model.tokenizer
@@ -76,9 +74,7 @@ def test_the_cache_holds_what_SAELenss_store_would_train_on(
 
 
 def test_an_interrupted_cache_goes_on_with_the_next_shard(
-    make: Callable[..., ActivationCache],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     want = rows(make(folder=tmp_path / "whole").train)
     compute = ActivationsStore.get_activations
@@ -113,9 +109,7 @@ def test_an_interrupted_cache_goes_on_with_the_next_shard(
     assert not calls
 
 
-def test_a_cache_can_grow_and_a_larger_one_serves_a_smaller(
-    make: Callable[..., ActivationCache],
-):
+def test_a_cache_can_grow_and_a_larger_one_serves_a_smaller(make: Make):
     small = rows(make().train)
     large = rows(make(replace(SETTINGS, train_tokens=1_500)).train)
     assert len(large) == 1_500
@@ -125,10 +119,7 @@ def test_a_cache_can_grow_and_a_larger_one_serves_a_smaller(
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_cache_grows_in_the_precision_that_it_began_in(
-    make: Callable[..., ActivationCache],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    begun: bool,
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
 ):
     longer = replace(SETTINGS, train_tokens=1_500)
     monkeypatch.setattr(module, "fast_bfloat16", lambda _: begun)
@@ -150,7 +141,7 @@ def test_a_cache_grows_in_the_precision_that_it_began_in(
     ],
 )
 def test_a_cache_of_other_settings_is_refused(
-    make: Callable[..., ActivationCache], tmp_path: Path, change: Any, message: str
+    make: Make, tmp_path: Path, change: Any, message: str
 ):
     make()
     other = replace(SETTINGS, **change)
@@ -160,9 +151,7 @@ def test_a_cache_of_other_settings_is_refused(
         make(other)
 
 
-def test_what_cannot_be_cached_is_refused(
-    make: Callable[..., ActivationCache], tmp_path: Path
-):
+def test_what_cannot_be_cached_is_refused(make: Make, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="holds no activations"):
         ActivationCache.open(tmp_path, SETTINGS)
     with pytest.raises(ValueError, match="ends after [0-9,]+ tokens, but 9,999,999"):
@@ -177,9 +166,7 @@ def test_what_cannot_be_cached_is_refused(
         replace(SETTINGS, train_tokens=0)
 
 
-def test_a_cache_is_known_by_hashes_of_all_its_tokens(
-    make: Callable[..., ActivationCache], tmp_path: Path
-):
+def test_a_cache_is_known_by_hashes_of_all_its_tokens(make: Make, tmp_path: Path):
     def train_hash(settings: CacheSettings) -> str:
         description = ActivationCache.open(tmp_path, settings).describe()
         assert description is not None

@@ -48,7 +48,7 @@ def _embedding_bag(
     return 2 * indices.numel() * weights.shape[-1]
 
 
-# What torch's counter does not know, or takes for something larger.
+# Operations that torch's counter does not know, or takes for something larger.
 FORMULAS = {
     aten.mm: _mm,
     aten._sparse_addmm: _sparse_addmm,
@@ -87,18 +87,14 @@ def count_per_token(
     [
         TOPK,
         {**TOPK, "apply_b_dec_to_input": False},
-        {
-            **TOPK,
-            "use_sparse_activations": True,
-            "rescale_acts_by_decoder_norm": False,
-        },
+        {**TOPK, "use_sparse_activations": True, "rescale_acts_by_decoder_norm": False},
         {**DENSE, "architecture": "gated"},
         {**DENSE, "architecture": "gated", "apply_b_dec_to_input": False},
         {**DENSE, "architecture": "standard"},
         {**DENSE, "architecture": "jumprelu"},
         {**MIXTURE, "architecture": "switch"},
         SCALE,
-        # As "full" in the experiments.
+        # As "full" in presets.
         {**MIXTURE, "architecture": "switch", "num_experts": 1, **NO_ROUTING},
         {**SCALE, **NO_ROUTING},
         {**SCALE, **NO_ROUTING, "use_sparse_activations": False},

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
 from experiment_records import write_records
-from helpers import small_corpus
 from sae_lens import HookedSAETransformer
-from tiny_cache import write_random_cache
+from tiny_cache import SETTINGS, TEXTS, write_random_cache
 
 from reproduction import __main__ as command_module
 from reproduction.__main__ import main, select_runs
@@ -34,26 +32,15 @@ def test_a_grid_is_trained_from_the_command_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    changes = {
-        "hook_name": "blocks.0.hook_resid_post",
-        "train_tokens": 1_000,
-        "test_tokens": 200,
-        "other_tokens": 200,
-        "context_size": 32,
-    }
-    text = small_corpus()
-    texts: dict[Any, Dataset] = {
-        "train": text.select(range(20, 60)),
-        "in_domain": text.select(range(20)),
-        "other_domain": text.select(range(60, 80)),
-    }
+    names = ("hook_name", "train_tokens", "test_tokens", "other_tokens", "context_size")
+    changes = {name: getattr(SETTINGS, name) for name in names}
     cache = replace(PRESETS["smollm2"].cache, **changes)
-    cache_activations(cache, tmp_path / "activations", model=tiny_model, texts=texts)
-    command = ["run", "--preset", "smollm2", "--folder", str(tmp_path)]
-    command += ["--cache", *(f"{name}={value}" for name, value in changes.items())]
-    command += ["--only", "topk-576-k8", "--seeds", "0", "3", "--keep_weights"]
-    command += ["--set", "training_tokens=640", "batch_size=64", "d_sae=32"]
-    command += ["lr=1e-3,2e-3"]
+    cache_activations(cache, tmp_path / "activations", model=tiny_model, texts=TEXTS)
+    preset = ["--preset", "smollm2", "--folder", str(tmp_path)]
+    preset += ["--cache", *(f"{name}={value}" for name, value in changes.items())]
+    command = ["run", *preset, "--only", "topk-576-k8", "--seeds", "0", "3"]
+    command += ["--keep_weights", "--set", "training_tokens=640", "batch_size=64"]
+    command += ["d_sae=32", "lr=1e-3,2e-3"]
     assert main([*command, "--list"]) == 0
     names = capsys.readouterr().out.split()
     assert not (tmp_path / "runs").exists()
@@ -66,25 +53,16 @@ def test_a_grid_is_trained_from_the_command_line(
     ]
     records = read_records(tmp_path / "runs")
     assert sorted(record.name for record in records) == sorted(names)
-    assert {(r.settings["lr"], r.settings["seed"]) for r in records} == {
-        (1e-3, 0),
-        (1e-3, 3),
-        (2e-3, 0),
-        (2e-3, 3),
-    }
+    found = {(r.settings["lr"], r.settings["seed"]) for r in records}
+    assert found == {(1e-3, 0), (1e-3, 3), (2e-3, 0), (2e-3, 3)}
     assert min(read(tmp_path / "runs")["mse_other_domain"].tolist()) > 0
     assert all((tmp_path / "runs" / name / "cfg.json").exists() for name in names)
-    # What is there already is found, and nothing is cached or trained.
-    step = ["--preset", "smollm2", "--folder", str(tmp_path), *command[5:11]]
-    assert main(["cache", *step]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    # Activations that are there already are found, and nothing is cached.
+    assert main(["cache", *preset]) == 0
     hashes = (records[0].cache or {})["texts"]
-    assert lines == [
+    assert capsys.readouterr().out.splitlines() == [
         str(tmp_path / "activations"),
-        *(
-            f"{split}: {hashes[split]}"
-            for split in ("train", "in_domain", "other_domain")
-        ),
+        *(f"{name}: {hashes[name]}" for name in ("train", "in_domain", "other_domain")),
     ]
 
 
@@ -126,6 +104,7 @@ def test_a_command_ends_as_it_is_told_to(
         time.sleep(5)
 
     before = signal.getsignal(signal.SIGTERM)
+    assert before is not signal.default_int_handler
     monkeypatch.setattr(command_module, "tables", terminate)
     assert main(["report", "--preset", "smollm2"]) == 130
     assert capsys.readouterr().err == "reproduction: error: interrupted\n"
@@ -139,9 +118,7 @@ def test_an_error_shows_where_it_came_from_on_request(tmp_path: Path):
 
 
 def test_evaluate_says_what_has_no_weights(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     write_records(tmp_path / "runs", "smollm2-time", seeds=(0,))
     (first, *_) = records = read_records(tmp_path / "runs")
@@ -221,8 +198,7 @@ def test_changes_reach_settings_and_fields_of_SAEs():
     # However a number is written, it is the same run.
     short, long = (
         select_runs(
-            [SCALE],
-            [f"training_tokens={tokens}", f"k={k}", f"lr={lr}", f"lr_end={lr}"],
+            [SCALE], [f"training_tokens={tokens}", f"k={k}", f"lr={lr}", f"lr_end={lr}"]
         )
         for tokens, k, lr in (("1e6", "2.0", "1"), ("1000000", "2", "1.0"))
     )

@@ -20,6 +20,9 @@ def test_presets_can_be_built(name: str):
         cfg = run.sae_config(d_in)
         assert cfg.d_sae in (d_in, 8 * d_in, 32 * d_in)
         assert run.training_tokens <= preset.cache.train_tokens
+    # None trains the same under two names.
+    same = [replace(run, variant="") for run in preset.runs]
+    assert len({run.name for run in same}) == len(same)
 
 
 def test_the_paper_preset_is_the_papers():
@@ -82,14 +85,18 @@ def test_the_flops_presets_have_a_Switch_SAE_of_about_equal_FLOPs(name: str, d_i
     assert narrower.total < 0.7 * scale.total
 
 
-@pytest.mark.parametrize("base", ["smollm2", "paper"])
-def test_presets_of_one_base_share_runs(base: str):
+@pytest.mark.parametrize(("base", "num_k"), [("smollm2", 0), ("paper", 7)])
+def test_presets_of_one_base_share_runs(base: str, num_k: int):
     main_grid = {run.name for run in PRESETS[base].runs}
     length = PRESETS[f"{base}-length"].runs
     assert len({run.training_tokens for run in length}) == len(length) / 3
     usual = PRESETS[base].runs[0].training_tokens
     names = {run.name for run in length if run.training_tokens == usual}
     assert len(names) == 3 and names <= main_grid
+    decompositions = PRESETS[f"{base}-decompositions"]
+    assert decompositions.cache == PRESETS[base].cache
+    # The mean is the default; smollm2's ablations are shorter.
+    assert len({run.name for run in decompositions.runs} & main_grid) == num_k
 
 
 @pytest.mark.parametrize("base", ["smollm2", "paper"])
@@ -105,32 +112,15 @@ def test_revival_looks_after_dead_latents_sooner(base: str, label: str):
 @pytest.mark.parametrize("base", ["smollm2", "paper"])
 def test_the_finest_Scale_SAE_shares_more_experts_at_large_k(base: str):
     runs = [r for r in PRESETS[base].runs if r.label == "Scale 512/16 Multi-TopK"]
-    shared = {run.sae["k"]: run.sae["num_shared_experts"] for run in runs}
-    assert len(shared) == len(runs) and set(shared) == {
-        run.sae["k"] for run in PRESETS[base].runs if run.architecture == "topk"
-    }
-    assert all(n == (6 if k >= 64 else 2) for k, n in shared.items())
-    betas = {run.sae["k"]: run.adam_beta1 for run in runs}
-    assert all(beta == (0.8 if k >= 64 else 0.9) for k, beta in betas.items())
-    # What its label does not say: early decay and revival.
+    topk = [run.sae["k"] for run in PRESETS[base].runs if run.architecture == "topk"]
+    assert [run.sae["k"] for run in runs] == topk
     plain = next(r for r in PRESETS[base].runs if r.label == "Scale 256/8 1 shared")
     for run in runs:
+        large = run.sae["k"] >= 64
+        assert run.sae["num_shared_experts"] == (6 if large else 2)
+        assert run.adam_beta1 == (0.8 if large else 0.9)
+        # Its label does not say early decay and revival.
         assert run.sae["multi_topk_coefficient"] == 1 / 8
         assert run.sae["aux_loss_coefficient"] == 1 / 4
         assert run.dead_after_tokens == 0.4 * plain.dead_after_tokens
         assert run.lr_decay_fraction == 0.5 and run.lr == plain.lr
-
-
-def test_no_preset_trains_the_same_under_two_names():
-    for preset in PRESETS.values():
-        same = [replace(run, variant="") for run in preset.runs]
-        assert len({run.name for run in same}) == len(same)
-
-
-def test_presets_of_one_base_share_their_common_runs():
-    main_grid, experts = PRESETS["paper"], PRESETS["paper-experts"]
-    assert main_grid.cache == experts.cache
-    decompositions = {run.name for run in PRESETS["paper-decompositions"].runs}
-    shared = {run.name for run in main_grid.runs} & decompositions
-    # The mean is the default.
-    assert len(shared) == 7

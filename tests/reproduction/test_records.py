@@ -91,7 +91,7 @@ def test_a_row_has_paths_and_the_short_names_of_figures(tmp_path: Path):
     )
     assert (row["fvu"], row["mse"], row["in_domain.fvu"]) == (0.1, 1.0, 0.1)
     assert (row["redundancy"], row["seed"], row["k"]) == (0.1, 0, 32)
-    # What has no k is drawn at the mean L0 of its seeds.
+    # SAEs without a k are drawn at the mean L0 of their seeds.
     gated = rows[rows["label"] == "Gated 64"]
     assert list(gated["k"]) == [30.5, 30.5]
     assert len(read(folder, ["Scale 64-2-32-0"])) == 1

@@ -1,4 +1,4 @@
-"""Tables and figures of an experiment's records."""
+"""Tables and figures of a grid's records."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from reproduction.__main__ import main
 from reproduction.presets import PRESETS
-from reproduction.records import RunRecord, read
+from reproduction.records import read, read_records
 from reproduction.report import draw, fill, preset_runs, tables
 
 ROOT = Path(__file__).parents[2]
@@ -19,28 +19,37 @@ RESULTS = ROOT / "reproduction" / "results"
 EARLIER, RECORDS = RESULTS / "smollm2-earlier", RESULTS / "smollm2"
 
 
-def test_preset_runs_leaves_out_what_belongs_to_another_preset(records_folder: Path):
+@pytest.fixture
+def main_grid(tmp_path: Path) -> Path:
+    write_records(tmp_path, "smollm2", seeds=(0,))
+    return tmp_path
+
+
+@pytest.fixture
+def decompositions(tmp_path: Path) -> Path:
+    write_records(tmp_path, "smollm2-decompositions", seeds=(0,))
+    return tmp_path
+
+
+def test_preset_runs_leaves_out_what_belongs_to_another_preset(
+    records_folder: Path, tmp_path: Path
+):
     names = {run.name for run in PRESETS["smollm2"].with_seeds((0, 1))}
     assert set(preset_runs(records_folder, "smollm2")["name"]) == names
     assert len(read(records_folder)) > len(names)
-
-
-def test_preset_runs_refuses_a_folder_without_records(tmp_path: Path):
     with pytest.raises(ValueError, match="has no records"):
         preset_runs(tmp_path, "smollm2")
 
 
-def test_records_of_different_texts_are_not_compared(tmp_path: Path):
-    write_records(tmp_path, "smollm2", seeds=(0,))
-    path = min(tmp_path.glob("*.json"))
-    record = RunRecord.read(path)
+def test_records_of_different_texts_are_not_compared(main_grid: Path):
+    record, *_ = read_records(main_grid)
     record.in_domain["mse"] *= 1.01
-    record.write(tmp_path)
+    record.write(main_grid)
     with pytest.raises(ValueError, match="one text.* is 5 in one place and 5.05 in"):
-        preset_runs(tmp_path, "smollm2")
+        preset_runs(main_grid, "smollm2")
     record.in_domain["fvu"] = math.nan
-    record.write(tmp_path)
-    assert len(preset_runs(tmp_path, "smollm2"))
+    record.write(main_grid)
+    assert len(preset_runs(main_grid, "smollm2"))
 
 
 def test_tables_hold_the_main_grid_and_every_ablation(records_folder: Path):
@@ -50,118 +59,86 @@ def test_tables_hold_the_main_grid_and_every_ablation(records_folder: Path):
     # 0.1 is added to every error there.
     assert f"{1 - 0.085 / 0.205:.1%}" in found["comparison"]
     assert f"{1 - 0.185 / 0.305:.1%}" in found["comparison-other-domain"]
-    assert "Scale 64/16, without scaling" in found["ablation-experts"]
-    scaling = found["ablation-scaling"]
-    assert "Scale 64/16, double_softmax, without scaling" in scaling
-    assert "Scale 64/2, learned" in found["ablation-decompositions"]
-    assert "Switch 32, softmax" in found["ablation-gates"]
-    assert "Scale 256/8 no k-means" in found["ablation-recipe"]
-    assert "Switch 18" in found["ablation-flops"]
-    assert "a quarter of the tokens" in found["ablation-time"]
     assert "Switch 18" not in found["fvu"]
-    assert "Switch 32 narrow" in found["ablation-redundancy"]
-    assert "| 250,000 tokens | 500,000 tokens |" in found["length"]
-    assert "lower than Switch 32" in found["length-comparison"]
-    assert "25.00%" in found["length-redundancy"]
+    for name, row in (
+        ("ablation-experts", "Scale 64/16, without scaling"),
+        ("ablation-scaling", "Scale 64/16, double_softmax, without scaling"),
+        ("ablation-decompositions", "Scale 64/2, learned"),
+        ("ablation-gates", "Switch 32, softmax"),
+        ("ablation-recipe", "Scale 256/8 no k-means"),
+        ("ablation-flops", "Switch 18"),
+        ("ablation-time", "a quarter of the tokens"),
+        ("ablation-redundancy", "Switch 32 narrow"),
+        ("length", "| 250,000 tokens | 500,000 tokens |"),
+        ("length-comparison", "lower than Switch 32"),
+        ("length-redundancy", "25.00%"),
+    ):
+        assert row in found[name]
 
 
-def test_tables_of_ablations_without_records_are_left_out(tmp_path: Path):
-    write_records(tmp_path, "smollm2-decompositions", seeds=(0,))
-    found = tables(tmp_path, "smollm2")
-    assert "ablation-decompositions" in found
-    assert "ablation-gates" not in found
-
-
-def test_tables_need_no_scale_sae(tmp_path: Path):
+def test_tables_leave_out_what_has_no_records(tmp_path: Path):
     write_records(tmp_path, "smollm2-length", seeds=(0,))
     for path in tmp_path.glob("scale*"):
         path.unlink()
-    found = tables(tmp_path, "smollm2")
-    assert {"fvu", "length"} <= set(found)
-    assert not {"comparison", "length-comparison"} & set(found)
+    found = set(tables(tmp_path, "smollm2"))
+    assert {"fvu", "length"} <= found
+    assert not {"comparison", "length-comparison"} & found
 
 
-def test_tables_need_no_other_domain(tmp_path: Path):
-    write_records(tmp_path, "smollm2", seeds=(0,))
-    for path in tmp_path.glob("*.json"):
-        record = RunRecord.read(path)
-        record.other_domain = None
-        record.write(tmp_path)
-    found = tables(tmp_path, "smollm2")
-    assert "comparison" in found
-    assert not {"comparison-other-domain", "fvu-other-domain"} & set(found)
-
-
-def test_draw_draws_every_figure(records_folder: Path, tmp_path: Path):
-    drawn = draw(records_folder, "smollm2", tmp_path / "images")
-    assert len(drawn) == 21
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
-
-
-@pytest.mark.parametrize(
-    ("name", "shown", "beside"),
-    [
-        ("figure-3a", "squared error, sum over d_in", "openwebtext"),
-        ("figure-3b", "squared error, sum over d_in, other domain", "hle-biomedical"),
-        ("figure-3c", "loss recovered, other domain", "hle-biomedical"),
-        ("loss-recovered", "loss recovered", None),
-        ("figure-4a", "squared error, sum over d_in", "openwebtext"),
-        ("figure-4b", "squared error, sum over d_in, other domain", None),
-        ("figure-4d", "loss recovered, other domain", None),
-    ],
-)
-def test_figures_show_the_domain_that_the_papers_numbers_are_of(
-    name: str,
-    shown: str,
-    beside: str | None,
-    records_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_tables_of_the_main_grid_need_no_other_domain_and_are_no_ablations(
+    main_grid: Path,
 ):
-    figures: list[Figure] = []
+    for record in read_records(main_grid):
+        record.other_domain = None
+        record.write(main_grid)
+    found = set(tables(main_grid, "smollm2"))
+    assert "comparison" in found
+    assert not {"comparison-other-domain", "fvu-other-domain"} & found
+    # Of these the main grid has several runs.
+    assert not {"ablation-flops", "length"} & found
+
+
+def test_draw_draws_every_figure_beside_the_papers_numbers(
+    records_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: dict[Path, int] = {}
 
     def save(figure: Figure, path: Path, **_: Any) -> None:
-        assert path.name == f"{name}.png"
-        figures.append(figure)
+        drawn[path] = len(figure.axes)
 
     monkeypatch.setattr(Figure, "savefig", save)
-    draw(records_folder, "smollm2", tmp_path, [name])
-    measured, *paper = (axes for axes in figures[0].axes if axes.lines)
-    assert measured.get_ylabel() == shown
-    found = [axes.get_title().lower() for axes in paper]
-    assert len(found) == (beside is not None)
-    assert all(beside is not None and beside in title for title in found)
+    assert draw(records_folder, "smollm2", tmp_path) == [*drawn]
+    assert len(drawn) == 21
+    assert drawn[tmp_path / "figure-3a.png"] == 2
 
 
-def test_draw_leaves_out_what_records_do_not_suffice_for(tmp_path: Path):
-    write_records(tmp_path / "some", "smollm2-decompositions", seeds=(0,))
-    drawn = draw(tmp_path / "some", "smollm2", tmp_path)
+def test_draw_leaves_out_what_records_do_not_suffice_for(
+    decompositions: Path, tmp_path: Path
+):
+    drawn = draw(decompositions, "smollm2", tmp_path / "images")
     names = {path.stem for path in drawn}
     assert "figure-10" in names
     assert not names & {"figure-3a", "figure-5b", "learning-curves"}
-    assert all(path.exists() for path in drawn)
     write_records(tmp_path / "none", "smollm2-recipe", seeds=(0,))
     assert draw(tmp_path / "none", "smollm2", tmp_path) == []
-
-
-def test_losses_of_different_numbers_of_contexts_are_not_compared(tmp_path: Path):
-    write_records(tmp_path, "smollm2-decompositions", seeds=(0,))
-    record = RunRecord.read(min(tmp_path.glob("*.json")))
-    record.measures["loss_recovered"]["contexts"] = 64
-    record.write(tmp_path)
-    with pytest.raises(
-        ValueError, match="equally many contexts, got 16 and 64: evaluate"
-    ):
-        tables(tmp_path, "smollm2")
-
-
-def test_draw_names_the_figure_that_records_do_not_suffice_for(tmp_path: Path):
-    write_records(tmp_path, "smollm2", seeds=(0,))
-    assert len(draw(tmp_path, "smollm2", tmp_path, ["figure-3a"])) == 1
     with pytest.raises(ValueError, match="figure-5b cannot be drawn"):
-        draw(tmp_path, "smollm2", tmp_path, ["figure-5b"])
+        draw(decompositions, "smollm2", tmp_path, ["figure-5b"])
     with pytest.raises(ValueError, match="figure-99"):
-        draw(tmp_path, "smollm2", tmp_path, ["figure-99"])
+        draw(decompositions, "smollm2", tmp_path, ["figure-99"])
+
+
+def test_losses_of_different_numbers_of_contexts_are_not_compared(decompositions: Path):
+    found = set(tables(decompositions, "smollm2"))
+    # Of the gates there is only the default's run.
+    assert found & {"ablation-decompositions", "ablation-gates"} == {
+        "ablation-decompositions"
+    }
+    record, *_ = read_records(decompositions)
+    record.measures["loss_recovered"]["contexts"] = 64
+    record.write(decompositions)
+    message = "equally many contexts, got 16 and 64: evaluate"
+    with pytest.raises(ValueError, match=message):
+        tables(decompositions, "smollm2")
 
 
 def test_fill_replaces_what_stands_between_the_marks():
@@ -178,55 +155,37 @@ def test_fill_replaces_what_stands_between_the_marks():
         fill(document, {"fvu": "| 1 |"})
 
 
-def test_report_fills_documents_and_draws(
+def test_report_fills_documents_all_or_none_and_draws(
     records_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    document = tmp_path / "page.md"
-    document.write_text("# Page\n<!-- table gap -->\n<!-- end -->\n")
-    command = ["report", "--preset", "smollm2"]
-    command += ["--records", str(records_folder), "--documents", str(document)]
-    images = ["--images", str(tmp_path / "images"), "--figures", "figure-3a"]
-    assert main([*command, *images]) == 0
-    gap = tables(records_folder, "smollm2")["gap"]
-    assert gap in document.read_text()
-    assert gap in capsys.readouterr().out
-    assert [p.name for p in (tmp_path / "images").iterdir()] == ["figure-3a.png"]
-
-
-def test_report_changes_no_document_if_one_cannot_be_filled(
-    records_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
-    good.write_text("<!-- table gap --><!-- end -->")
+    good, bad, images = (tmp_path / name for name in ("good.md", "bad.md", "images"))
+    before = "# Page\n<!-- table gap -->\n<!-- end -->\n"
+    good.write_text(before)
     bad.write_text("<!-- table gaps --><!-- end -->")
-    command = [
-        "report",
-        "--preset",
-        "smollm2",
-        "--records",
-        str(records_folder),
-    ]
-    assert main([*command, "--documents", str(good), str(bad)]) != 0
+    command = ["report", "--preset", "smollm2", "--records", str(records_folder)]
+    command += ["--documents", str(good)]
+    assert main([*command, str(bad)]) != 0
     assert "'gaps'" in capsys.readouterr().err
-    assert good.read_text() == "<!-- table gap --><!-- end -->"
+    assert good.read_text() == before
+    draw = ["--images", str(images), "--figures", "figure-3a"]
+    assert main([*command, *draw]) == 0
+    gap = tables(records_folder, "smollm2")["gap"]
+    assert gap in good.read_text()
+    assert gap in capsys.readouterr().out
+    (picture,) = images.iterdir()
+    assert picture.name == "figure-3a.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("folder", [EARLIER, RECORDS])
-def test_published_records_belong_to_presets(folder: Path):
-    """Their names are hashes of all settings: a changed recipe would lose them."""
+def test_published_records_belong_to_presets_and_losses_to_one_text(folder: Path):
+    # Names are hashes of all settings: a changed recipe would lose them.
     grids = [PRESETS[name] for name in PRESETS if name.startswith("smollm2")]
     planned = {run.name for grid in grids for run in grid.with_seeds()}
-    published = set(read(folder)["name"])
-    assert published
-    assert not published - planned
-
-
-@pytest.mark.parametrize("folder", [EARLIER, RECORDS])
-def test_published_losses_are_of_one_text(folder: Path):
     runs = read(folder)
+    assert set() != set(runs["name"]) <= planned
     for domain in ("in_domain", "other_domain"):
-        column = runs[f"measures.loss_recovered.{domain}.without_sae"]
-        losses = column.dropna().tolist()
+        losses = runs[f"measures.loss_recovered.{domain}.without_sae"].dropna()
         # Another CPU shows in the fifth decimal, other documents in the first or second.
         assert max(losses) - min(losses) < 1e-4
 
@@ -240,7 +199,6 @@ def test_published_losses_are_of_one_text(folder: Path):
     ],
 )
 def test_published_tables_are_made_from_the_published_records(page: str, folder: Path):
-    published = tables(folder, "smollm2")
     text = (ROOT / page).read_text()
     assert "<!-- table" in text
-    assert fill(text, published) == text
+    assert fill(text, tables(folder, "smollm2")) == text

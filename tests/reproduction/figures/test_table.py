@@ -1,8 +1,9 @@
 """The table of the figures: the entries' lines, and what every entry refuses."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from statistics import mean, stdev
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -34,101 +35,65 @@ NUMBERED = ["2", "3a", "3b", "3c", "3d", "4a", "4c", "5a", "5b", "7a", "7b", "10
 WITH_PAPER = {f"figure-{number}": number for number in NUMBERED}
 WITH_PAPER["figure-8"] = "redundancy"
 SIDES = {True: "with feature scaling", False: "without feature scaling"}
+OF_LABELS = [r for r in RUNS if r["label"] in FEW_LABELS]
+UNSCALED = where(num_experts=64, feature_scaling=False)
+OMEGAS = [
+    {**r, "omega": mean(r["scaling_factors"])}
+    for r in where(feature_scaling=True, decomposition="mean")
+]
+SIMILARITIES = [
+    {**r, "line": name, "cosine": r[f"{column}_similarity"]}
+    for name, column in (
+        ("within an expert", "intra_expert"),
+        ("sampled from all experts", "inter_expert"),
+    )
+    for r in UNSCALED
+    if r["k"] == 32
+]
 
 
-def of_labels(rows: list[Row]) -> list[Row]:
-    return [r for r in rows if r["label"] in FEW_LABELS]
-
-
-def unscaled() -> list[Row]:
-    return where(num_experts=64, feature_scaling=False)
-
-
-def both_sides(rows: list[Row]) -> list[Row]:
-    return [{**r, "side": SIDES[r["feature_scaling"]]} for r in rows]
-
-
-def omegas() -> list[Row]:
-    rows = where(feature_scaling=True, decomposition="mean")
-    return [{**r, "omega": mean(r["scaling_factors"])} for r in rows]
-
-
-def both_similarities() -> list[Row]:
-    names = {
-        "within an expert": "intra_expert_similarity",
-        "sampled from all experts": "inter_expert_similarity",
-    }
-    rows = where(k=32, num_experts=64, feature_scaling=False)
-    return [
-        {**r, "line": name, "cosine": r[column]}
-        for name, column in names.items()
-        for r in rows
-    ]
+def both_sides(**conditions: Any) -> list[Row]:
+    return [{**r, "side": SIDES[r["feature_scaling"]]} for r in where(**conditions)]
 
 
 def reductions() -> list[Row]:
-    rows = where(num_experts=64, decomposition="mean")
-    key = ("experts_per_token", "k", "seed")
-    plain = {tuple(r[n] for n in key): r for r in rows if not r["feature_scaling"]}
-    similarity = "activation_similarity"
+    key = itemgetter("experts_per_token", "k", "seed")
+    plain = {key(r): r["activation_similarity"] for r in UNSCALED}
     return [
-        {
-            **r,
-            "percent": 100
-            - 100 * r[similarity] / plain[tuple(r[n] for n in key)][similarity],
-        }
-        for r in rows
-        if r["feature_scaling"]
+        {**r, "percent": 100 - 100 * r["activation_similarity"] / plain[key(r)]}
+        for r in where(num_experts=64, decomposition="mean", feature_scaling=True)
     ]
 
 
-BY_LABEL = (lambda: of_labels(RUNS), "label", "k")
-BY_EXPERTS = (unscaled, "experts_per_token", "k")
-# The rows that each figure's lines are of, and columns: line, x, metric; and names of lines.
-LINES: dict[str, tuple[Callable[[], list[Row]], str, str, str, str]] = {
-    "figure-2": (omegas, "k", "experts_per_token", "omega", "k = {:g}"),
-    "figure-3a": (*BY_LABEL, "mse", "{}"),
-    "figure-3b": (*BY_LABEL, "mse_other_domain", "{}"),
-    "figure-3c": (*BY_LABEL, "loss_recovered_other_domain", "{}"),
+BY_LABEL = (OF_LABELS, "label", "k")
+BY_EXPERTS = (UNSCALED, "experts_per_token", "k")
+SIDES_OF_SMALLEST_K = both_sides(num_experts=64, decomposition="mean", k=8)
+OF_DECOMPOSITIONS = where(num_experts=64, experts_per_token=2, feature_scaling=True)
+# The rows that each figure's lines are of, and columns: line, x, metric.
+LINES: dict[str, tuple[list[Row], str, str, str]] = {
+    "figure-2": (OMEGAS, "k", "experts_per_token", "omega"),
+    "figure-3a": (*BY_LABEL, "mse"),
+    "figure-3b": (*BY_LABEL, "mse_other_domain"),
+    "figure-3c": (*BY_LABEL, "loss_recovered_other_domain"),
     "figure-3d": (
-        lambda: of_labels(SCORES),
-        "label",
-        "quantile",
-        "autointerp_accuracy",
-        "{}",
+        [r for r in SCORES if r["label"] in FEW_LABELS],
+        *("label", "quantile", "autointerp_accuracy"),
     ),
-    "figure-4a": (*BY_EXPERTS, "mse", "e = {:g}"),
-    "figure-4b": (*BY_EXPERTS, "mse_other_domain", "e = {:g}"),
-    "figure-4c": (*BY_EXPERTS, "loss_recovered", "e = {:g}"),
-    "figure-4d": (*BY_EXPERTS, "loss_recovered_other_domain", "e = {:g}"),
-    "figure-5a": (omegas, "k", "experts_per_token", "mse", "k = {:g}"),
-    "figure-5b": (
-        lambda: both_sides(where(experts_per_token=16)),
-        "side",
-        "k",
-        "mse",
-        "{}",
-    ),
-    "figure-6a": (both_similarities, "line", "experts_per_token", "cosine", "{}"),
-    "figure-7a": (reductions, "experts_per_token", "k", "percent", "e = {:g}"),
-    "figure-7b": (*BY_EXPERTS, "activation_similarity", "e = {:g}"),
-    "figure-8": (*BY_LABEL, "redundancy", "{}"),
-    "figure-8b": (
-        lambda: both_sides(where(num_experts=64, decomposition="mean", k=8)),
-        "side",
-        "experts_per_token",
-        "redundancy",
-        "{}",
-    ),
-    "figure-10": (
-        lambda: where(num_experts=64, experts_per_token=2, feature_scaling=True),
-        "decomposition",
-        "k",
-        "mse",
-        "{}",
-    ),
-    "loss-recovered": (*BY_LABEL, "loss_recovered", "{}"),
+    "figure-4a": (*BY_EXPERTS, "mse"),
+    "figure-4b": (*BY_EXPERTS, "mse_other_domain"),
+    "figure-4c": (*BY_EXPERTS, "loss_recovered"),
+    "figure-4d": (*BY_EXPERTS, "loss_recovered_other_domain"),
+    "figure-5a": (OMEGAS, "k", "experts_per_token", "mse"),
+    "figure-5b": (both_sides(experts_per_token=16), "side", "k", "mse"),
+    "figure-6a": (SIMILARITIES, "line", "experts_per_token", "cosine"),
+    "figure-7a": (reductions(), "experts_per_token", "k", "percent"),
+    "figure-7b": (*BY_EXPERTS, "activation_similarity"),
+    "figure-8": (*BY_LABEL, "redundancy"),
+    "figure-8b": (SIDES_OF_SMALLEST_K, "side", "experts_per_token", "redundancy"),
+    "figure-10": (OF_DECOMPOSITIONS, "decomposition", "k", "mse"),
+    "loss-recovered": (*BY_LABEL, "loss_recovered"),
 }
+NAMES = {"k": "k = {:g}", "experts_per_token": "e = {:g}"}
 
 
 def test_every_entry_of_the_table_is_checked_below():
@@ -138,13 +103,23 @@ def test_every_entry_of_the_table_is_checked_below():
     assert numbered == {**WITH_PAPER, "figure-8a": "8a"}
 
 
+@pytest.mark.parametrize("name", FIGURES)
+def test_axes_and_the_papers_numbers_are_of_the_domain_that_is_drawn(name: str):
+    metric, paper = FIGURES[name].metric, FIGURES[name].paper
+    other = metric.column.endswith("other_domain")
+    assert metric.label.endswith("other domain") == other
+    dataset = paper_figure(paper).dataset if paper else None
+    if dataset and metric.column.startswith(("mse", "loss")):
+        assert dataset.lower() == ("hle-biomedical" if other else "openwebtext")
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_lines_are_means_over_seeds_of_the_metric(name: str):
-    rows, *columns = LINES[name]
-    want = expected(rows(), *columns)
+    rows, line, x, metric = LINES[name]
+    want = expected(rows, line, x, metric, NAMES.get(line, "{}"))
     names = {"experts_per_token": ["e = 1", "e = 2", "e = 16"], "label": FEW_LABELS}
-    if FIGURES[name].line in names:
-        assert sorted(want) == sorted(names[FIGURES[name].line])
+    if line in names:
+        assert sorted(want) == sorted(names[line])
     assert len(want) > 1
     assert_same_points(points(draw(name).axes[0]), want)
 
@@ -154,7 +129,7 @@ def test_a_metric_of_ones_own_is_drawn_in_place_of_the_entrys():
     plot = replace(FIGURES["figure-3a"], metric=fvu)
     figure = figures.draw(plot, pd.DataFrame(RUNS), labels=FEW_LABELS, paper=True)
     measured, paper = figure.axes
-    want = expected(of_labels(RUNS), "label", "k", "fvu")
+    want = expected(OF_LABELS, "label", "k", "fvu")
     assert_same_points(points(measured), want)
     assert measured.get_ylabel() == "fraction of variance unexplained"
     assert paper.get_ylabel() == "squared error, sum over d_in"
