@@ -16,7 +16,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -53,8 +53,7 @@ class Placement:
         return torch.device(self.device).type
 
     def randn(self, *shape: int) -> torch.Tensor:
-        like: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
-        return torch.randn(*shape, **like)
+        return torch.randn(shape, device=self.device, dtype=self.torch_dtype)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -151,18 +150,9 @@ class Entry:
 def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]:
     """The SAEs to compare at one width, and the same for those too expensive to run often."""
 
-    def scale(num_experts: int, experts_per_token: int, **fields: Any) -> Entry:
+    def scale(num_experts: int, experts_per_token: int) -> Entry:
         name = f"scale {num_experts}/{experts_per_token}"
-        return Entry(
-            fields.pop("name", name),
-            "scale",
-            d_in,
-            d_sae,
-            k,
-            num_experts,
-            experts_per_token,
-            **fields,
-        )
+        return Entry(name, "scale", d_in, d_sae, k, num_experts, experts_per_token)
 
     reference = scale(64, 2)
     small = Entry(f"TopK {reference.active:,}", "topk", d_in, reference.active, k)
@@ -172,8 +162,7 @@ def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]
         scale(256, 8),
         Entry("switch 32", "switch", d_in, d_sae, k, 32),
         small,
-        scale(64, 2, name="scale 64/2, 5% dead", dead=0.05),
-        Entry(f"{small.name}, 5% dead", "topk", d_in, small.d_sae, k, dead=0.05),
+        *(replace(e, name=f"{e.name}, 5% dead", dead=0.05) for e in (reference, small)),
     ]
     expensive = [
         reference,

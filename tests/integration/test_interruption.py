@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,30 +53,26 @@ def tokens(tiny_model: HookedSAETransformer) -> Dataset:
     return Dataset.from_dict({"input_ids": rows.tolist()})
 
 
-def record_losses(sae: TrainingSAE[Any]) -> list[dict[str, float]]:
-    """Have every training step leave its losses in the list that is returned."""
+def record_losses(
+    sae: TrainingSAE[Any], terminate_in: int | None = None
+) -> list[dict[str, float]]:
+    """
+    Have every training step leave its losses in the list that is returned.
+
+    This process gets a SIGTERM in step ``terminate_in``, the first being 1.
+    """
     losses: list[dict[str, float]] = []
     step = sae.training_forward_pass
 
     def recording(**kwargs: Any) -> Any:
+        if len(losses) + 1 == terminate_in:
+            os.kill(os.getpid(), signal.SIGTERM)
         output = step(**kwargs)
         losses.append({name: loss.item() for name, loss in output.losses.items()})
         return output
 
     sae.training_forward_pass = recording  # type: ignore[method-assign]
     return losses
-
-
-def signal_in_step(sae: TrainingSAE[Any], step: int) -> None:
-    """Send this process SIGTERM while the SAE is in a training step, the first being 1."""
-    steps = []
-
-    def terminate(tensor: torch.Tensor, hook: Any) -> None:
-        steps.append(hook)
-        if len(steps) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    sae.hook_sae_input.add_hook(terminate)
 
 
 def in_step_runner(
@@ -104,21 +101,13 @@ def test_a_run_stopped_by_a_signal_continues_bit_equal(
     tmp_path: Path,
 ):
     cfg = sae_config(architecture, normalize_activations=normalization)
-
-    def runner(
-        runner_class: Any = LanguageModelSAETrainingRunner, **overrides: Any
-    ) -> LanguageModelSAETrainingRunner:
-        return in_step_runner(
-            cfg, tiny_model, tokens, runner_class=runner_class, **overrides
-        )
-
+    runner = partial(in_step_runner, cfg, tiny_model, tokens)
     whole = runner()
     want_losses = record_losses(whole.sae)
     want = weights(whole.run())
 
     stopped = runner(InterruptibleTrainingRunner, checkpoint_path=str(tmp_path))
-    signal_in_step(stopped.sae, 7)
-    losses = record_losses(stopped.sae)
+    losses = record_losses(stopped.sae, terminate_in=7)
     with pytest.raises(InterruptedException):
         stopped.run()
     assert losses == want_losses[:7]
