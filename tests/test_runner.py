@@ -3,34 +3,31 @@
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import scale_sae, small_corpus
-from sae_lens import (
-    HookedSAETransformer,
-    LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
-    LoggingConfig,
+from helpers import scale_sae
+from integration.runs import (
+    ARCHITECTURES,
+    SHORT,
+    make_runner,
+    runner_config,
+    sae_config,
 )
-from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
+from sae_lens import HookedSAETransformer, LanguageModelSAETrainingRunner
 from sae_lens.training._interruption import InterruptedException
 from safetensors import SafetensorError
 from typing_extensions import override
 
-from sae_lens_scale import ScaleTrainingSAEConfig, SwitchTrainingSAEConfig
 from sae_lens_scale.runner import InterruptibleTrainingRunner, apply_lr_factors
 
-BATCH = 128
+BATCH = SHORT["train_batch_size_tokens"]
 STEPS = 12
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAES = {
-    "scale": lambda **settings: ScaleTrainingSAEConfig(**settings, num_experts=4),
-    "switch": lambda **settings: SwitchTrainingSAEConfig(**settings, num_experts=4),
-    "topk": TopKTrainingSAEConfig,
-}
+SAES = [*ARCHITECTURES, "topk"]
 Make = Callable[..., LanguageModelSAETrainingRunner]
 
 
@@ -41,38 +38,22 @@ def make(tiny_model: HookedSAETransformer, tmp_path: Path) -> Make:
     def make(
         architecture: str = "scale",
         kind: type[LanguageModelSAETrainingRunner] = InterruptibleTrainingRunner,
+        normalize_activations: str = "expected_average_only_in",
         options: dict[str, Any] | None = None,
         **settings: Any,
     ) -> LanguageModelSAETrainingRunner:
-        torch.manual_seed(0)
-        fields: dict[str, Any] = {
-            "sae": SAES[architecture](
-                d_in=32,
-                d_sae=64,
-                k=4,
-                normalize_activations="expected_average_only_in",
-            ),
-            "model_name": "tiny",
-            "hook_name": "blocks.0.hook_resid_post",
-            "is_dataset_tokenized": False,
-            "context_size": 32,
-            "training_tokens": BATCH * STEPS,
-            "train_batch_size_tokens": BATCH,
-            "store_batch_size_prompts": 8,
-            "n_batches_in_buffer": 16,
-            "n_batches_for_norm_estimate": 2,
+        short = {
+            "training_tokens": STEPS * BATCH,
             "lr": 1e-3,
-            "logger": LoggingConfig(log_to_wandb=False),
-            "checkpoint_path": str(tmp_path / "checkpoints"),
-            "output_path": str(tmp_path / "sae"),
-            **settings,
+            "dead_feature_window": 1000,
         }
-        return kind(
-            LanguageModelSAERunnerConfig(**fields),
-            override_model=tiny_model,
-            override_dataset=small_corpus(),
-            **(options or {}),
+        checkpoints = {"checkpoint_path": str(tmp_path / "checkpoints")}
+        sae = sae_config(architecture, normalize_activations=normalize_activations)
+        cfg = runner_config(
+            sae, tmp_path / "sae", **{**short, **checkpoints, **settings}
         )
+        maker: Any = partial(kind, **(options or {}))
+        return make_runner(cfg, tiny_model, runner_class=maker)
 
     return make
 
@@ -289,16 +270,16 @@ def test_a_run_that_goes_on_has_its_lr_factors_unless_it_is_given_others(
     others: dict[str, float] | None, make: Make
 ):
     # In its own units to the end: nothing to fold into the weights.
-    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=64, k=4, num_experts=4)
+    make = partial(make, normalize_activations="none")
     frozen = {"b_router": 0.0}
-    runner = make(options={"lr_factors": frozen}, sae=cfg)
+    runner = make(options={"lr_factors": frozen})
     start = {n: p.detach().clone() for n, p in runner.sae.named_parameters()}
     checkpoint = interrupted(runner)
     before = {n: p.detach().clone() for n, p in runner.sae.named_parameters()}
     assert torch.equal(before["b_router"], start["b_router"])
     assert not torch.equal(before["W_router"], start["W_router"])
     options = {"lr_factors": others}
-    resumed = make(options=options, sae=cfg, resume_from_checkpoint=checkpoint).run()
+    resumed = make(options=options, resume_from_checkpoint=checkpoint).run()
     for name in ("b_router", "W_router"):
         stayed = torch.equal(resumed.get_parameter(name), before[name])
         assert stayed == (name in (frozen if others is None else others))
