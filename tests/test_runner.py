@@ -42,16 +42,13 @@ def make(tiny_model: HookedSAETransformer, tmp_path: Path) -> Make:
         options: dict[str, Any] | None = None,
         **settings: Any,
     ) -> LanguageModelSAETrainingRunner:
-        short = {
+        fields = {
             "training_tokens": STEPS * BATCH,
-            "lr": 1e-3,
-            "dead_feature_window": 1000,
+            "checkpoint_path": str(tmp_path / "checkpoints"),
+            **settings,
         }
-        checkpoints = {"checkpoint_path": str(tmp_path / "checkpoints")}
         sae = sae_config(architecture, normalize_activations=normalize_activations)
-        cfg = runner_config(
-            sae, tmp_path / "sae", **{**short, **checkpoints, **settings}
-        )
+        cfg = runner_config(sae, tmp_path / "sae", **fields)
         maker: Any = partial(kind, **(options or {}))
         return make_runner(cfg, tiny_model, runner_class=maker)
 
@@ -168,8 +165,14 @@ def test_signal_before_the_first_step_stops_at_once(
     runner = make()
     # The store runs the language model to estimate the activations' norm.
     steps = at_step(runner)
+    signals = iter([signal.SIGTERM])
+
+    def kill_once(tensor: torch.Tensor, hook: Any) -> None:
+        for number in signals:
+            kill(number)
+
     with (
-        tiny_model.hooks([("hook_embed", lambda tensor, hook: kill())]),
+        tiny_model.hooks([("hook_embed", kill_once)]),
         pytest.raises(InterruptedException, match="^no checkpoint was saved$"),
     ):
         runner.run()
