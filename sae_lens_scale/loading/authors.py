@@ -86,8 +86,7 @@ def authors_disk_loader(
     config_path = next(
         (p for p in map(Path, _config_paths(weights)) if p.is_file()), None
     )
-    config = {} if config_path is None else _read_config(config_path)
-    trainer, buffer = _section(config, "trainer"), _section(config, "buffer")
+    trainer, buffer = _read_config(config_path)
     for name, size in (
         ("activation_dim", sizes["d"]),
         ("dict_size", sizes["M"]),
@@ -255,18 +254,15 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read a config.json; empty if it holds no object."""
+def _read_config(path: Path | None) -> list[dict[str, Any]]:
+    """Read a config.json's sections "trainer" and "buffer"; empty if there are none."""
     try:
-        config = json.loads(path.read_text())
+        config = {} if path is None else json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    return config if isinstance(config, dict) else {}
-
-
-def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
-    section = config.get(name)
-    return dict(section) if isinstance(section, dict) else {}
+    config = config if isinstance(config, dict) else {}
+    sections = (config.get(name) for name in ("trainer", "buffer"))
+    return [dict(s) if isinstance(s, dict) else {} for s in sections]
 
 
 def _setting(name: str, given: Any, stored: Any, kind: type, path: Path) -> Any:

@@ -94,12 +94,8 @@ def sae(
 
 
 def is_hooked(point: Any) -> bool:
-    return bool(
-        point._forward_hooks
-        or point._forward_pre_hooks
-        or point._backward_hooks
-        or point._backward_pre_hooks
-    )
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(point, f"_{kind}_hooks") for kind in kinds)
 
 
 @pytest.fixture(autouse=True)
@@ -469,8 +465,24 @@ def test_splicing_works_when_the_model_starts_or_stops_at_a_layer(
     assert torch.equal(after, model.run_with_saes(tokens, saes=[sae]))
 
 
-def check_dtypes(model: Any, sae: SAE[Any], dtype: torch.dtype) -> None:
-    """Splicing keeps the model's dtype outside the SAE and the SAE's own inside."""
+@torch.no_grad()
+@both_architectures
+@pytest.mark.parametrize(
+    ("model_in", "model_dtype", "sae_dtype"),
+    [
+        ("HookedSAETransformer", "bfloat16", "bfloat16"),
+        ("SAETransformerBridge", "bfloat16", "bfloat16"),
+        ("HookedSAETransformer", "bfloat16", "float32"),
+        ("HookedSAETransformer", "float32", "bfloat16"),
+    ],
+    indirect=["model_in"],
+)
+def test_splicing_keeps_the_dtypes_of_model_and_sae(
+    model_in: Callable[..., Any], architecture: str, model_dtype: str, sae_dtype: str
+):
+    dtype = getattr(torch, model_dtype)
+    model = model_in(dtype=dtype)
+    sae = suited_sae(architecture, model, dtype=sae_dtype)
     hook = resid_post(model)
     tokens = model.to_tokens(PROMPTS)
     clean = model(tokens)
@@ -483,31 +495,6 @@ def check_dtypes(model: Any, sae: SAE[Any], dtype: torch.dtype) -> None:
     # Only rounding in bfloat16 is left.
     with_error = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
     assert (with_error - clean).norm() < 0.05 * (out - clean).norm()
-
-
-@torch.no_grad()
-@both_architectures
-def test_model_and_sae_may_both_be_in_bfloat16(
-    model_in: Callable[..., Any], architecture: str
-):
-    model = model_in(dtype=torch.bfloat16)
-    check_dtypes(
-        model, suited_sae(architecture, model, dtype="bfloat16"), model.cfg.dtype
-    )
-
-
-@torch.no_grad()
-@hooked_transformer_only
-@both_architectures
-@pytest.mark.parametrize(
-    ("model_dtype", "sae_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")]
-)
-def test_dtypes_of_model_and_sae_may_differ(
-    model_in: Callable[..., Any], architecture: str, model_dtype: str, sae_dtype: str
-):
-    model = model_in(dtype=getattr(torch, model_dtype))
-    sae = suited_sae(architecture, model, dtype=sae_dtype)
-    check_dtypes(model, sae, getattr(torch, model_dtype))
 
 
 @torch.no_grad()
