@@ -102,15 +102,10 @@ class Entry:
             per_token = 2 * self.d_in * (self.d_sae + self.k), 8 * self.d_in * self.k
         else:
             dead = int(self.dead_mask.view(self.num_experts, -1).sum(-1).max())
-            counted = flops_per_token(self._training_config(), dead)
+            place = Placement("cpu", "float32", autocast=False)
+            counted = flops_per_token(self.training_config(place), dead)
             per_token = counted.forward, counted.backward
         return dict(zip(FORWARD_BACKWARD, (tokens * n for n in per_token), strict=True))
-
-    def _training_config(self) -> TrainingSAEConfig:
-        config = self.config(Placement("cpu", "float32", autocast=False))
-        if self.kind == "topk sparse":
-            config["use_sparse_activations"] = True
-        return TrainingSAEConfig.from_dict(config)
 
     def least_bytes(self, tokens: int, element_size: int) -> int:
         """Bytes that a training step has to read from memory and to write to it."""
@@ -145,6 +140,14 @@ class Entry:
         if self.kind == "scale":
             config["experts_per_token"] = self.experts_per_token
         return config
+
+    def training_config(self, place: Placement) -> TrainingSAEConfig:
+        config = self.config(place)
+        if self.kind == "topk sparse":
+            # Rescaling fails in SAELens's sparse backward pass.
+            config["rescale_acts_by_decoder_norm"] = False
+            config["use_sparse_activations"] = True
+        return TrainingSAEConfig.from_dict(config)
 
 
 def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]:
@@ -228,12 +231,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _training_sae(entry: Entry, place: Placement) -> tuple[torch.nn.Module, Loss]:
-    config = entry.config(place)
-    if entry.kind == "topk sparse":
-        # Rescaling fails in SAELens's sparse backward pass.
-        config["use_sparse_activations"] = True
-        config["rescale_acts_by_decoder_norm"] = False
-    sae = TrainingSAE.from_dict(config)
+    sae = TrainingSAE.from_dict(entry.training_config(place).to_dict())
 
     def loss(x: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output = sae.training_forward_pass(
