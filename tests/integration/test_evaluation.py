@@ -97,10 +97,7 @@ def batches(sae: SAE[Any], model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def assert_same_metrics(
     actual: Evaluation, expected: Evaluation, rtol: float = 1e-4, atol: float = 1e-5
 ) -> None:
-    assert actual.metrics.keys() == expected.metrics.keys()
-    for name, value in actual.metrics.items():
-        want = pytest.approx(expected.metrics[name], rel=rtol, abs=atol)
-        assert value == want, name
+    assert actual.metrics == pytest.approx(expected.metrics, rel=rtol, abs=atol)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

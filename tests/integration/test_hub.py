@@ -10,10 +10,7 @@ import torch
 from helpers import scale_sae, switch_sae
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from integration.hub import Hub
-from integration.runs import (
-    TrainingRun,
-    assert_computes_the_same,
-)
+from integration.runs import TrainingRun, assert_computes_the_same
 from sae_lens import SAE, TrainingSAE, upload_saes_to_huggingface
 from sae_lens.loading.pretrained_saes_directory import (
     PretrainedSAELookup,
@@ -43,11 +40,9 @@ def assert_same(loaded: SAE[Any], expected: SAE[Any]) -> None:
     """Equal in class, config, metadata and, bit by bit, in weights."""
     assert type(loaded) is type(expected)
     assert loaded.cfg.to_dict() == expected.cfg.to_dict()
-    want = expected.state_dict()
-    assert loaded.state_dict().keys() == want.keys()
-    for name, tensor in loaded.state_dict().items():
-        assert tensor.dtype == want[name].dtype
-        assert torch.equal(tensor, want[name]), name
+    torch.testing.assert_close(
+        loaded.state_dict(), expected.state_dict(), atol=0, rtol=0
+    )
 
 
 def assert_equivalent(loaded: SAE[Any], trained: SAE[Any]) -> None:
