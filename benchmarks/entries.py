@@ -16,7 +16,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -53,8 +53,7 @@ class Placement:
         return torch.device(self.device).type
 
     def randn(self, *shape: int) -> torch.Tensor:
-        like: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
-        return torch.randn(*shape, **like)
+        return torch.randn(shape, device=self.device, dtype=self.torch_dtype)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -103,15 +102,10 @@ class Entry:
             per_token = 2 * self.d_in * (self.d_sae + self.k), 8 * self.d_in * self.k
         else:
             dead = int(self.dead_mask.view(self.num_experts, -1).sum(-1).max())
-            counted = flops_per_token(self._training_config(), dead)
+            place = Placement("cpu", "float32", autocast=False)
+            counted = flops_per_token(self.training_config(place), dead)
             per_token = counted.forward, counted.backward
         return dict(zip(FORWARD_BACKWARD, (tokens * n for n in per_token), strict=True))
-
-    def _training_config(self) -> TrainingSAEConfig:
-        config = self.config(Placement("cpu", "float32", autocast=False))
-        if self.kind == "topk sparse":
-            config["use_sparse_activations"] = True
-        return TrainingSAEConfig.from_dict(config)
 
     def least_bytes(self, tokens: int, element_size: int) -> int:
         """Bytes that a training step has to read from memory and to write to it."""
@@ -147,22 +141,21 @@ class Entry:
             config["experts_per_token"] = self.experts_per_token
         return config
 
+    def training_config(self, place: Placement) -> TrainingSAEConfig:
+        config = self.config(place)
+        if self.kind == "topk sparse":
+            # Rescaling fails in SAELens's sparse backward pass.
+            config["rescale_acts_by_decoder_norm"] = False
+            config["use_sparse_activations"] = True
+        return TrainingSAEConfig.from_dict(config)
+
 
 def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]:
     """The SAEs to compare at one width, and the same for those too expensive to run often."""
 
-    def scale(num_experts: int, experts_per_token: int, **fields: Any) -> Entry:
+    def scale(num_experts: int, experts_per_token: int) -> Entry:
         name = f"scale {num_experts}/{experts_per_token}"
-        return Entry(
-            fields.pop("name", name),
-            "scale",
-            d_in,
-            d_sae,
-            k,
-            num_experts,
-            experts_per_token,
-            **fields,
-        )
+        return Entry(name, "scale", d_in, d_sae, k, num_experts, experts_per_token)
 
     reference = scale(64, 2)
     small = Entry(f"TopK {reference.active:,}", "topk", d_in, reference.active, k)
@@ -172,8 +165,7 @@ def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]
         scale(256, 8),
         Entry("switch 32", "switch", d_in, d_sae, k, 32),
         small,
-        scale(64, 2, name="scale 64/2, 5% dead", dead=0.05),
-        Entry(f"{small.name}, 5% dead", "topk", d_in, small.d_sae, k, dead=0.05),
+        *(replace(e, name=f"{e.name}, 5% dead", dead=0.05) for e in (reference, small)),
     ]
     expensive = [
         reference,
@@ -239,12 +231,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _training_sae(entry: Entry, place: Placement) -> tuple[torch.nn.Module, Loss]:
-    config = entry.config(place)
-    if entry.kind == "topk sparse":
-        # Rescaling fails in SAELens's sparse backward pass.
-        config["use_sparse_activations"] = True
-        config["rescale_acts_by_decoder_norm"] = False
-    sae = TrainingSAE.from_dict(config)
+    sae = TrainingSAE.from_dict(entry.training_config(place).to_dict())
 
     def loss(x: torch.Tensor, dead: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output = sae.training_forward_pass(

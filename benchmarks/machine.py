@@ -82,8 +82,8 @@ def interleave(
 
     Args:
         starts: Makers of the timed runs by name; one untimed run of each is the warm-up.
-        rounds: How many timed rounds.
-        device: Where they run.
+        rounds: Number of timed rounds.
+        device: Device that they run on.
         label: Text of the progress bar.
         optional: Names of those that may be unavailable.
 
@@ -132,19 +132,13 @@ def _time(run: Run, device: str, record: dict[str, Any]) -> None:
         )
 
 
-def total(laps: dict[str, Any], names: Sequence[str], clock: str) -> list[float]:
-    """Seconds of several laps together, for each round."""
-    return [sum(t) for t in zip(*(laps[name][clock] for name in names), strict=True)]
-
-
 def summary(laps: dict[str, Any], *names: str) -> dict[str, float]:
     """Median and minimum of the wall time of laps together, and median of their CPU time."""
-    wall = total(laps, names, "wall")
-    return {
-        "median": median(wall),
-        "min": min(wall),
-        "cpu_median": median(total(laps, names, "cpu")),
-    }
+    wall, cpu = (
+        [sum(lap) for lap in zip(*(laps[name][clock] for name in names), strict=True)]
+        for clock in ("wall", "cpu")
+    )
+    return {"median": median(wall), "min": min(wall), "cpu_median": median(cpu)}
 
 
 def torch_allocations(run: Callable[[], object], device: str) -> list[tuple[int, int]]:
@@ -270,8 +264,8 @@ def ceilings(
     Measure the ceilings of the machine: matrix products, and writing memory.
 
     Args:
-        device: Where.
-        rounds: How many timed rounds.
+        device: Device to measure.
+        rounds: Number of timed rounds.
         side: Rows and columns of the matrices.
         nbytes: Size of the buffers; larger than caches.
 

@@ -167,12 +167,8 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     """
     Run the demo; an SAE that an earlier run finished is not trained again.
 
-    Args:
-        cfg: The settings.
-
     Returns:
-        The contents of ``metrics.json`` in the output folder: the settings, and each
-        SAE's metrics by name.
+        The contents of ``metrics.json``: the settings, and each SAE's metrics by name.
     """
     cfg.output.mkdir(parents=True, exist_ok=True)
     model = load_language_model(cfg.model, cfg.device)
@@ -370,14 +366,11 @@ def evaluate(
 
     Args:
         cfg: The settings.
-        sae: An inference SAE whose metadata names its hook.
+        sae: An inference SAE.
         runner_cfg: The runner configuration that it was trained with.
         model: The language model.
         test: The held-out text.
         held_out: Raw activations of it, ``[tokens, d_in]``, for the use of experts.
-
-    Returns:
-        Metrics by name; expert metrics for mixtures only.
     """
     by_group, by_latent = run_evals(
         sae,

@@ -19,9 +19,6 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
 
     Args:
         folder: The other folder, which is made if it is missing.
-
-    Yields:
-        The folder to write into.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,15 +29,7 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
 
 
 def dump_json(value: Any) -> str:
-    """
-    Format a value as strict JSON.
-
-    Args:
-        value: The value; NaN and infinity, which are no JSON, become null.
-
-    Returns:
-        Indented text.
-    """
+    """Format a value as strict JSON: NaN and infinity, which are none, become null."""
     return json.dumps(_strict(value), indent=1, allow_nan=False)
 
 
@@ -54,11 +43,9 @@ def _strict(value: Any) -> Any:
 
 def write_whole(path: Path, text: str) -> None:
     """
-    Write a file whole or not at all; a device or a pipe stays one.
+    Write a file whole or not at all, in a folder that is made if it is missing.
 
-    Args:
-        path: The file, in a folder that is made if it is missing.
-        text: Its contents.
+    A device or a pipe stays one.
     """
     if path.exists() and not path.is_file():
         # Such as /dev/stderr: not to be replaced by a file.

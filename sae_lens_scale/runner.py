@@ -17,18 +17,14 @@ from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
-from sae_lens_scale.files import replacing_files
+from sae_lens_scale.files import write_whole
 
 LR_FACTORS_FILENAME = "lr_factors.json"
 
 
 def require_lr_factors(sae: TrainingSAE[Any], lr_factors: Mapping[str, float]) -> None:
     """
-    Refuse factors that cannot multiply the learning rates of an SAE's parameters.
-
-    Args:
-        sae: The SAE.
-        lr_factors: Factors, by name of the parameter.
+    Refuse factors, by name of the parameter, that cannot multiply learning rates.
 
     Raises:
         ValueError: If the SAE has no parameter of a name, or a factor is no finite number
@@ -158,17 +154,12 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
+        message = "no checkpoint was saved: checkpoint_path is not set"
         if checkpoint_path is not None:
-            with replacing_files(checkpoint_path) as folder:
-                factors = json.dumps(self.lr_factors)
-                Path(folder, LR_FACTORS_FILENAME).write_text(factors)
+            factors = json.dumps(self.lr_factors)
+            write_whole(checkpoint_path / LR_FACTORS_FILENAME, factors)
+            message = f"resume_from_checkpoint {checkpoint_path} goes on from here"
         # Once training is over there is nothing to resume: the run ends as usual.
-        is_final = checkpoint_path is not None and checkpoint_path.name.startswith(
-            "final_"
-        )
+        is_final = checkpoint_path and checkpoint_path.name.startswith("final_")
         if self._interrupted and not is_final:
-            raise InterruptedException(
-                "no checkpoint was saved: checkpoint_path is not set"
-                if checkpoint_path is None
-                else f"resume_from_checkpoint {checkpoint_path} goes on from here"
-            )
+            raise InterruptedException(message)

@@ -5,7 +5,7 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import pytest
 from sae_lens.saes.sae import SAE
@@ -16,19 +16,14 @@ from sae_lens_scale.cli import main
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str, *arguments: str) -> dict[str, Any]:
-    before = sys.argv
-    sys.argv = [name, *arguments]
-    try:
-        return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    finally:
-        sys.argv = before
+def run(name: str, arguments: str) -> None:
+    with mock.patch.object(sys, "argv", [name, *arguments.split()]):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 DEMO_ARGUMENTS = (
     "--training_tokens 2048 --batch_size 128 --expansion 2 --num_experts 8 "
-    "--k 16 --context_size 64 --eval_batches 1 "
-    "--prompts_per_batch 8"
+    "--k 16 --context_size 64 --eval_batches 1 --prompts_per_batch 8"
 )
 
 
@@ -36,7 +31,7 @@ DEMO_ARGUMENTS = (
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a tiny demo, run as `make demo` runs it."""
     output = tmp_path_factory.mktemp("demo")
-    run("train_scale_smollm2.py", *f"{DEMO_ARGUMENTS} --output {output}".split())
+    run("train_scale_smollm2.py", f"{DEMO_ARGUMENTS} --output {output}")
     return output
 
 
@@ -76,8 +71,7 @@ def test_the_command_line_evaluates_what_the_demo_leaves(
 
 
 def test_splice_and_steer(demo: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = f"--sae {demo / 'scale'} --new_tokens 3".split()
-    run("splice_and_steer.py", *arguments)
+    run("splice_and_steer.py", f"--sae {demo / 'scale'} --new_tokens 3")
     out = capsys.readouterr().out
     assert "strongest latent" in out
     change = float(out.split("by splicing: ")[1].split()[0])
@@ -86,8 +80,8 @@ def test_splice_and_steer(demo: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_architecture_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = f"--training_tokens 4096 --output {tmp_path / 'sae'}".split()
-    run("architecture_by_name.py", *arguments)
+    arguments = f"--training_tokens 4096 --output {tmp_path / 'sae'}"
+    run("architecture_by_name.py", arguments)
     out = capsys.readouterr().out
     assert f"trained ScaleTrainingSAE into {tmp_path / 'sae'}" in out
     assert "--k 8: ScaleTrainingSAEConfig" in out
@@ -141,7 +135,7 @@ def test_demo_does_not_train_again_what_it_has(
     weights = demo / "scale" / "sae_weights.safetensors"
     before = weights.stat().st_mtime_ns
     arguments = f"{DEMO_ARGUMENTS} --output {demo} --sentence Hello"
-    run("train_scale_smollm2.py", *arguments.split())
+    run("train_scale_smollm2.py", arguments)
     assert "Training" not in capsys.readouterr().out
     assert weights.stat().st_mtime_ns == before
     tokens = json.loads((demo / "tokens.json").read_text())

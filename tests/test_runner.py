@@ -3,82 +3,66 @@
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import scale_sae, small_corpus
-from sae_lens import (
-    HookedSAETransformer,
-    LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
-    LoggingConfig,
+from helpers import scale_sae
+from integration.runs import (
+    ARCHITECTURES,
+    SHORT,
+    make_runner,
+    runner_config,
+    sae_config,
 )
-from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
+from sae_lens import HookedSAETransformer, LanguageModelSAETrainingRunner
 from sae_lens.training._interruption import InterruptedException
 from safetensors import SafetensorError
 from typing_extensions import override
 
-from sae_lens_scale import ScaleTrainingSAEConfig, SwitchTrainingSAEConfig
 from sae_lens_scale.runner import InterruptibleTrainingRunner, apply_lr_factors
 
-BATCH = 128
+BATCH = SHORT["train_batch_size_tokens"]
 STEPS = 12
-NEVER = 100 * STEPS
-SAES = {
-    "scale": lambda **settings: ScaleTrainingSAEConfig(**settings, num_experts=4),
-    "switch": lambda **settings: SwitchTrainingSAEConfig(**settings, num_experts=4),
-    "topk": TopKTrainingSAEConfig,
-}
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAES = [*ARCHITECTURES, "topk"]
+Make = Callable[..., LanguageModelSAETrainingRunner]
 
 
-def make_runner(
-    model: HookedSAETransformer,
-    output: Path,
-    architecture: str = "scale",
-    kind: type[LanguageModelSAETrainingRunner] = InterruptibleTrainingRunner,
-    fused_optimizer: bool = False,
-    lr_factors: dict[str, float] | None = None,
-    **settings: Any,
-) -> LanguageModelSAETrainingRunner:
-    torch.manual_seed(0)
-    fields: dict[str, Any] = {
-        "sae": SAES[architecture](
-            d_in=32,
-            d_sae=64,
-            k=4,
-            normalize_activations="expected_average_only_in",
-        ),
-        "model_name": "tiny",
-        "hook_name": "blocks.0.hook_resid_post",
-        "is_dataset_tokenized": False,
-        "context_size": 32,
-        "training_tokens": BATCH * STEPS,
-        "train_batch_size_tokens": BATCH,
-        "store_batch_size_prompts": 8,
-        "n_batches_in_buffer": 16,
-        "n_batches_for_norm_estimate": 2,
-        "lr": 1e-3,
-        "logger": LoggingConfig(log_to_wandb=False),
-        "checkpoint_path": str(output / "checkpoints"),
-        "output_path": str(output / "sae"),
-        **settings,
-    }
-    # SAELens's own runner does not know them.
-    options: dict[str, Any] = {"fused_optimizer": True} if fused_optimizer else {}
-    if lr_factors is not None:
-        options["lr_factors"] = lr_factors
-    return kind(
-        LanguageModelSAERunnerConfig(**fields),
-        override_model=model,
-        override_dataset=small_corpus(),
-        **options,
-    )
+@pytest.fixture
+def make(tiny_model: HookedSAETransformer, tmp_path: Path) -> Make:
+    """Maker of runners that write into ``tmp_path``."""
+
+    def make(
+        architecture: str = "scale",
+        kind: type[LanguageModelSAETrainingRunner] = InterruptibleTrainingRunner,
+        normalize_activations: str = "expected_average_only_in",
+        options: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> LanguageModelSAETrainingRunner:
+        fields = {
+            "training_tokens": STEPS * BATCH,
+            "checkpoint_path": str(tmp_path / "checkpoints"),
+            **settings,
+        }
+        sae = sae_config(architecture, normalize_activations=normalize_activations)
+        cfg = runner_config(sae, tmp_path / "sae", **fields)
+        maker: Any = partial(kind, **(options or {}))
+        return make_runner(cfg, tiny_model, runner_class=maker)
+
+    return make
+
+
+def kill(signal_number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), signal_number)
 
 
 def at_step(
-    runner: LanguageModelSAETrainingRunner, step: int, do: Callable[[], None]
+    runner: LanguageModelSAETrainingRunner,
+    step: int | None = None,
+    do: Callable[[], None] = kill,
 ) -> list[int]:
     """Do something in the middle of a training step; returns the steps that begin."""
     steps: list[int] = []
@@ -92,8 +76,14 @@ def at_step(
     return steps
 
 
-def kill(signal_number: int = signal.SIGTERM) -> None:
-    os.kill(os.getpid(), signal_number)
+def interrupted(runner: LanguageModelSAETrainingRunner) -> str:
+    """Interrupt a run in its fifth step; the only checkpoint that it leaves."""
+    at_step(runner, 5)
+    with pytest.raises(InterruptedException):
+        runner.run()
+    (checkpoint,) = Path(str(runner.cfg.checkpoint_path)).iterdir()
+    assert checkpoint.name == str(5 * BATCH)
+    return str(checkpoint)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -103,88 +93,86 @@ def checkpoints(output: Path) -> list[Path]:
 @pytest.fixture(autouse=True)
 def handlers_are_restored():
     """After any run the handlers are those from before it."""
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = {s: signal.getsignal(s) for s in SIGNALS}
     yield
-    after = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+    after = {s: signal.getsignal(s) for s in SIGNALS}
+    for number, handler in before.items():
         signal.signal(number, handler)
     assert after == before
 
 
-@pytest.mark.parametrize("architecture", ["scale", "switch", "topk"])
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("architecture", "signal_number", "step"),
+    [
+        *((name, number, 5) for name in SAES for number in SIGNALS),
+        ("scale", signal.SIGTERM, STEPS),
+    ],
+)
 def test_interrupted_run_continues_where_it_stopped(
-    architecture: str,
-    signal_number: int,
-    tiny_model: HookedSAETransformer,
-    tmp_path: Path,
+    architecture: str, signal_number: int, step: int, make: Make, tmp_path: Path
 ):
-    runner = make_runner(tiny_model, tmp_path, architecture)
-    steps = at_step(runner, 5, lambda: kill(signal_number))
+    runner = make(architecture)
+    steps = at_step(runner, step, lambda: kill(signal_number))
     with pytest.raises(InterruptedException) as stop:
         runner.run()
     # The step in which the signal came is the last, and is finished.
-    assert steps[-1] == 5
+    assert len(steps) == step
     (checkpoint,) = checkpoints(tmp_path)
-    assert checkpoint.name == str(5 * BATCH)
+    assert checkpoint.name == str(step * BATCH)
     assert str(stop.value) == f"resume_from_checkpoint {checkpoint} goes on from here"
     assert not (tmp_path / "sae").exists()
 
-    resumed = make_runner(
-        tiny_model, tmp_path, architecture, resume_from_checkpoint=str(checkpoint)
-    )
-    steps = at_step(resumed, NEVER, kill)
+    resumed = make(architecture, resume_from_checkpoint=str(checkpoint))
+    steps = at_step(resumed)
     resumed.run()
-    assert steps[-1] == STEPS - 5
+    assert len(steps) == STEPS - step
     assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
 
 
-def test_checkpoint_holds_the_weights_at_the_end_of_the_step(
-    tiny_model: HookedSAETransformer, tmp_path: Path
+def kill_twice() -> None:
+    kill(signal.SIGINT)
+    kill(signal.SIGTERM)
+
+
+def fail() -> None:
+    raise ZeroDivisionError("in a step")
+
+
+@pytest.mark.parametrize(
+    ("do", "error", "message"),
+    [
+        (kill_twice, InterruptedException, "^no checkpoint was saved$"),
+        (fail, ZeroDivisionError, "in a step"),
+    ],
+)
+def test_second_signals_and_errors_stop_at_once_without_a_checkpoint(
+    do: Callable[[], None],
+    error: type[Exception],
+    message: str,
+    make: Make,
+    tmp_path: Path,
 ):
-    interrupted = make_runner(tiny_model, tmp_path / "interrupted")
-    at_step(interrupted, 5, kill)
-    with pytest.raises(InterruptedException):
-        interrupted.run()
-    # A run to the same step, whose checkpoint SAELens itself writes.
-    regular = make_runner(tiny_model, tmp_path / "regular", n_checkpoints=2)
-    regular.run()
-    by_name = {path.name: path for path in checkpoints(tmp_path / "regular")}
-    expected, actual = by_name[str(5 * BATCH)], checkpoints(tmp_path / "interrupted")[0]
-    names = {path.name for path in expected.iterdir()}
-    assert {path.name for path in actual.iterdir()} == names
-    for name in ("sae_weights.safetensors", "activations_store_state.safetensors"):
-        assert (actual / name).read_bytes() == (expected / name).read_bytes(), name
-    state, wanted = (torch.load(p / "trainer_state.pt") for p in (actual, expected))
-    assert state["n_training_steps"] == wanted["n_training_steps"]
-    torch.testing.assert_close(
-        state["optimizer"]["state"], wanted["optimizer"]["state"], atol=0, rtol=0
-    )
-
-
-def test_second_signal_stops_at_once_without_a_checkpoint(
-    tiny_model: HookedSAETransformer, tmp_path: Path
-):
-    runner = make_runner(tiny_model, tmp_path)
-
-    def kill_twice() -> None:
-        kill(signal.SIGINT)
-        kill(signal.SIGTERM)
-
-    at_step(runner, 5, kill_twice)
-    with pytest.raises(InterruptedException, match="^no checkpoint was saved$"):
+    runner = make()
+    at_step(runner, 5, do)
+    with pytest.raises(error, match=message):
         runner.run()
     assert checkpoints(tmp_path) == []
 
 
 def test_signal_before_the_first_step_stops_at_once(
-    tiny_model: HookedSAETransformer, tmp_path: Path
+    make: Make, tiny_model: HookedSAETransformer, tmp_path: Path
 ):
-    runner = make_runner(tiny_model, tmp_path)
+    runner = make()
     # The store runs the language model to estimate the activations' norm.
-    steps = at_step(runner, NEVER, kill)
+    steps = at_step(runner)
+    signals = iter([signal.SIGTERM])
+
+    def kill_once(tensor: torch.Tensor, hook: Any) -> None:
+        for number in signals:
+            kill(number)
+
     with (
-        tiny_model.hooks([("hook_embed", lambda tensor, hook: kill())]),
+        tiny_model.hooks([("hook_embed", kill_once)]),
         pytest.raises(InterruptedException, match="^no checkpoint was saved$"),
     ):
         runner.run()
@@ -192,112 +180,67 @@ def test_signal_before_the_first_step_stops_at_once(
 
 
 def test_without_a_checkpoint_path_nothing_is_saved_and_the_text_says_so(
-    tiny_model: HookedSAETransformer, tmp_path: Path
+    make: Make, tmp_path: Path
 ):
-    runner = make_runner(tiny_model, tmp_path, checkpoint_path=None)
-    steps = at_step(runner, 5, kill)
+    runner = make(checkpoint_path=None)
+    steps = at_step(runner, 5)
     with pytest.raises(InterruptedException, match="checkpoint_path is not set"):
         runner.run()
     assert steps[-1] == 5
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_with_prefetching_is_interrupted_too(
-    tiny_model: HookedSAETransformer, tmp_path: Path
-):
-    runner = make_runner(tiny_model, tmp_path, prefetch_llm_batches=True)
-    at_step(runner, 5, kill)
-    with pytest.raises(InterruptedException):
-        runner.run()
-    assert [path.name for path in checkpoints(tmp_path)] == [str(5 * BATCH)]
+def test_run_with_prefetching_is_interrupted_too(make: Make):
+    interrupted(make(prefetch_llm_batches=True))
 
 
-def test_error_in_a_step_is_raised_and_saves_nothing(
-    tiny_model: HookedSAETransformer, tmp_path: Path
-):
-    def fail() -> None:
-        raise ZeroDivisionError("in a step")
-
-    runner = make_runner(tiny_model, tmp_path)
-    at_step(runner, 5, fail)
-    with pytest.raises(ZeroDivisionError, match="in a step"):
-        runner.run()
-    assert checkpoints(tmp_path) == []
-
-
-def test_interrupted_runner_can_run_again(
-    tiny_model: HookedSAETransformer, tmp_path: Path
-):
-    runner = make_runner(tiny_model, tmp_path, n_checkpoints=1)
-    at_step(runner, 3, kill)
+def test_interrupted_runner_can_run_again(make: Make, tmp_path: Path):
+    runner = make(n_checkpoints=1)
+    at_step(runner, 3)
     with pytest.raises(InterruptedException):
         runner.run()
     runner.run()
     assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
 
 
-def test_signal_in_the_last_step_does_not_cost_the_result(
-    tiny_model: HookedSAETransformer, tmp_path: Path
-):
-    runner = make_runner(tiny_model, tmp_path)
-    at_step(runner, STEPS, kill)
-    with pytest.raises(InterruptedException):
-        runner.run()
-    (checkpoint,) = checkpoints(tmp_path)
-    assert checkpoint.name == str(STEPS * BATCH)
-    make_runner(tiny_model, tmp_path, resume_from_checkpoint=str(checkpoint)).run()
-    assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
-
-
-def test_signal_while_the_result_is_saved_does_not_cost_it(
-    tiny_model: HookedSAETransformer, tmp_path: Path
-):
+def test_signal_while_the_result_is_saved_does_not_cost_it(make: Make, tmp_path: Path):
     class Interrupted(InterruptibleTrainingRunner):
         @override
         def save_checkpoint(self, checkpoint_path: Path | None) -> None:
             kill()
             super().save_checkpoint(checkpoint_path)
 
-    make_runner(
-        tiny_model, tmp_path, kind=Interrupted, save_final_checkpoint=True
-    ).run()
+    make(kind=Interrupted, save_final_checkpoint=True).run()
     assert [path.name for path in checkpoints(tmp_path)] == [f"final_{STEPS * BATCH}"]
     assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
 
 
-@pytest.mark.parametrize("architecture", ["scale", "switch", "topk"])
-def test_fused_optimizer_trains_the_same_up_to_rounding(
-    architecture: str, tiny_model: HookedSAETransformer, tmp_path: Path
-):
-    weights = []
-    for fused in (True, False):
-        output = tmp_path / str(fused)
-        runner = make_runner(
-            tiny_model, output, architecture, n_checkpoints=1, fused_optimizer=fused
-        )
-        weights.append(dict(runner.run().named_parameters()))
-        (checkpoint,) = {p.parent for p in checkpoints(output)}
-        state = torch.load(next(checkpoint.glob("*/trainer_state.pt")))
-        assert bool(state["optimizer"]["param_groups"][0]["fused"]) == fused
-    for name, parameter in weights[0].items():
-        torch.testing.assert_close(parameter, weights[1][name], atol=1e-5, rtol=1e-5)
-
-
-def test_a_resumed_run_chooses_its_optimizer_anew(
-    tiny_model: HookedSAETransformer, tmp_path: Path
-):
-    runner = make_runner(tiny_model, tmp_path, fused_optimizer=True)
-    at_step(runner, 5, kill)
-    with pytest.raises(InterruptedException):
-        runner.run()
-    (checkpoint,) = checkpoints(tmp_path)
-    resumed = make_runner(
-        tiny_model, tmp_path, resume_from_checkpoint=str(checkpoint), n_checkpoints=1
-    )
-    resumed.run()
-    last = max(checkpoints(tmp_path), key=lambda p: p.stat().st_mtime)
+def fused_at_the_end(runner: LanguageModelSAETrainingRunner) -> bool | None:
+    """Run, and say how the last checkpoint's optimizer was set."""
+    runner.run()
+    folders = Path(str(runner.cfg.checkpoint_path)).iterdir()
+    last = max(folders, key=lambda folder: folder.stat().st_mtime_ns)
     state = torch.load(last / "trainer_state.pt")
-    assert state["optimizer"]["param_groups"][0]["fused"] is None
+    return state["optimizer"]["param_groups"][0]["fused"]
+
+
+@pytest.mark.parametrize("architecture", SAES)
+def test_fused_optimizer_trains_the_same_up_to_rounding(architecture: str, make: Make):
+    saes = []
+    for fused in (True, None):
+        options = {"fused_optimizer": bool(fused)}
+        runner = make(architecture, n_checkpoints=1, options=options)
+        assert fused_at_the_end(runner) is fused
+        saes.append(runner.sae)
+    for name, parameter in saes[0].named_parameters():
+        want = saes[1].get_parameter(name)
+        torch.testing.assert_close(parameter, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_resumed_run_chooses_its_optimizer_anew(make: Make):
+    checkpoint = interrupted(make(options={"fused_optimizer": True}))
+    resumed = make(resume_from_checkpoint=checkpoint, n_checkpoints=1)
+    assert fused_at_the_end(resumed) is None
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -327,27 +270,19 @@ def test_lr_factors_are_learning_rates_of_single_parameters(fused: bool):
 
 @pytest.mark.parametrize("others", [None, {}, {"W_router": 0.0}])
 def test_a_run_that_goes_on_has_its_lr_factors_unless_it_is_given_others(
-    others: dict[str, float] | None, tiny_model: HookedSAETransformer, tmp_path: Path
+    others: dict[str, float] | None, make: Make
 ):
     # In its own units to the end: nothing to fold into the weights.
-    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=64, k=4, num_experts=4)
+    make = partial(make, normalize_activations="none")
     frozen = {"b_router": 0.0}
-    runner = make_runner(tiny_model, tmp_path, lr_factors=frozen, sae=cfg)
+    runner = make(options={"lr_factors": frozen})
     start = {n: p.detach().clone() for n, p in runner.sae.named_parameters()}
-    at_step(runner, 5, kill)
-    with pytest.raises(InterruptedException):
-        runner.run()
+    checkpoint = interrupted(runner)
     before = {n: p.detach().clone() for n, p in runner.sae.named_parameters()}
     assert torch.equal(before["b_router"], start["b_router"])
     assert not torch.equal(before["W_router"], start["W_router"])
-    (checkpoint,) = checkpoints(tmp_path)
-    resumed = make_runner(
-        tiny_model,
-        tmp_path,
-        lr_factors=others,
-        sae=cfg,
-        resume_from_checkpoint=str(checkpoint),
-    ).run()
+    options = {"lr_factors": others}
+    resumed = make(options=options, resume_from_checkpoint=checkpoint).run()
     for name in ("b_router", "W_router"):
         stayed = torch.equal(resumed.get_parameter(name), before[name])
         assert stayed == (name in (frozen if others is None else others))
@@ -365,31 +300,22 @@ def test_a_run_that_goes_on_has_its_lr_factors_unless_it_is_given_others(
     ],
 )
 def test_runner_refuses_lr_factors_before_it_trains(
-    lr_factors: dict[str, float],
-    message: str,
-    tiny_model: HookedSAETransformer,
-    tmp_path: Path,
+    lr_factors: dict[str, float], message: str, make: Make
 ):
     with pytest.raises(ValueError, match=message):
-        make_runner(tiny_model, tmp_path, lr_factors=lr_factors)
+        make(options={"lr_factors": lr_factors})
 
 
-def test_SAELenss_own_runner_loses_an_interrupted_run(
-    tiny_model: HookedSAETransformer, tmp_path: Path
-):
+def test_SAELenss_own_runner_loses_an_interrupted_run(make: Make, tmp_path: Path):
     """docs/upstream/interruption.md; once this fails, InterruptibleTrainingRunner can go."""
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    runner = make_runner(
-        tiny_model, tmp_path, "topk", kind=LanguageModelSAETrainingRunner
-    )
-    at_step(runner, 5, kill)
+    handlers = {s: signal.getsignal(s) for s in SIGNALS}
+    runner = make("topk", kind=LanguageModelSAETrainingRunner)
+    at_step(runner, 5)
     try:
         with pytest.raises(SafetensorError, match="No such file or directory"):
             runner.run()
     finally:
         # It leaves its own handlers behind, too.
-        for number, handler in zip(
-            (signal.SIGINT, signal.SIGTERM), handlers, strict=True
-        ):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     assert checkpoints(tmp_path) == []

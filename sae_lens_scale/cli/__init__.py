@@ -16,10 +16,7 @@ from .output import complain, error_text, print_result
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Run a command.
-
-    Args:
-        arguments: Arguments after ``sae-lens-scale``; by default the process's own.
+    Run a command: the arguments after ``sae-lens-scale``, by default the process's own.
 
     Returns:
         The exit status: 0, 1 for an error, 130 after an interruption. Wrong usage exits

@@ -9,12 +9,7 @@ from sae_lens_scale.loading.formats import FORMATS
 
 
 def add_parser(commands: Any) -> None:
-    """
-    Add the command.
-
-    Args:
-        commands: The subparsers of an argparse parser.
-    """
+    """Add the command to the subparsers of an argparse parser."""
     names = ", ".join(form.name for form in FORMATS)
     parser = commands.add_parser(
         "convert",

@@ -23,12 +23,7 @@ _SCALED_BY_THE_TRAINER = ("expected_average_only_in", "covariance_whitening")
 
 
 def add_parser(commands: Any) -> None:
-    """
-    Add the command.
-
-    Args:
-        commands: The subparsers of an argparse parser.
-    """
+    """Add the command to the subparsers of an argparse parser."""
     parser = commands.add_parser("evaluate", help="run SAELens's evaluation on an SAE")
     add_sae(parser)
     parser.add_argument(

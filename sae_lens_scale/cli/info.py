@@ -23,12 +23,7 @@ _METADATA = (
 
 
 def add_parser(commands: Any) -> None:
-    """
-    Add the command.
-
-    Args:
-        commands: The subparsers of an argparse parser.
-    """
+    """Add the command to the subparsers of an argparse parser."""
     parser = commands.add_parser("info", help="describe an SAE")
     add_sae(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")

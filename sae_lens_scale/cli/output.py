@@ -22,10 +22,7 @@ _SELF_EXPLANATORY = (
 
 def print_result(text: str) -> None:
     """
-    Print a command's result.
-
-    Args:
-        text: The result. Nothing is wrong if its reader has closed the pipe.
+    Print a command's result; nothing is wrong if its reader has closed the pipe.
 
     Raises:
         OSError: If it cannot be written for any other reason.
@@ -40,25 +37,12 @@ def print_result(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """
-    Print an error.
-
-    Args:
-        text: The error in one line.
-    """
+    """Print an error in one line."""
     print(f"sae-lens-scale: error: {text}", file=sys.stderr)  # noqa: T201
 
 
 def error_text(error: BaseException) -> str:
-    """
-    Describe an error in one line.
-
-    Args:
-        error: The exception.
-
-    Returns:
-        Its own text, after its type where that is needed to understand it.
-    """
+    """Return an error's text in one line, after its type where that is needed."""
     text = " ".join(str(error).split())
     if text and isinstance(error, _SELF_EXPLANATORY):
         return text
@@ -66,15 +50,7 @@ def error_text(error: BaseException) -> str:
 
 
 def table(values: dict[str, Any]) -> str:
-    """
-    Format values as a text table, one a line.
-
-    Args:
-        values: The values by name; a dictionary stands for a group of them.
-
-    Returns:
-        The table.
-    """
+    """Format values by name as a text table; a dictionary is a group of values."""
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
         if isinstance(value, dict):

@@ -11,12 +11,7 @@ from .output import error_text
 
 
 def add_sae(parser: argparse.ArgumentParser) -> None:
-    """
-    Add the arguments.
-
-    Args:
-        parser: The command's parser.
-    """
+    """Add the arguments to a command's parser."""
     parser.add_argument(
         "sae", help="folder on disk, release of SAELens or repository on the hub"
     )
@@ -33,9 +28,6 @@ def load_sae(options: argparse.Namespace, device: str, dtype: str | None) -> SAE
         options: The parsed options.
         device: Device of the SAE.
         dtype: Type of its weights; None for its own on disk, float32 from the hub.
-
-    Returns:
-        The SAE.
 
     Raises:
         FileNotFoundError: If there is no such folder.

@@ -15,12 +15,7 @@ from .output import complain, error_text, print_result
 
 
 def add_parser(commands: Any) -> None:
-    """
-    Add the command.
-
-    Args:
-        commands: The subparsers of an argparse parser.
-    """
+    """Add the command to the subparsers of an argparse parser."""
     # SAELens's parser reads everything else that follows, --help included.
     parser = commands.add_parser(
         "train",
@@ -50,11 +45,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
     """
-    Train.
-
-    Args:
-        options: Our own options.
-        arguments: The rest of the command line, for SAELens's parser.
+    Train, with our own options and the rest of the command line, for SAELens's parser.
 
     Raises:
         SystemExit: If SAELens's parser is asked for help or refuses an argument.

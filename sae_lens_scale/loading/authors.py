@@ -7,9 +7,10 @@ hold k, the experts per token and "heaviside". The authors' training code leaves
 ``config.json`` beside it; without that file they have to be given.
 
 A loaded SAE computes the same as their code, up to rounding: TopK ranks gated activations,
-and parameters that this package's SAEs lack are folded into others. Two things cannot be told from a file: which experts their code selects for a
-token where several probabilities round to the same number, and, without a config.json, that
-a Switch SAE is of the variant with one more expert that is always on.
+and parameters that this package's SAEs lack are folded into others. Two things cannot be
+told from a file: which experts their code selects for a token where several probabilities
+round to the same number, and, without a config.json, that a Switch SAE is of the variant
+with one more expert that is always on.
 """
 
 import json
@@ -17,7 +18,7 @@ import tempfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -30,8 +31,6 @@ from safetensors.torch import load_file
 from .formats import recognise
 
 _WEIGHTS_SUFFIXES = (".pt", ".safetensors")
-
-T_PATH = TypeVar("T_PATH", bound=PurePath)
 
 
 def authors_disk_loader(
@@ -84,9 +83,10 @@ def authors_disk_loader(
         sizes = form.check(state)
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from error
-    config_path = next((p for p in _config_paths(weights) if p.is_file()), None)
-    config = {} if config_path is None else _read_config(config_path)
-    trainer, buffer = _section(config, "trainer"), _section(config, "buffer")
+    config_path = next(
+        (p for p in map(Path, _config_paths(weights)) if p.is_file()), None
+    )
+    trainer, buffer = _read_config(config_path)
     for name, size in (
         ("activation_dim", sizes["d"]),
         ("dict_size", sizes["M"]),
@@ -160,15 +160,15 @@ def authors_huggingface_loader(
         device: Device of the tensors.
         force_download: Download again if it is in the cache.
         cfg_overrides: Fields of the config that are to differ.
-        **settings: Values that no config.json holds, as for :func:`authors_disk_loader`:
-            k, experts_per_token, heaviside, model_name and hook_name.
+        **settings: As for :func:`authors_disk_loader`: k, experts_per_token, heaviside,
+            model_name and hook_name.
 
     Returns:
-        Config and state dict of a "scale" or "switch" inference SAE, and no sparsity.
+        As :func:`authors_disk_loader`, and no sparsity.
 
     Raises:
         EntryNotFoundError: If the repository has no such file.
-        ValueError: As :func:`authors_disk_loader` does.
+        ValueError: As :func:`authors_disk_loader`.
     """
     weights = PurePosixPath(folder_name)
     if weights.suffix not in _WEIGHTS_SUFFIXES:
@@ -192,22 +192,18 @@ def convert_authors_checkpoint(
 
     Args:
         source: The file or its folder.
-        target: Folder to create.
-        **settings: Values that no config.json holds, as for :func:`authors_disk_loader`:
-            k, experts_per_token, heaviside, model_name and hook_name.
-
-    Returns:
-        The folder, with ``cfg.json`` and ``sae_weights.safetensors``.
+        target: Folder to create, with ``cfg.json`` and ``sae_weights.safetensors``.
+        **settings: As for :func:`authors_disk_loader`: k, experts_per_token, heaviside,
+            model_name and hook_name.
 
     Raises:
         FileNotFoundError: If there is no such source.
-        ValueError: If the target exists, or as :func:`authors_disk_loader` does.
+        ValueError: If the target exists, or as :func:`authors_disk_loader`.
     """
     target = Path(target)
     if target.exists():
         raise ValueError(f"target must not exist yet, got {target}")
-    converter = partial(authors_disk_loader, **settings)
-    sae = SAE.load_from_disk(source, converter=converter)
+    sae = SAE.load_from_disk(source, converter=partial(authors_disk_loader, **settings))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix=".converting-", dir=target.parent
@@ -232,7 +228,7 @@ def _find_weights(path: Path) -> Path:
     return files[0]
 
 
-def _config_paths(weights: T_PATH) -> list[T_PATH]:
+def _config_paths(weights: PurePath) -> list[PurePath]:
     """Paths at which the authors' training code leaves the config.json of a checkpoint."""
     folders = [weights.parent]
     if weights.parent.name == "checkpoints":
@@ -258,18 +254,15 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read a config.json; empty if it holds no object."""
+def _read_config(path: Path | None) -> list[dict[str, Any]]:
+    """Read a config.json's sections "trainer" and "buffer"; empty if there are none."""
     try:
-        config = json.loads(path.read_text())
+        config = {} if path is None else json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    return config if isinstance(config, dict) else {}
-
-
-def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
-    section = config.get(name)
-    return dict(section) if isinstance(section, dict) else {}
+    config = config if isinstance(config, dict) else {}
+    sections = (config.get(name) for name in ("trainer", "buffer"))
+    return [dict(s) if isinstance(s, dict) else {} for s in sections]
 
 
 def _setting(name: str, given: Any, stored: Any, kind: type, path: Path) -> Any:

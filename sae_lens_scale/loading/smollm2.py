@@ -41,12 +41,7 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     Find the SmolLM2-135M-Instruct GGUF file in the cache, downloading it if it is missing.
 
     Args:
-        cache_dir: Folder that holds the file. By default the environment variable
-            ``SAE_LENS_SCALE_CACHE``, else ``sae-lens-scale`` in ``XDG_CACHE_HOME`` or
-            ``~/.cache``.
-
-    Returns:
-        Path of the GGUF file (98 MB).
+        cache_dir: Folder of the file (98 MB), by default :func:`default_cache_dir`.
 
     Raises:
         RuntimeError: The file could not be downloaded, or is not the expected one. The message
@@ -60,7 +55,7 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
         # second process doing the same can leave or see a part of it.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
             os.replace(_download(Path(temporary), path), path)
-    elif _sha256(path) != _GGUF_SHA256:
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != _GGUF_SHA256:
         raise RuntimeError(
             f"{path} is not the expected file. Delete it.\n{_by_hand(path)}"
         )
@@ -69,11 +64,8 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
 
 def default_cache_dir() -> Path:
     """
-    Folder of downloads and texts.
-
-    Returns:
-        The one that ``SAE_LENS_SCALE_CACHE`` names, else ``sae-lens-scale`` in
-        ``XDG_CACHE_HOME`` or ``~/.cache``.
+    Folder of downloads and texts: the one that ``SAE_LENS_SCALE_CACHE`` names, else
+    ``sae-lens-scale`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
     """
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own).expanduser()
@@ -114,14 +106,6 @@ def _by_hand(destination: Path) -> str:
     )
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def smollm2_folder(cache_dir: str | Path | None = None) -> Path:
     """
     Find the model as Hugging Face saves it, making it on the first call.
@@ -138,7 +122,50 @@ def smollm2_folder(cache_dir: str | Path | None = None) -> Path:
         ImportError: ``gguf`` or ``accelerate`` is not installed.
         RuntimeError: The GGUF file could not be had (see `fetch_smollm2`).
     """
-    return _dequantized(fetch_smollm2(cache_dir))
+    gguf = fetch_smollm2(cache_dir)
+    # transformers 4 takes another rotary base from a config that 5 saved, without a word.
+    major = transformers.__version__.partition(".")[0]
+    folder = gguf.with_name(f"{MODEL_NAME}-transformers-{major}")
+    if folder.exists():
+        return folder
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f'Reading a GGUF file needs {package}: pip install "sae-lens-scale[demo]"'
+            )
+    source = {"gguf_file": gguf.name, "local_files_only": True}
+    read = LlamaForCausalLM.from_pretrained(gguf.parent, **source)
+    # transformers does not save a model that it thinks is quantized, though this one no longer is.
+    settings = read.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+    model.load_state_dict(read.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    # The GGUF names its pre-tokenizer ("smollm"), but transformers takes each for GPT-2's. The
+    # model was trained with every digit cut off first, which changes how spaces before it group.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    # TransformerLens wants a tokenizer that prepends BOS.
+    tokenizer.add_bos_token = True
+    # transformers 4 reads BOS for EOS, and no padding token.
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    with tempfile.TemporaryDirectory(
+        prefix=".dequantize-", dir=gguf.parent
+    ) as temporary:
+        whole = Path(temporary, folder.name)
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        try:
+            whole.rename(folder)
+        except OSError:
+            # Another process was first: its folder is as good.
+            if not folder.exists():
+                raise
+    return folder
 
 
 def load_smollm2(
@@ -205,50 +232,3 @@ def load_smollm2(
         fold_value_biases=False,
     )
     return model.eval()
-
-
-def _dequantized(gguf: Path) -> Path:
-    """Return the folder beside `gguf` with the same model as Hugging Face saves it, made once."""
-    # transformers 4 takes another rotary base from a config that 5 saved, without a word.
-    major = transformers.__version__.partition(".")[0]
-    folder = gguf.with_name(f"{MODEL_NAME}-transformers-{major}")
-    if folder.exists():
-        return folder
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(
-                f'Reading a GGUF file needs {package}: pip install "sae-lens-scale[demo]"'
-            )
-    source = {"gguf_file": gguf.name, "local_files_only": True}
-    read = LlamaForCausalLM.from_pretrained(gguf.parent, **source)
-    # transformers does not save a model that it thinks is quantized, though this one no longer is.
-    settings = read.config.to_dict()
-    settings.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
-    model.load_state_dict(read.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    # The GGUF names its pre-tokenizer ("smollm"), but transformers takes each for GPT-2's. The
-    # model was trained with every digit cut off first, which changes how spaces before it group.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    # TransformerLens wants a tokenizer that prepends BOS.
-    tokenizer.add_bos_token = True
-    # transformers 4 reads BOS for EOS, and no padding token.
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    with tempfile.TemporaryDirectory(
-        prefix=".dequantize-", dir=gguf.parent
-    ) as temporary:
-        whole = Path(temporary, folder.name)
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        try:
-            whole.rename(folder)
-        except OSError:
-            # Another process was first: its folder is as good.
-            if not folder.exists():
-                raise
-    return folder

@@ -1,11 +1,29 @@
 """Fixtures of the tests of the command line."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cli.runs import train_command
+from cli.runs import Run, train_command
 
+from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
 from sae_lens_scale.cli import main
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Function that runs a command, checks its exit status and returns its output."""
+
+    def run(command: str, status: int = 0) -> Any:
+        capsys.readouterr()
+        try:
+            got: object = main(command.split())
+        except SystemExit as stop:
+            got = stop.code
+        assert got == status
+        return capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session", params=["scale", "switch"])
@@ -17,5 +35,14 @@ def trained(
 ) -> Path:
     """Folder of the results of ``train``: ``sae`` and ``checkpoints``."""
     output = tmp_path_factory.mktemp(request.param)
-    assert main(train_command(request.param, tiny_llama, text_folder, output)) == 0
+    command = train_command(request.param, tiny_llama, text_folder, output)
+    assert main(command.split()) == 0
     return output
+
+
+@pytest.fixture
+def untrained(tmp_path: Path) -> Path:
+    """Folder of an SAE whose metadata say nothing."""
+    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=128, num_experts=4)
+    ScaleTrainingSAE(cfg).save_inference_model(tmp_path / "untrained")
+    return tmp_path / "untrained"

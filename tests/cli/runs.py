@@ -1,18 +1,20 @@
-"""Command line of a small training run."""
+"""Command line of a small training run, and running one."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-SAE_OPTIONS = (
-    "--d_in 32 --d_sae 128 --num_experts 4 --k 8 "
-    "--normalize_activations expected_average_only_in"
-)
+# The fixture "run": of a command and the exit status to expect, by default 0. The result
+# has what was printed: out and err.
+Run = Callable[..., Any]
 
 
 def train_command(
     architecture: str, model: Path, text: Path, output: Path, tokens: int = 12_288
-) -> list[str]:
-    command = (
-        f"train --architecture {architecture} {SAE_OPTIONS} "
+) -> str:
+    return (
+        f"train --architecture {architecture} --d_in 32 --d_sae 128 --num_experts 4 --k 8 "
+        "--normalize_activations expected_average_only_in "
         f"--model_class_name AutoModelForCausalLM --model_name {model} "
         f"--hook_name model.layers.0 --dataset_path {text} --is_dataset_tokenized false "
         "--context_size 32 --store_batch_size_prompts 8 --train_batch_size_tokens 256 "
@@ -21,7 +23,6 @@ def train_command(
         f"--checkpoint_path {output / 'checkpoints'} --output_path {output / 'sae'} "
         "--log_to_wandb false --lr_factors b_router=0 W_router=0.5"
     )
-    return command.split()
 
 
 def checkpoint_of(trained: Path) -> Path:

@@ -7,8 +7,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from cli.runs import Run
 
-from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
 from sae_lens_scale.cli import main
 
 
@@ -31,28 +31,41 @@ def test_errors_are_one_line_without_a_traceback(
     command: str,
     status: int,
     message: str,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
     monkeypatch.chdir(tmp_path)
-    try:
-        assert main(command.split()) == status
-    except SystemExit as stop:
-        assert stop.code == status
-    captured = capsys.readouterr()
+    captured = run(command, status)
     assert captured.out == ""
     assert message in captured.err
     assert captured.err.startswith("sae-lens-scale: error: ")
     assert captured.err.count("\n") == 1
 
 
-def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]):
-    for command in ([], ["experiment"], ["info"], ["info", "folder", "id", "more"]):
-        with pytest.raises(SystemExit) as stop:
-            main(command)
-        assert stop.value.code == 2
-        assert "usage: sae-lens-scale" in capsys.readouterr().err
+POSITIVE = "must be a positive integer, got"
+FACTOR = "must be NAME=FACTOR, such as W_router=0.1, got"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "the following arguments are required"),
+        ("experiment", "invalid choice: 'experiment'"),
+        ("info", "the following arguments are required"),
+        ("info folder id more", "unrecognized arguments: more"),
+        ("evaluate folder --batch_size_prompts 0", f"{POSITIVE} '0'"),
+        ("evaluate folder --batch_size_prompts -3", f"{POSITIVE} '-3'"),
+        ("evaluate folder --batch_size_prompts x", f"{POSITIVE} 'x'"),
+        ("train --lr_factors W_router", f"{FACTOR} 'W_router'"),
+        ("train --lr_factors W_router=", f"{FACTOR} 'W_router='"),
+        ("train --lr_factors W_router=fast", f"{FACTOR} 'W_router=fast'"),
+    ],
+)
+def test_wrong_usage_exits_with_2(command: str, message: str, run: Run):
+    err = run(command, 2).err
+    assert err.startswith("usage: sae-lens-scale")
+    assert message in err
 
 
 def test_a_traceback_is_there_for_the_asking():
@@ -74,17 +87,15 @@ def test_the_package_is_the_same_command():
 
 
 def test_closed_pipe_ends_a_command_quietly(
-    tmp_path: Path,
+    untrained: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=128, num_experts=4)
-    ScaleTrainingSAE(cfg).save_inference_model(tmp_path)
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        assert main(["info", str(tmp_path)]) == 0
+        assert main(["info", str(untrained)]) == 0
         # As Python does at exit.
         closed.flush()
     assert capsys.readouterr().err == ""

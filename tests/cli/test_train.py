@@ -4,14 +4,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from cli.runs import checkpoint_of, train_command
+from cli.runs import Run, checkpoint_of, train_command
 from sae_lens.saes.sae import SAE
 
-from sae_lens_scale.cli import main, train
+from sae_lens_scale.cli import train
 
 
 def test_train_is_SAELenss_runner_with_our_architectures(trained: Path):
@@ -29,39 +29,19 @@ def test_train_gives_parameters_learning_rates_of_their_own(trained: Path):
     assert sae.get_parameter("b_dec").any()
 
 
-def test_lr_factors_of_several_options_add_up(monkeypatch: pytest.MonkeyPatch):
-    given: dict[str, Any] = {}
-
-    class Runner:
-        def __init__(self, _: Any, **options: Any):
-            given.update(options)
-
-        def run(self) -> None:
-            pass
-
-    monkeypatch.setattr(train, "InterruptibleTrainingRunner", Runner)
-    factors = "--architecture scale --lr_factors omega=2 --lr_factors W_enc=1 b_enc=0"
-    assert main(["train", *factors.split()]) == 0
-    assert given["lr_factors"] == {"omega": 2.0, "W_enc": 1.0, "b_enc": 0.0}
-
-
-@pytest.mark.parametrize("factor", ["W_router", "W_router=", "W_router=fast"])
-def test_train_refuses_lr_factors_that_are_none(
-    factor: str, capsys: pytest.CaptureFixture[str]
+def test_lr_factors_of_several_options_add_up(
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--lr_factors", factor])
-    assert stop.value.code == 2
-    assert f"must be NAME=FACTOR, such as W_router=0.1, got '{factor}'" in (
-        capsys.readouterr().err
-    )
+    runner = MagicMock()
+    monkeypatch.setattr(train, "InterruptibleTrainingRunner", runner)
+    factors = "--lr_factors omega=2 --lr_factors W_enc=1 b_enc=0"
+    run(f"train --architecture scale {factors}")
+    want = {"omega": 2.0, "W_enc": 1.0, "b_enc": 0.0}
+    assert runner.call_args.kwargs["lr_factors"] == want
 
 
-def test_train_help_explains_our_fields(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--architecture", "scale", "--help"])
-    assert stop.value.code == 0
-    out = " ".join(capsys.readouterr().out.split())
+def test_train_help_explains_our_fields(run: Run):
+    out = " ".join(run("train --architecture scale --help").out.split())
     assert "Number of experts (N); divides d_sae." in out
     assert "Weight alpha of the load-balancing loss." in out
     assert "--training_tokens" in out
@@ -77,26 +57,22 @@ def test_train_help_explains_our_fields(capsys: pytest.CaptureFixture[str]):
     ],
 )
 def test_train_refuses_what_would_cost_the_result(
-    option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, message: str, tmp_path: Path, run: Run
 ):
     file = tmp_path / "file"
     file.touch()
     # Neither model nor data set exists: these are looked at first.
     command = train_command("scale", tmp_path / "a", tmp_path / "b", tmp_path)
-    assert main([*command, *option.format(file=file).split()]) == 1
-    assert message.format(file=file) in capsys.readouterr().err
+    captured = run(f"{command} {option}".format(file=file), 1)
+    assert message.format(file=file) in captured.err
 
 
 def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
-    tiny_llama: Path, text_folder: Path, tmp_path: Path
+    tiny_llama: Path, text_folder: Path, tmp_path: Path, run: Run
 ):
     command = train_command("scale", tiny_llama, text_folder, tmp_path, tokens=10**8)
-    script = "import sys; from sae_lens_scale.cli import main; sys.exit(main())"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *command],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "sae_lens_scale", *command.split()]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if "mse_loss" in line:
@@ -111,12 +87,10 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
 
     before = SAE.load_from_disk(checkpoint)
     seen = int(checkpoint.name)
-    command = train_command(
-        "scale", tiny_llama, text_folder, tmp_path, tokens=seen + 512
-    )
+    again = train_command("scale", tiny_llama, text_folder, tmp_path, seen + 512)
     # The checkpoint has the factors.
-    command = command[: command.index("--lr_factors")]
-    assert main([*command, "--resume_from_checkpoint", str(checkpoint)]) == 0
+    again = again.partition("--lr_factors")[0]
+    run(f"{again} --resume_from_checkpoint {checkpoint}")
     after = SAE.load_from_disk(tmp_path / "sae")
     assert not after.get_parameter("b_router").any()
     assert after.cfg.architecture() == before.cfg.architecture()

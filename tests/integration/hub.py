@@ -137,11 +137,8 @@ def _json(data: Any) -> Answer:
 
 
 def _error(status: int, code: str, headers: dict[str, str] | None = None) -> Answer:
-    return (
-        status,
-        {"X-Error-Code": code, "X-Error-Message": code} | (headers or {}),
-        b"",
-    )
+    named = {"X-Error-Code": code, "X-Error-Message": code}
+    return status, named | (headers or {}), b""
 
 
 class _RequestHandler(BaseHTTPRequestHandler):
@@ -170,9 +167,12 @@ class _RequestHandler(BaseHTTPRequestHandler):
         pass
 
 
-def client_settings(hub: Hub, cache: Path) -> dict[str, str]:
-    """Environment of a process whose ``huggingface_hub`` is to use this hub."""
-    return {
+@contextmanager
+def running_hub(cache: Path) -> Iterator[Hub]:
+    """A hub that this process's ``huggingface_hub`` uses, with an empty cache."""
+    hub = Hub()
+    constants = huggingface_hub.constants
+    settings = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(cache),
         "HF_HUB_CACHE": str(cache / "hub"),
@@ -184,31 +184,20 @@ def client_settings(hub: Hub, cache: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "0",
         "NO_PROXY": "127.0.0.1",
     }
-
-
-def _client_modules() -> list[Any]:
-    loaded = list(sys.modules.items())
-    return [m for name, m in loaded if name.startswith("huggingface_hub.")]
-
-
-@contextmanager
-def running_hub(cache: Path) -> Iterator[Hub]:
-    """A hub that this process's ``huggingface_hub`` uses, with an empty cache."""
-    hub = Hub()
-    constants = huggingface_hub.constants
     try:
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in client_settings(hub, cache).items():
+            for name, value in settings.items():
                 patch.setenv(name, value)
             # The client reads its environment when it is imported. Most of it looks its
             # constants up where they are read here; some modules hold copies.
             before = dict(vars(constants))
             importlib.reload(constants)
             changed = {n: v for n, v in vars(constants).items() if before.get(n) != v}
-            for module in _client_modules():
-                for name in changed.keys() & vars(module).keys():
-                    if module is not constants and name.isupper():
-                        patch.setattr(module, name, changed[name])
+            for name, module in list(sys.modules.items()):
+                if name.startswith("huggingface_hub.") and module is not constants:
+                    for constant in changed.keys() & vars(module).keys():
+                        if constant.isupper():
+                            patch.setattr(module, constant, changed[constant])
             patch.setattr(huggingface_hub.hf_api.api, "endpoint", constants.ENDPOINT)
             # Connections made before may go by way of a proxy.
             close_session()

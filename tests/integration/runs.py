@@ -13,10 +13,6 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
     LoggingConfig,
 )
-from sae_lens.multi_sae_training_runner import (
-    MultiSAETrainingRunner,
-    MultiSAETrainingRunnerConfig,
-)
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
 
 import sae_lens_scale  # noqa: F401  (makes the architectures known)
@@ -132,32 +128,6 @@ def make_runner(
     )
 
 
-def multi_runner(
-    model: str, tokens: str, checkpoints: str | None, resume: str | None = None
-) -> MultiSAETrainingRunner:
-    """
-    Both architectures on a Llama, in step; also for a process of its own.
-
-    Args:
-        model: Folder of the model.
-        tokens: Folder of a data set with rows of 32 tokens.
-        checkpoints: Folder for a checkpoint after half of the steps, if any.
-        resume: Folder of a checkpoint to start from, if any.
-    """
-    torch.manual_seed(0)
-    cfg = MultiSAETrainingRunnerConfig(
-        saes={name: sae_config(name, **NORMALIZED) for name in ARCHITECTURES},
-        hook_names="model.layers.0",
-        model_class_name="AutoModelForCausalLM",
-        **{**IN_STEP, "model_name": model, "checkpoint_path": checkpoints},
-        logger=no_wandb(),
-        n_checkpoints=0 if checkpoints is None else 1,
-        resume_from_checkpoint=resume,
-        output_path=None,
-    )
-    return MultiSAETrainingRunner(cfg, override_dataset=Dataset.load_from_disk(tokens))
-
-
 @dataclass
 class TrainingRun:
     """
@@ -209,11 +179,7 @@ def assert_same_weights(
     atol: float = 0.0,
 ) -> None:
     """Equal in every bit, unless ``atol`` allows for less."""
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            actual[name], tensor, atol=atol, rtol=0, msg=lambda m: f"{name}: {m}"
-        )
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 @torch.no_grad()

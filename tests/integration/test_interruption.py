@@ -6,8 +6,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from datasets import Dataset
 from helpers import files_no_larger_than, small_corpus, step_input
 from integration.runs import (
     ARCHITECTURES,
+    HOOK,
     IN_STEP,
+    NORMALIZED,
     assert_same_weights,
     both_architectures,
     make_runner,
-    multi_runner,
+    no_wandb,
     runner_config,
     sae_config,
     weights,
@@ -33,6 +34,10 @@ from sae_lens.constants import (
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
+)
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
 )
 from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training._interruption import InterruptedException
@@ -52,30 +57,26 @@ def tokens(tiny_model: HookedSAETransformer) -> Dataset:
     return Dataset.from_dict({"input_ids": rows.tolist()})
 
 
-def record_losses(sae: TrainingSAE[Any]) -> list[dict[str, float]]:
-    """Have every training step leave its losses in the list that is returned."""
+def record_losses(
+    sae: TrainingSAE[Any], terminate_in: int | None = None
+) -> list[dict[str, float]]:
+    """
+    Have every training step leave its losses in the list that is returned.
+
+    This process gets a SIGTERM in step ``terminate_in``, the first being 1.
+    """
     losses: list[dict[str, float]] = []
     step = sae.training_forward_pass
 
     def recording(**kwargs: Any) -> Any:
+        if len(losses) + 1 == terminate_in:
+            os.kill(os.getpid(), signal.SIGTERM)
         output = step(**kwargs)
         losses.append({name: loss.item() for name, loss in output.losses.items()})
         return output
 
     sae.training_forward_pass = recording  # type: ignore[method-assign]
     return losses
-
-
-def signal_in_step(sae: TrainingSAE[Any], step: int) -> None:
-    """Send this process SIGTERM while the SAE is in a training step, the first being 1."""
-    steps = []
-
-    def terminate(tensor: torch.Tensor, hook: Any) -> None:
-        steps.append(hook)
-        if len(steps) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    sae.hook_sae_input.add_hook(terminate)
 
 
 def in_step_runner(
@@ -104,21 +105,13 @@ def test_a_run_stopped_by_a_signal_continues_bit_equal(
     tmp_path: Path,
 ):
     cfg = sae_config(architecture, normalize_activations=normalization)
-
-    def runner(
-        runner_class: Any = LanguageModelSAETrainingRunner, **overrides: Any
-    ) -> LanguageModelSAETrainingRunner:
-        return in_step_runner(
-            cfg, tiny_model, tokens, runner_class=runner_class, **overrides
-        )
-
+    runner = partial(in_step_runner, cfg, tiny_model, tokens)
     whole = runner()
     want_losses = record_losses(whole.sae)
     want = weights(whole.run())
 
     stopped = runner(InterruptibleTrainingRunner, checkpoint_path=str(tmp_path))
-    signal_in_step(stopped.sae, 7)
-    losses = record_losses(stopped.sae)
+    losses = record_losses(stopped.sae, terminate_in=7)
     with pytest.raises(InterruptedException):
         stopped.run()
     assert losses == want_losses[:7]
@@ -133,37 +126,42 @@ def test_a_run_stopped_by_a_signal_continues_bit_equal(
     assert_same_weights(got, want)
 
 
-def test_a_killed_process_leaves_a_checkpoint_that_continues_bit_equal(
-    tiny_llama: Path, tokens: Dataset, tmp_path: Path
+def test_several_SAEs_continue_bit_equal_from_a_checkpoint_of_a_run_that_crashed(
+    tiny_model: HookedSAETransformer, tokens: Dataset, tmp_path: Path
 ):
-    model, data, checkpoints = str(tiny_llama), str(tmp_path / "tokens"), tmp_path / "c"
-    tokens.save_to_disk(data)
-    code = f"""
-from integration.runs import multi_runner
-runner = multi_runner({model!r}, {data!r}, {str(checkpoints)!r})
-runner.saes["switch"].hook_sae_input.add_hook(lambda tensor, hook: print("step", flush=True))
-runner.run()
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    # The checkpoint is written after the ninth step.
-    for _ in range(11):
-        assert process.stdout.readline() == b"step\n"
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    def runner(**settings: Any) -> MultiSAETrainingRunner:
+        torch.manual_seed(0)
+        cfg = MultiSAETrainingRunnerConfig(
+            saes={name: sae_config(name, **NORMALIZED) for name in ARCHITECTURES},
+            hook_names=HOOK,
+            logger=no_wandb(),
+            output_path=None,
+            **{**IN_STEP, **settings},
+        )
+        return MultiSAETrainingRunner(
+            cfg, override_dataset=tokens, override_model=tiny_model
+        )
 
-    whole = multi_runner(model, data, None)
+    def crash(tensor: torch.Tensor, hook: Any) -> None:
+        if len(losses) == 10:
+            raise ZeroDivisionError
+
+    whole = runner()
     want_losses = {name: record_losses(sae) for name, sae in whole.saes.items()}
     want = {name: weights(sae) for name, sae in whole.run().items()}
-    (checkpoint,) = checkpoints.glob("*/*")
-    resumed = multi_runner(model, data, None, str(checkpoint))
-    losses = {name: record_losses(sae) for name, sae in resumed.saes.items()}
+
+    # The checkpoint is written after the ninth step.
+    crashed = runner(checkpoint_path=str(tmp_path), n_checkpoints=1)
+    losses = record_losses(crashed.saes["switch"])
+    crashed.saes["switch"].hook_sae_input.add_hook(crash)
+    with pytest.raises(ZeroDivisionError):
+        crashed.run()
+    (checkpoint,) = tmp_path.glob("*/*")
+
+    resumed = runner(resume_from_checkpoint=str(checkpoint))
+    got_losses = {name: record_losses(sae) for name, sae in resumed.saes.items()}
     for name, sae in resumed.run().items():
-        assert losses[name] == want_losses[name][9:]
+        assert got_losses[name] == want_losses[name][9:]
         assert_same_weights(weights(sae), want[name])
 
 
@@ -191,8 +189,9 @@ def test_a_resumed_run_has_the_batches_of_a_resumed_TopK_SAE(
         run(resume_from_checkpoint=str(checkpoint))
         assert len(seen) == 10 + 4
     for architecture in ARCHITECTURES:
-        for got, want in zip(batches[architecture], batches["topk"], strict=True):
-            assert torch.equal(got, want)
+        torch.testing.assert_close(
+            batches[architecture], batches["topk"], atol=0, rtol=0
+        )
 
 
 @both_architectures

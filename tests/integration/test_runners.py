@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-import struct
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,9 @@ from sae_lens.synthetic.synthetic_sae_runner import (
 )
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
-from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 RUNS = ("without_sae", "with_sae", "with_ablation")
-Trained = tuple[TrainingSAE[Any], Path]
+Weights = dict[str, torch.Tensor]
 
 
 def train(
@@ -94,38 +93,25 @@ def check_export(
 
 
 @pytest.fixture(scope="module")
-def plain_runs(
-    tiny_model: HookedSAETransformer, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Trained]:
-    """Training SAE and export of a run with nothing special switched on."""
-    runs = {}
-    for architecture in ARCHITECTURES:
-        folder = tmp_path_factory.mktemp(architecture)
-        runs[architecture] = train(tiny_model, sae_config(architecture), folder), folder
-    return runs
-
-
-@both_architectures
-def test_a_plain_run_exports_a_working_SAE(
-    architecture: str,
-    plain_runs: dict[str, Trained],
-    tiny_model: HookedSAETransformer,
-):
-    sae, folder = plain_runs[architecture]
-    check_export(folder, sae, tiny_model)
+def plain_runs(tiny_model: HookedSAETransformer) -> dict[str, Weights]:
+    """Weights after a run with nothing special switched on, by architecture."""
+    return {
+        name: weights(train(tiny_model, sae_config(name))) for name in ARCHITECTURES
+    }
 
 
 @both_architectures
 @pytest.mark.parametrize(
     "normalization",
     [
+        "none",
         "expected_average_only_in",
         "covariance_whitening",
         "constant_norm_rescale",
         "layer_norm",
     ],
 )
-def test_exports_of_normalised_training_take_raw_activations(
+def test_exports_work_and_take_raw_activations(
     architecture: str,
     normalization: str,
     tiny_model: HookedSAETransformer,
@@ -148,14 +134,14 @@ def test_exports_of_normalised_training_take_raw_activations(
 def test_mixed_precision_trains_float32_weights(
     architecture: str,
     option: str,
-    plain_runs: dict[str, Trained],
+    plain_runs: dict[str, Weights],
     tiny_model: HookedSAETransformer,
     tmp_path: Path,
 ):
     switched_on: dict[str, Any] = {option: True}
     trained = train(tiny_model, sae_config(architecture), tmp_path, **switched_on)
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
-    assert not torch.equal(trained.W_dec, plain_runs[architecture][0].W_dec)
+    assert not torch.equal(trained.W_dec, plain_runs[architecture]["W_dec"])
     check_export(tmp_path, trained, tiny_model)
 
 
@@ -164,11 +150,11 @@ def test_mixed_precision_trains_float32_weights(
 def test_prefetching_changes_nothing(
     architecture: str,
     prefetch: bool | int,
-    plain_runs: dict[str, Trained],
+    plain_runs: dict[str, Weights],
     tiny_model: HookedSAETransformer,
 ):
     trained = train(tiny_model, sae_config(architecture), prefetch_llm_batches=prefetch)
-    assert_same_weights(weights(trained), weights(plain_runs[architecture][0]))
+    assert_same_weights(weights(trained), plain_runs[architecture])
 
 
 @both_architectures
@@ -189,66 +175,49 @@ def test_compiling_the_SAE_changes_nothing(
     assert_same_weights(weights(compiled), weights(plain), atol=1e-6)
 
 
-@pytest.fixture
-def names(tiny_llama: Path, text_folder: Path) -> dict[str, Any]:
-    """Settings that name a model of transformers, a hook of it, and a data set."""
-    return {
+def test_the_runner_trains_on_cached_activations(
+    tiny_llama: Path, text_folder: Path, tmp_path: Path
+):
+    names: dict[str, Any] = {
         "model_class_name": "AutoModelForCausalLM",
         "model_name": str(tiny_llama),
         "hook_name": "model.layers.0",
         "dataset_path": str(text_folder),
         "context_size": 32,
     }
-
-
-def check_run_by_name(output: Path, names: dict[str, Any], **settings: Any) -> None:
-    """Each architecture trains with nothing handed over but names, and works."""
-    for architecture in ARCHITECTURES:
-        torch.manual_seed(0)
-        cfg = runner_config(
-            sae_config(architecture), output / architecture, **names, **settings
-        )
-        runner = LanguageModelSAETrainingRunner(cfg)
-        store = runner.activations_store
-        is_cached = store.cached_activation_dataset is not None
-        assert is_cached == cfg.use_cached_activations
-        trained = runner.run()
-        sae = check_export(
-            output / architecture, trained, runner.model, names["dataset_path"]
-        )
-        assert sae.cfg.metadata.model_name == names["model_name"]
-        assert sae.cfg.metadata.hook_name == names["hook_name"]
-
-
-def test_the_runner_loads_models_and_data_by_name(
-    names: dict[str, Any], tmp_path: Path
-):
-    check_run_by_name(tmp_path, names)
-
-
-def test_the_runner_trains_on_cached_activations(names: dict[str, Any], tmp_path: Path):
+    activations = str(tmp_path / "activations")
     batch_size = 16
-    tokens = 16 * batch_size * names["context_size"]
+    tokens = 16 * batch_size * 32
     cached = CacheActivationsRunner(
         CacheActivationsRunnerConfig(
             **names,
             d_in=32,
             training_tokens=tokens,
             model_batch_size=batch_size,
-            new_cached_activations_path=str(tmp_path / "activations"),
+            new_cached_activations_path=activations,
             shuffle=False,
             device="cpu",
             # All of them in one buffer of 32 floats of 4 bytes per token.
             buffer_size_gb=tokens * 32 * 4 / 1e9,
         )
     ).run()
-    assert cached.num_rows == tokens // names["context_size"]
-    check_run_by_name(
-        tmp_path,
-        names,
-        use_cached_activations=True,
-        cached_activations_path=str(tmp_path / "activations"),
-    )
+    assert cached.num_rows == tokens // 32
+    for architecture in ARCHITECTURES:
+        torch.manual_seed(0)
+        cfg = runner_config(
+            sae_config(architecture),
+            tmp_path / architecture,
+            **names,
+            use_cached_activations=True,
+            cached_activations_path=activations,
+        )
+        runner = LanguageModelSAETrainingRunner(cfg)
+        assert runner.activations_store.cached_activation_dataset is not None
+        trained = runner.run()
+        folder = tmp_path / architecture
+        sae = check_export(folder, trained, runner.model, str(text_folder))
+        assert sae.cfg.metadata.model_name == names["model_name"]
+        assert sae.cfg.metadata.hook_name == names["hook_name"]
 
 
 def test_several_SAEs_train_on_one_pass_of_the_model_as_each_would_alone(
@@ -326,58 +295,35 @@ def test_the_synthetic_data_runner_trains_and_evaluates(
     assert json.loads((tmp_path / "eval_stats.json").read_text())["mcc"] > 0.3
 
 
-def wandb_records(folder: Path) -> Iterator[Record]:
-    """
-    Records that wandb wrote offline: protobuf messages in LevelDB's log format.
-
-    Blocks of 32 KiB hold records with a header of checksum, length and type (1 for a whole
-    one, else 2, 3, .., 4 for its parts).
-    """
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, at, message = file.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if (left := -at % 32_768) and left < 7:
-            at += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        message += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(message)
-            message = b""
-            yield record
-
-
-def wandb_history(folder: Path) -> list[dict[str, Any]]:
-    """Logged values of each step that has any; parts of a value after a slash."""
-    wandb.teardown()  # Only now is all of it written.
-    return [
-        {
-            "/".join(item.nested_key): json.loads(item.value_json)
-            for item in record.history.item
-        }
-        for record in wandb_records(folder)
-        if record.WhichOneof("record_type") == "history"
-    ]
-
-
 @pytest.fixture
-def offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Folder that wandb writes to, as on a machine without a network."""
+def offline_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[int, dict[str, Any]]]:
+    """Values that a real wandb takes, as on a machine without a network, by step."""
+    logged: dict[int, dict[str, Any]] = defaultdict(dict)
+    log = wandb.Run.log
+
+    def recording(run: wandb.Run, data: dict[str, Any], step: int) -> None:
+        logged[step] |= data
+        log(run, data, step=step)
+
+    monkeypatch.setattr(wandb.Run, "log", recording)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for kind in ("", "DATA_", "CACHE_", "CONFIG_"):
         monkeypatch.setenv(f"WANDB_{kind}DIR", str(tmp_path))
     # Forget settings read from the environment, before the test and after it.
     wandb.teardown()
-    yield tmp_path
+    yield logged
     wandb.teardown()
 
 
 @both_architectures
 def test_wandb_gets_router_load_omegas_and_dead_experts(
-    architecture: str, tiny_model: HookedSAETransformer, offline_wandb: Path
+    architecture: str,
+    tiny_model: HookedSAETransformer,
+    offline_wandb: dict[int, dict[str, Any]],
+    tmp_path: Path,
 ):
     cfg = sae_config(architecture, num_experts=8, load_balance_coefficient=0.0)
     torch.manual_seed(0)
@@ -389,38 +335,38 @@ def test_wandb_gets_router_load_omegas_and_dead_experts(
     trained = train(
         tiny_model,
         cfg,
-        offline_wandb / "output",
+        tmp_path / "output",
         override_sae=sae,
         training_tokens=20 * 256,
         n_eval_batches=1,
         logger=LoggingConfig(wandb_log_frequency=5, eval_every_n_wandb_logs=2),
     )
-    history = wandb_history(offline_wandb)
-    logged = [row for row in history if "metrics/router/max_load" in row]
-    assert [row["_step"] for row in logged] == [4, 9, 14, 19]
-    for row in logged:
-        assert 8 / 6 <= row["metrics/router/max_load"] <= 8
+    load = "metrics/router/max_load"
+    logged = {step: row for step, row in offline_wandb.items() if load in row}
+    assert list(logged) == [4, 9, 14, 19]
+    for step, row in logged.items():
+        assert 8 / 6 <= row[load] <= 8
         assert 0 < row["metrics/router/load_entropy"] <= math.log(6)
         assert row["metrics/router/idle_experts"] == 2
         assert row["losses/mse_loss"] > 0
         # Dead after more than five steps without firing.
-        dead_experts = 2 if row["_step"] > 5 else 0
+        dead_experts = 2 if step > 5 else 0
         assert row["metrics/router/dead_experts"] == dead_experts
         assert row["sparsity/dead_features"] >= 16 * dead_experts
-    evaluated = [row for row in history if "router/load/values" in row]
-    assert [row["_step"] for row in evaluated] == [9, 19]
-    for row in evaluated:
-        assert row["model_performance_preservation/ce_loss_with_sae"] > 0
-        assert sum(row["weights/W_router_norms/values"]) == 8
-        assert sum(row["router/load/values"]) == 8
-        bins = row["router/load/bins"]
+    evaluated = {step: row for step, row in logged.items() if "router/load" in row}
+    assert list(evaluated) == [9, 19]
+    for row in evaluated.values():
+        assert row["model_performance_preservation"]["ce_loss_with_sae"] > 0
+        assert sum(row["weights/W_router_norms"].histogram) == 8
+        assert sum(row["router/load"].histogram) == 8
+        bins = row["router/load"].bins
         assert bins[0] == 0
-        assert 8 * bins[-1] == pytest.approx(row["metrics/router/max_load"])
+        assert 8 * bins[-1] == pytest.approx(row[load])
     omega = getattr(trained, "omega", None)
-    assert ("weights/omega/values" in evaluated[-1]) == (omega is not None)
+    last = logged[19]
+    assert ("weights/omega" in last) == (omega is not None)
     if omega is not None:
-        last = logged[-1]
-        assert sum(last["weights/omega/values"]) == 8
+        assert sum(last["weights/omega"].histogram) == 8
         assert last["metrics/omega/min"] < last["metrics/omega/max"]
         for name in ("mean", "min", "max"):
             # Logged before the last step.

@@ -94,12 +94,8 @@ def sae(
 
 
 def is_hooked(point: Any) -> bool:
-    return bool(
-        point._forward_hooks
-        or point._forward_pre_hooks
-        or point._backward_hooks
-        or point._backward_pre_hooks
-    )
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(point, f"_{kind}_hooks") for kind in kinds)
 
 
 @pytest.fixture(autouse=True)
@@ -228,76 +224,49 @@ def test_steering_a_latent_of_an_unselected_expert_moves_the_logits_by_its_decod
 
 @torch.no_grad()
 @pytest.mark.parametrize("topk_over", ["activations", "gated_activations"])
-def test_ablating_an_expert_through_its_weight_takes_its_latents_out_of_the_model(
+def test_the_model_loses_experts_that_a_hook_ablates_and_uses_those_that_one_forces(
     topk_over: str,
-    sae: SAE[Any],
+    sae: Any,
     model: Any,
     tokens: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(sae.cfg, "topk_over", topk_over)
-    x = clean_activations(model, tokens)
-    routing = sae.route(x)  # type: ignore[operator]
-    expert = int(routing.indices[0, -1, 0])
-    latents = slice(expert * SIZE, (expert + 1) * SIZE)
-
-    def ablate(weights: torch.Tensor, hook: Any) -> torch.Tensor:
-        return weights.masked_fill(routing.indices == expert, 0.0)
-
-    def zero_its_latents(acts: torch.Tensor, hook: Any) -> torch.Tensor:
-        acts[..., latents] = 0
-        return acts
-
-    def run(name: str, edit: Any) -> torch.Tensor:
-        return model.run_with_hooks_with_saes(
-            tokens, saes=[sae], fwd_hooks=[(f"{resid_post(model)}.{name}", edit)]
-        )
-
-    ablated = run("hook_expert_weights", ablate)
-    without = run("hook_sae_acts_post", zero_its_latents)
-    # Ranked after the gate, latents of a token's other experts take their places.
-    others = topk_over == "gated_activations" and routing.indices.shape[-1] > 1
-    assert torch.equal(ablated, without) == (not others)
-    assert_differ(ablated, run("hook_sae_acts_post", lambda acts, hook: acts))
-    recons = sae.run_with_hooks(x, fwd_hooks=[("hook_expert_weights", ablate)])
-    want = replaced_by(model, tokens, {resid_post(model): lambda _: recons})
-    torch.testing.assert_close(ablated, want)
-    with sae.hooks([("hook_expert_weights", ablate)]):
-        acts = sae.encode(x)
-    assert acts.any()
-    assert not acts[..., latents].any()
-
-
-@torch.no_grad()
-def test_forcing_an_expert_through_its_index_makes_the_model_use_it(
-    sae: SAE[Any], model: Any, tokens: torch.Tensor
-):
     hook = resid_post(model)
     x = clean_activations(model, tokens)
-    forced = unselected_expert(sae, x)
+    clean, indices = sae.encode(x).unflatten(-1, (N, SIZE)), sae.route(x).indices
+    ablated, forced = int(indices[0, -1, 0]), unselected_expert(sae, x)
+    chosen = [forced, *(i for i in range(N) if i != forced)][: indices.shape[-1]]
+
+    def ablate(weights: torch.Tensor, hook: Any) -> torch.Tensor:
+        return weights.masked_fill(indices == ablated, 0.0)
 
     def force(indices: torch.Tensor, hook: Any) -> torch.Tensor:
-        others = [i for i in range(N) if i != forced]
-        indices = indices.clone()
-        indices[..., 0] = forced
-        indices[..., 1:] = torch.tensor(others[: indices.shape[-1] - 1])
-        return indices
+        return torch.tensor(chosen).expand_as(indices).clone()
 
-    with model.saes(saes=[sae]):
-        plain = model(tokens)
-        with model.hooks(fwd_hooks=[(f"{hook}.hook_expert_indices", force)]):
-            _, cache = model.run_with_cache(tokens)
-            logits = model(tokens)
-    shown = hooks_of_sae(cache, hook)
-    assert (shown["hook_expert_indices"][..., 0] == forced).all()
-    by_expert = shown["hook_sae_acts_post"].unflatten(-1, (N, SIZE))
-    assert (by_expert[..., forced, :] > 0).any()
-    if sae.cfg.experts_per_token == 1:
-        assert by_expert.count_nonzero() == by_expert[..., forced, :].count_nonzero()
-    recons = sae.run_with_hooks(x, fwd_hooks=[("hook_expert_indices", force)])
-    want = replaced_by(model, tokens, {hook: lambda _: recons})
-    torch.testing.assert_close(logits, want)
-    assert_differ(logits, plain)
+    edited = {}
+    for name, edit in (("hook_expert_weights", ablate), ("hook_expert_indices", force)):
+        with model.saes(saes=[sae]):
+            plain = model(tokens)
+            with model.hooks(fwd_hooks=[(f"{hook}.{name}", edit)]):
+                logits, cache = model.run_with_cache(tokens)
+        with sae.hooks([(name, edit)]):
+            acts, recons = sae.encode(x), sae(x)
+        assert torch.equal(cache[f"{hook}.hook_sae_acts_post"], acts)
+        want = replaced_by(model, tokens, {hook: lambda _, recons=recons: recons})
+        torch.testing.assert_close(logits, want)
+        assert_differ(logits, plain)
+        edited[name] = acts.unflatten(-1, (N, SIZE))
+
+    acts = edited["hook_expert_weights"]
+    assert acts.any() and not acts[..., ablated, :].any()
+    # Ranked after the gate, latents of a token's other experts take their places.
+    without = clean.index_fill(-2, torch.tensor([ablated]), 0.0)
+    others = topk_over == "gated_activations" and len(chosen) > 1
+    assert torch.equal(acts, without) == (not others)
+    acts = edited["hook_expert_indices"]
+    assert acts[..., forced, :].any()
+    assert acts[..., chosen, :].count_nonzero() == acts.count_nonzero()
 
 
 @hooked_transformer_only
@@ -469,8 +438,24 @@ def test_splicing_works_when_the_model_starts_or_stops_at_a_layer(
     assert torch.equal(after, model.run_with_saes(tokens, saes=[sae]))
 
 
-def check_dtypes(model: Any, sae: SAE[Any], dtype: torch.dtype) -> None:
-    """Splicing keeps the model's dtype outside the SAE and the SAE's own inside."""
+@torch.no_grad()
+@both_architectures
+@pytest.mark.parametrize(
+    ("model_in", "model_dtype", "sae_dtype"),
+    [
+        ("HookedSAETransformer", "bfloat16", "bfloat16"),
+        ("SAETransformerBridge", "bfloat16", "bfloat16"),
+        ("HookedSAETransformer", "bfloat16", "float32"),
+        ("HookedSAETransformer", "float32", "bfloat16"),
+    ],
+    indirect=["model_in"],
+)
+def test_splicing_keeps_the_dtypes_of_model_and_sae(
+    model_in: Callable[..., Any], architecture: str, model_dtype: str, sae_dtype: str
+):
+    dtype = getattr(torch, model_dtype)
+    model = model_in(dtype=dtype)
+    sae = suited_sae(architecture, model, dtype=sae_dtype)
     hook = resid_post(model)
     tokens = model.to_tokens(PROMPTS)
     clean = model(tokens)
@@ -483,31 +468,6 @@ def check_dtypes(model: Any, sae: SAE[Any], dtype: torch.dtype) -> None:
     # Only rounding in bfloat16 is left.
     with_error = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
     assert (with_error - clean).norm() < 0.05 * (out - clean).norm()
-
-
-@torch.no_grad()
-@both_architectures
-def test_model_and_sae_may_both_be_in_bfloat16(
-    model_in: Callable[..., Any], architecture: str
-):
-    model = model_in(dtype=torch.bfloat16)
-    check_dtypes(
-        model, suited_sae(architecture, model, dtype="bfloat16"), model.cfg.dtype
-    )
-
-
-@torch.no_grad()
-@hooked_transformer_only
-@both_architectures
-@pytest.mark.parametrize(
-    ("model_dtype", "sae_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")]
-)
-def test_dtypes_of_model_and_sae_may_differ(
-    model_in: Callable[..., Any], architecture: str, model_dtype: str, sae_dtype: str
-):
-    model = model_in(dtype=getattr(torch, model_dtype))
-    sae = suited_sae(architecture, model, dtype=sae_dtype)
-    check_dtypes(model, sae, getattr(torch, model_dtype))
 
 
 @torch.no_grad()

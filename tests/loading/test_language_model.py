@@ -1,6 +1,7 @@
 """Choice of bfloat16 for a language model."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -28,22 +29,24 @@ def test_bfloat16_is_chosen_where_it_does_not_take_many_times_as_long():
         assert ratio > 1
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "mkldnn", "fast"),
+    [
+        (lambda: True, True, True),
+        (lambda: False, True, False),
+        (lambda: True, False, False),
+        (None, True, False),  # a torch that cannot be asked
+    ],
+)
 def test_CPUs_are_asked_for_bfloat16_products(
-    known: bool, monkeypatch: pytest.MonkeyPatch
+    asked: Any, mkldnn: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: known, raising=False
+        torch.ops.mkldnn, "_is_mkldnn_bf16_supported", asked, raising=False
     )
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert fast_bfloat16(torch.device("cpu")) is known
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not fast_bfloat16("cpu")
-
-
-def test_a_torch_that_cannot_be_asked_runs_in_float32(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    assert not fast_bfloat16("cpu")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    for device in ("cpu", torch.device("cpu")):
+        assert fast_bfloat16(device) is fast
 
 
 def test_emulation_of_bfloat16_does_not_count_on_GPUs(monkeypatch: pytest.MonkeyPatch):

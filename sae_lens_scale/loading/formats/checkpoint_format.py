@@ -39,21 +39,12 @@ class CheckpointFormat(ABC):
             fields: Fields that SAEs of all formats have.
             experts_per_token: Number of experts that each token selects.
             heaviside: True if the gates are 1.
-
-        Returns:
-            The config.
         """
 
     @abstractmethod
     def tensors(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Convert a checked state dict.
-
-        Args:
-            state: The checkpoint's tensors.
-
-        Returns:
-            The inference SAE's tensors, by its own names.
+        Convert a checked state dict to the inference SAE's tensors, by its own names.
 
         Raises:
             ValueError: If the SAE cannot compute the same as the checkpoint.
@@ -65,13 +56,7 @@ class CheckpointFormat(ABC):
 
     def check(self, state: dict[str, Any]) -> dict[str, int]:
         """
-        Check that a state dict has this format.
-
-        Args:
-            state: The checkpoint's tensors.
-
-        Returns:
-            Sizes of the axes.
+        Check that a state dict has this format, and return the sizes of the axes.
 
         Raises:
             ValueError: If a tensor is missing, unknown, not of floating point, not finite
