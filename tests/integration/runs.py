@@ -13,6 +13,10 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
     LoggingConfig,
 )
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
 
 import sae_lens_scale  # noqa: F401  (makes the architectures known)
@@ -195,3 +199,29 @@ def assert_computes_the_same(
     assert acts.any()
     torch.testing.assert_close(actual.encode(x), acts, atol=atol, rtol=rtol)
     torch.testing.assert_close(actual(x), expected(x), atol=atol, rtol=rtol)
+
+
+def multi_runner(
+    model: str, tokens: str, checkpoints: str | None, resume: str | None = None
+) -> MultiSAETrainingRunner:
+    """
+    Both architectures on a Llama, in step; also for a process of its own.
+
+    Args:
+        model: Folder of the model.
+        tokens: Folder of a data set with rows of 32 tokens.
+        checkpoints: Folder for a checkpoint after half of the steps, if any.
+        resume: Folder of a checkpoint to start from, if any.
+    """
+    torch.manual_seed(0)
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={name: sae_config(name, **NORMALIZED) for name in ARCHITECTURES},
+        hook_names="model.layers.0",
+        model_class_name="AutoModelForCausalLM",
+        **{**IN_STEP, "model_name": model, "checkpoint_path": checkpoints},
+        logger=no_wandb(),
+        n_checkpoints=0 if checkpoints is None else 1,
+        resume_from_checkpoint=resume,
+        output_path=None,
+    )
+    return MultiSAETrainingRunner(cfg, override_dataset=Dataset.load_from_disk(tokens))

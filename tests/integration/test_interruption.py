@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,11 @@ from datasets import Dataset
 from helpers import files_no_larger_than, small_corpus, step_input
 from integration.runs import (
     ARCHITECTURES,
-    HOOK,
     IN_STEP,
-    NORMALIZED,
     assert_same_weights,
     both_architectures,
     make_runner,
-    no_wandb,
+    multi_runner,
     runner_config,
     sae_config,
     weights,
@@ -34,10 +34,6 @@ from sae_lens.constants import (
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
-)
-from sae_lens.multi_sae_training_runner import (
-    MultiSAETrainingRunner,
-    MultiSAETrainingRunnerConfig,
 )
 from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training._interruption import InterruptedException
@@ -126,42 +122,37 @@ def test_a_run_stopped_by_a_signal_continues_bit_equal(
     assert_same_weights(got, want)
 
 
-def test_several_SAEs_continue_bit_equal_from_a_checkpoint_of_a_run_that_crashed(
-    tiny_model: HookedSAETransformer, tokens: Dataset, tmp_path: Path
+def test_a_killed_process_leaves_a_checkpoint_that_continues_bit_equal(
+    tiny_llama: Path, tokens: Dataset, tmp_path: Path
 ):
-    def runner(**settings: Any) -> MultiSAETrainingRunner:
-        torch.manual_seed(0)
-        cfg = MultiSAETrainingRunnerConfig(
-            saes={name: sae_config(name, **NORMALIZED) for name in ARCHITECTURES},
-            hook_names=HOOK,
-            logger=no_wandb(),
-            output_path=None,
-            **{**IN_STEP, **settings},
-        )
-        return MultiSAETrainingRunner(
-            cfg, override_dataset=tokens, override_model=tiny_model
-        )
+    model, data, checkpoints = str(tiny_llama), str(tmp_path / "tokens"), tmp_path / "c"
+    tokens.save_to_disk(data)
+    code = f"""
+from integration.runs import multi_runner
+runner = multi_runner({model!r}, {data!r}, {str(checkpoints)!r})
+runner.saes["switch"].hook_sae_input.add_hook(lambda tensor, hook: print("step", flush=True))
+runner.run()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    # The checkpoint is written after the ninth step.
+    for _ in range(11):
+        assert process.stdout.readline() == b"step\n"
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
 
-    def crash(tensor: torch.Tensor, hook: Any) -> None:
-        if len(losses) == 10:
-            raise ZeroDivisionError
-
-    whole = runner()
+    whole = multi_runner(model, data, None)
     want_losses = {name: record_losses(sae) for name, sae in whole.saes.items()}
     want = {name: weights(sae) for name, sae in whole.run().items()}
-
-    # The checkpoint is written after the ninth step.
-    crashed = runner(checkpoint_path=str(tmp_path), n_checkpoints=1)
-    losses = record_losses(crashed.saes["switch"])
-    crashed.saes["switch"].hook_sae_input.add_hook(crash)
-    with pytest.raises(ZeroDivisionError):
-        crashed.run()
-    (checkpoint,) = tmp_path.glob("*/*")
-
-    resumed = runner(resume_from_checkpoint=str(checkpoint))
-    got_losses = {name: record_losses(sae) for name, sae in resumed.saes.items()}
+    (checkpoint,) = checkpoints.glob("*/*")
+    resumed = multi_runner(model, data, None, str(checkpoint))
+    losses = {name: record_losses(sae) for name, sae in resumed.saes.items()}
     for name, sae in resumed.run().items():
-        assert got_losses[name] == want_losses[name][9:]
+        assert losses[name] == want_losses[name][9:]
         assert_same_weights(weights(sae), want[name])
 
 
