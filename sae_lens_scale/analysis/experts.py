@@ -150,7 +150,6 @@ def expert_usage(
     counts = torch.zeros(num_experts, dtype=torch.int64, device=sae.device)
     for indices in _selected_experts(sae, activations):
         counts += indices.flatten().bincount(minlength=num_experts)
-    _require_tokens(int(counts.sum()))
     routed = counts[sae.cfg.num_shared_experts :].cpu().double()
     entropy = torch.special.entr(routed / routed.sum()).sum().item()
     return ExpertUsage(
@@ -195,7 +194,6 @@ def expert_coactivation(
         for slot in range(indices.shape[-1]):
             cells = (indices[:, slot : slot + 1] * num_experts + indices).flatten()
             counts.scatter_add_(0, cells, torch.ones_like(cells))
-    _require_tokens(tokens)
     counts = counts.view(num_experts, num_experts)
     first, second = counts.triu(1).nonzero(as_tuple=True)
     together = counts[first, second]
@@ -343,9 +341,13 @@ def _mean_similarity(sets: list[SetSimilarity]) -> SetSimilarity:
 def _selected_experts(
     sae: MixtureSAE[Any], activations: Iterable[torch.Tensor]
 ) -> Iterator[Int[torch.Tensor, "tokens experts_per_token"]]:
+    empty = True
     for batch in finite_batches(activations, sae.device):
         indices = sae.route(batch).indices
+        empty = empty and not indices.numel()
         yield indices.reshape(-1, indices.shape[-1])
+    if empty:
+        raise ValueError("activations must hold at least one token, got none")
 
 
 def _require_mixture(sae: SAE[Any]) -> None:
@@ -354,8 +356,3 @@ def _require_mixture(sae: SAE[Any]) -> None:
             "sae must be a mixture of experts ('scale' or 'switch'), got architecture "
             f"{sae.cfg.architecture()!r}"
         )
-
-
-def _require_tokens(tokens: int) -> None:
-    if not tokens:
-        raise ValueError("activations must hold at least one token, got none")
