@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from dataclasses import asdict
 from fractions import Fraction
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -33,29 +34,40 @@ from sae_lens_scale.analysis.similarity import (
 from sae_lens_scale.ops import SparseLatents
 
 X = torch.randn(37, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-DENSE: dict[str, Any] = {"d_in": 10, "d_sae": 60, "dtype": "float64"}
 
 
-def dense(sae: Any) -> Any:
+def dense(sae_class: Any, config_class: Any, **settings: Any) -> Any:
+    settings = {"d_in": 10, "d_sae": 60, "dtype": "float64", **settings}
+    sae = sae_class(config_class(**settings))
     randomize(sae)
     return sae
 
 
+def identity(sae_class: Any, config_class: Any, size: int, **settings: Any) -> Any:
+    """A dense SAE, latent i of which has the value of x's i-th coordinate."""
+    sae = dense(sae_class, config_class, d_in=size, d_sae=size, **settings)
+    sae.W_enc.data = torch.eye(size).double()
+    sae.b_enc.data.zero_()
+    sae.b_dec.data.zero_()
+    return sae
+
+
+topk = partial(dense, TopKSAE, TopKSAEConfig, k=6)
+gated = partial(dense, GatedSAE, GatedSAEConfig)
 SAES: dict[str, Any] = {
     "scale": scale_sae,
-    "scale, wide": lambda: scale_sae(k=20),
+    "scale, wide": partial(scale_sae, k=20),
     "switch": switch_sae,
-    "topk": lambda: dense(TopKSAE(TopKSAEConfig(**DENSE, k=6))),
-    "topk in training": lambda: dense(
-        TopKTrainingSAE(
-            TopKTrainingSAEConfig(**DENSE, k=6, use_sparse_activations=True)
-        )
+    "topk": topk,
+    "topk in training": partial(
+        dense, TopKTrainingSAE, TopKTrainingSAEConfig, k=6, use_sparse_activations=True
     ),
-    "batchtopk in training": lambda: dense(
-        BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**DENSE, k=6.5))
+    "batchtopk in training": partial(
+        dense, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, k=6.5
     ),
-    "gated": lambda: dense(GatedSAE(GatedSAEConfig(**DENSE))),
-    "standard": lambda: dense(StandardSAE(StandardSAEConfig(**DENSE))),
+    "gated": gated,
+    "standard": partial(dense, StandardSAE, StandardSAEConfig),
+    "a single latent": partial(dense, StandardSAE, StandardSAEConfig, d_sae=1),
 }
 all_saes = pytest.mark.parametrize("name", SAES)
 
@@ -126,9 +138,7 @@ def test_histogram_does_not_depend_on_the_blocks(
 
 
 def test_equal_tokens_have_similarity_1_and_disjoint_ones_0():
-    sae = dense(TopKSAE(TopKSAEConfig(d_in=4, d_sae=4, k=1, dtype="float64")))
-    sae.W_enc.data, sae.b_enc.data = torch.eye(4).double(), torch.zeros(4).double()
-    sae.b_dec.data = torch.zeros(4).double()
+    sae = identity(TopKSAE, TopKSAEConfig, 4, k=1)
     tokens = torch.eye(4).double()
     assert activation_similarity(sae, [tokens]).similarity == 0
     assert overlap_histogram(sae, [tokens]).pairs == [6, 0]
@@ -139,36 +149,27 @@ def test_equal_tokens_have_similarity_1_and_disjoint_ones_0():
     assert overlap_histogram(sae, [same, -same]).pairs == [12, 3]
 
 
-def test_a_single_latent():
-    sae = dense(StandardSAE(StandardSAEConfig(d_in=10, d_sae=1, dtype="float64")))
-    firing = sum(len(s) for s in active_sets(sae, X))
-    assert 1 < firing < 37
-    found = activation_similarity(sae, [X], k=1)
-    assert found.similarity == pytest.approx(firing * (firing - 1) / (37 * 36))
-    pairs = firing * (firing - 1) // 2
-    assert overlap_histogram(sae, [X]).pairs == [37 * 36 // 2 - pairs, pairs]
-
-
 def test_histogram_has_places_for_0_to_k_latents_even_where_none_is_used():
-    sae = SAES["topk"]()
+    sae = topk()
     sae.b_enc.data[3:] -= 1e6
     assert 0 < max(len(s) for s in active_sets(sae, X)) <= 3
     assert len(overlap_histogram(sae, [X]).pairs) == 7
 
 
 def test_k_is_the_configured_one_the_mean_l0_or_the_one_given():
-    topk, gated = SAES["topk"](), SAES["gated"]()
+    sae = topk()
     # ReLU follows TopK: tokens activate fewer latents than k.
-    topk.b_enc.data -= 4
-    found = activation_similarity(topk, [X])
+    sae.b_enc.data -= 4
+    found = activation_similarity(sae, [X])
     assert found.k == 6 > found.l0
-    assert activation_similarity(gated, [X]).k == activation_similarity(gated, [X]).l0
-    given = activation_similarity(topk, [X], k=found.l0)
+    without = activation_similarity(gated(), [X])
+    assert without.k == without.l0
+    given = activation_similarity(sae, [X], k=found.l0)
     assert given.k == found.l0
     assert given.similarity == pytest.approx(found.similarity * 6 / found.l0)
     for k in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="k must be a positive number, got"):
-            activation_similarity(topk, [X], k=k)
+            activation_similarity(sae, [X], k=k)
 
 
 @pytest.mark.parametrize("name", ["scale", "topk", "gated"])
@@ -200,9 +201,7 @@ def test_a_sample_holds_as_many_tokens_as_asked_whatever_the_batches():
 
 def test_every_token_is_as_likely_to_be_in_the_sample():
     # Token t activates latents 0 to t, so that two tokens tell their smaller index.
-    sae = dense(StandardSAE(StandardSAEConfig(d_in=6, d_sae=6, dtype="float64")))
-    sae.W_enc.data = torch.eye(6).double()
-    sae.b_enc.data = sae.b_dec.data = torch.zeros(6).double()
+    sae = identity(StandardSAE, StandardSAEConfig, 6)
     tokens = torch.ones(6, 6).double().tril()
     smaller = Counter()
     for seed in range(600):
