@@ -227,8 +227,7 @@ def _activations_of(
     parts = []
     with heads_are_joined(sae):
         for part in x.split(max(1, _MAX_ACTIVATIONS // sae.cfg.d_sae)):
-            acts = sae.encode(part.to(sae.device))
-            acts = acts.to_dense() if acts.is_sparse else acts
+            acts = sae.encode(part.to(sae.device)).to_dense()
             parts.append(acts[:, latents].float().cpu())
     return torch.cat(parts)
 

@@ -252,8 +252,7 @@ def active_latents(
             active = values.reshape(indices.shape) != 0
             yield active.sum(dim=-1), indices[active]
         else:
-            acts = sae.encode(batch)
-            acts = acts.to_dense() if acts.is_sparse else acts
+            acts = sae.encode(batch).to_dense()
             active = acts.reshape(-1, acts.shape[-1]) != 0
             yield active.sum(dim=-1), active.nonzero()[:, 1]
 

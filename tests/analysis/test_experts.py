@@ -186,12 +186,6 @@ def test_random_sets_repeat_with_the_seed_and_hold_different_latents():
     assert all(s.share_above == 0 for s in first.per_sample)
 
 
-def test_the_only_expert_is_the_only_sample():
-    found = expert_similarity(switch_sae(num_experts=1), num_samples=2)
-    assert asdict(found.inter) == pytest.approx(asdict(found.intra), abs=1e-6)
-    assert len(found.per_expert) == 1
-
-
 def test_similarity_of_weights_of_low_precision_is_accumulated_in_float32():
     sae = scale_sae(dtype="bfloat16")
     want = scale_sae(dtype="float32")

@@ -178,12 +178,6 @@ def test_redundancy_between_experts_is_that_of_latents_of_different_experts(
     assert replace(found, between_experts=None) == everything
 
 
-def test_an_expert_that_repeats_itself_is_not_redundancy_between_experts():
-    repeated = torch.eye(4).repeat_interleave(2, dim=0)
-    assert feature_redundancy(repeated, num_experts=4).between_experts == 0
-    assert feature_redundancy(repeated, num_experts=8).between_experts == 1
-
-
 def test_what_cannot_be_measured_is_refused():
     W_dec = random_decoder()
     for shape in ((1, 5), (0, 5), (5,), (2, 3, 4)):

@@ -43,15 +43,6 @@ def dense(sae_class: Any, config_class: Any, **settings: Any) -> Any:
     return sae
 
 
-def identity(sae_class: Any, config_class: Any, size: int, **settings: Any) -> Any:
-    """A dense SAE, latent i of which has the value of x's i-th coordinate."""
-    sae = dense(sae_class, config_class, d_in=size, d_sae=size, **settings)
-    sae.W_enc.data = torch.eye(size).double()
-    sae.b_enc.data.zero_()
-    sae.b_dec.data.zero_()
-    return sae
-
-
 topk = partial(dense, TopKSAE, TopKSAEConfig, k=6)
 gated = partial(dense, GatedSAE, GatedSAEConfig)
 SAES: dict[str, Any] = {
@@ -137,25 +128,6 @@ def test_histogram_does_not_depend_on_the_blocks(
     assert overlap_histogram(sae, [X]).pairs == slow_histogram(sae, active_sets(sae, X))
 
 
-def test_equal_tokens_have_similarity_1_and_disjoint_ones_0():
-    sae = identity(TopKSAE, TopKSAEConfig, 4, k=1)
-    tokens = torch.eye(4).double()
-    assert activation_similarity(sae, [tokens]).similarity == 0
-    assert overlap_histogram(sae, [tokens]).pairs == [6, 0]
-    same = tokens[:1].repeat(3, 1)
-    assert activation_similarity(sae, [same]).similarity == 1
-    assert overlap_histogram(sae, [same]).pairs == [0, 3]
-    assert activation_similarity(sae, [same, -same]).similarity == 3 / 15
-    assert overlap_histogram(sae, [same, -same]).pairs == [12, 3]
-
-
-def test_histogram_has_places_for_0_to_k_latents_even_where_none_is_used():
-    sae = topk()
-    sae.b_enc.data[3:] -= 1e6
-    assert 0 < max(len(s) for s in active_sets(sae, X)) <= 3
-    assert len(overlap_histogram(sae, [X]).pairs) == 7
-
-
 def test_k_is_the_configured_one_the_mean_l0_or_the_one_given():
     sae = topk()
     # ReLU follows TopK: tokens activate fewer latents than k.
@@ -175,9 +147,8 @@ def test_k_is_the_configured_one_the_mean_l0_or_the_one_given():
 @pytest.mark.parametrize("name", ["scale", "topk", "gated"])
 def test_tokens_that_activate_nothing_share_nothing(name: str):
     sae = SAES[name]()
-    for parameter in ("b_enc", "b_gate", "b_mag"):
-        if getattr(sae, parameter, None) is not None:
-            getattr(sae, parameter).data -= 1e6
+    for parameter in {"b_enc", "b_gate", "b_mag"} & {*dict(sae.named_parameters())}:
+        sae.get_parameter(parameter).data -= 1e6
     pairs = [37 * 36 // 2] + [0] * getattr(sae.cfg, "k", 0)
     assert overlap_histogram(sae, [X]) == OverlapHistogram(pairs, 37, 37)
     if name == "gated":
@@ -201,7 +172,9 @@ def test_a_sample_holds_as_many_tokens_as_asked_whatever_the_batches():
 
 def test_every_token_is_as_likely_to_be_in_the_sample():
     # Token t activates latents 0 to t, so that two tokens tell their smaller index.
-    sae = identity(StandardSAE, StandardSAEConfig, 6)
+    sae = dense(StandardSAE, StandardSAEConfig, d_in=6, d_sae=6)
+    sae.W_enc.data = torch.eye(6).double()
+    sae.b_enc.data = sae.b_dec.data = torch.zeros(6).double()
     tokens = torch.ones(6, 6).double().tril()
     smaller = Counter()
     for seed in range(600):
@@ -212,7 +185,6 @@ def test_every_token_is_as_likely_to_be_in_the_sample():
         expected = 600 * (5 - t) / 15
         assert abs(smaller[t] - expected) < 5 * expected**0.5
     assert smaller.total() == 600
-    assert set(smaller) == set(range(5))
 
 
 def test_mixtures_are_measured_without_d_sae_values_for_each_token(
@@ -254,14 +226,17 @@ def test_an_expert_that_an_edit_selects_twice_is_counted_once():
         assert activation_similarity(sae, [X]).l0 == l0
 
 
-def test_no_gradient_is_kept_and_nothing_is_changed():
+@pytest.mark.parametrize("measure", [activation_similarity, overlap_histogram])
+def test_gradients_are_off(measure: Any):
+    enabled = []
+
+    def watch(x: torch.Tensor, hook: Any) -> None:
+        enabled.append(torch.is_grad_enabled())
+
     sae = scale_sae()
-    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    x = X.clone().requires_grad_()
-    assert activation_similarity(sae, [x]) == activation_similarity(sae, [X])
-    assert overlap_histogram(sae, [x]) == overlap_histogram(sae, [X])
-    for name, tensor in sae.state_dict().items():
-        assert torch.equal(tensor, before[name])
+    with sae.hooks(fwd_hooks=[("hook_sae_input", watch)]):
+        measure(sae, [X])
+    assert enabled == [False]
 
 
 @pytest.mark.parametrize("measure", [activation_similarity, overlap_histogram])

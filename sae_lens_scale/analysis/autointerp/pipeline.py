@@ -61,15 +61,13 @@ def autointerp(
         model: The language model that the SAE was trained on.
         sae: A mixture or any other SAE of SAELens, its normalisation folded in, whose
             metadata names its hook.
-        tokens: The corpus, as for
-            :func:`~sae_lens_scale.analysis.contexts.top_activating_contexts`. It is kept
-            in memory, 4 bytes per token, with the latents' activations that are not 0.
-            delphi recommends 10 million tokens.
+        tokens: The corpus, as for :func:`.top_activating_contexts`. It is kept in memory,
+            4 bytes per token, with the latents' activations that are not 0. delphi
+            recommends 10 million tokens.
         latents: Indices in ``range(d_sae)``; choose them at random for a score of the
             SAE.
-        judge: The language model that explains and judges; see
-            :func:`~sae_lens_scale.analysis.autointerp.openai_judge` and
-            :func:`~sae_lens_scale.analysis.autointerp.local_judge`.
+        judge: The language model that explains and judges; see :func:`.openai_judge` and
+            :func:`.local_judge`.
         settings: Cutting, choice and number of passages; by default delphi's own settings,
             with explanations from the strongest passages.
         max_batches: Stop reading the corpus after so many batches.
