@@ -71,9 +71,6 @@ def loss_recovered(
             folded in.
         verbose: Show a progress bar.
 
-    Returns:
-        The score and the three cross-entropies.
-
     Raises:
         ValueError: If the SAE's metadata names no hook of the model; if ``tokens`` are
             not such batches; if nothing is predicted, or the ablation changes nothing.

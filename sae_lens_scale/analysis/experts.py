@@ -129,7 +129,7 @@ def expert_usage(
     sae: MixtureSAE[Any], activations: Iterable[torch.Tensor]
 ) -> ExpertUsage:
     """
-    Count the experts that an SAE selects for activations.
+    Count the experts that an SAE selects for all tokens of all batches.
 
     These are the router's selections. The paper's authors count, for figure 6b, the
     experts that hold one of a token's three strongest latents.
@@ -137,9 +137,6 @@ def expert_usage(
     Args:
         sae: A Scale or Switch SAE.
         activations: Batches of raw activations, each ``[..., d_in]``.
-
-    Returns:
-        Counts over all tokens of all batches.
 
     Raises:
         ValueError: If the SAE is no mixture, activations are not finite or there are no
@@ -239,9 +236,6 @@ def expert_similarity(
         num_samples: Number of random sets; as many as there are experts if None, as in
             the authors' code.
         threshold: Cosine above which two latents count as near-duplicates.
-
-    Returns:
-        Means, and the values of each expert and each random set.
 
     Raises:
         ValueError: If the SAE is no mixture, an expert has fewer than two latents, W_dec

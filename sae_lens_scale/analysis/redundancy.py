@@ -103,9 +103,6 @@ def feature_redundancy(
         num_experts: Number of experts, each of equally many neighbouring latents; divides
             d_sae.
 
-    Returns:
-        The share, and the mean of the largest cosines.
-
     Raises:
         ValueError: If threshold is out of range, alive is not a boolean tensor
             ``[d_sae]`` or marks fewer than two latents, num_experts does not divide d_sae,

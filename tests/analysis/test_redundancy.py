@@ -53,21 +53,32 @@ class Operations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 7, 22, 23, 24, 2048])
-def test_max_cosine_is_that_of_a_loop_over_pairs_whatever_the_blocks(block_size: int):
+def decoder_of_norms(factor: float) -> torch.Tensor:
+    """Every other row's largest entry is the factor."""
     W_dec = random_decoder()
+    W_dec[::2] /= W_dec[::2].abs().amax(dim=1, keepdim=True)
+    W_dec[::2] *= factor
+    return W_dec
+
+
+# Sums of squares of 400 entries of this size overflow float16.
+LARGE = random_decoder(d_in=400) * 500
+DECODERS = {
+    "random": random_decoder(),
+    "zero rows": torch.tensor([[1.0, 0], [0, 0], [-1, 0], [-1, 0.001], [0, 0]]),
+    **{str(factor): decoder_of_norms(factor) for factor in (1e-42, 1e-30, 1e30, 1e38)},
+    **{str(t): LARGE.to(t) for t in (torch.float64, torch.bfloat16, torch.float16)},
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("block_size", [1, 2, 7, 22, 23, 24, 2048])
+def test_max_cosine_is_that_of_a_loop_over_pairs_whatever_the_blocks(
+    name: str, block_size: int
+):
+    W_dec = DECODERS[name]
     got = max_cosine_similarity(W_dec, block_size)
-    torch.testing.assert_close(got, slow_max_cosines(W_dec), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-)
-def test_max_cosine_rounds_no_more_than_the_weights_do(dtype: torch.dtype):
-    # Sums of squares of 400 entries of this size overflow float16.
-    W_dec = (random_decoder(d_in=400) * 500).to(dtype)
-    got = max_cosine_similarity(W_dec, 8)
-    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert got.dtype == torch.promote_types(W_dec.dtype, torch.float32)
     want = slow_max_cosines(W_dec)
     torch.testing.assert_close(got.float(), want, atol=1e-6, rtol=0)
 
@@ -78,23 +89,6 @@ def test_max_cosine_is_computed_in_float32_under_autocast_and_without_gradients(
         got = max_cosine_similarity(W_dec)
     assert not got.requires_grad
     assert torch.equal(got, max_cosine_similarity(W_dec))
-
-
-def test_a_zero_row_has_cosine_0_with_every_row():
-    W_dec = torch.tensor([[1.0, 0], [0, 0], [-1, 0], [-1, 0.001], [0, 0]])
-    got = max_cosine_similarity(W_dec, 2)
-    torch.testing.assert_close(got, slow_max_cosines(W_dec), atol=1e-6, rtol=0)
-    assert got.tolist()[:2] == [0, 0]
-    assert got[4] == 0
-
-
-@pytest.mark.parametrize("factor", [1e-42, 1e-30, 1e30, 1e38])
-def test_rows_of_extreme_norms_keep_their_directions(factor: float):
-    W_dec = random_decoder()
-    W_dec[::2] /= W_dec[::2].abs().amax(dim=1, keepdim=True)
-    W_dec[::2] *= factor
-    got = max_cosine_similarity(W_dec, 4)
-    torch.testing.assert_close(got, slow_max_cosines(W_dec), atol=1e-6, rtol=0)
 
 
 def test_duplicates_have_cosine_1_and_opposites_minus_1_never_beyond():

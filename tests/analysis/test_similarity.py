@@ -12,18 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomize, scale_sae, switch_sae
-from sae_lens.saes.batchtopk_sae import (
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-)
-from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
-from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
-from sae_lens.saes.topk_sae import (
-    TopKSAE,
-    TopKSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
+from sae_lens.registry import get_sae_class, get_sae_training_class
 
 from sae_lens_scale.analysis import similarity as module
 from sae_lens_scale.analysis.similarity import (
@@ -36,29 +25,29 @@ from sae_lens_scale.ops import SparseLatents
 X = torch.randn(37, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def dense(sae_class: Any, config_class: Any, **settings: Any) -> Any:
+def dense(classes: Any, **settings: Any) -> Any:
+    sae_class, config_class = classes
     settings = {"d_in": 10, "d_sae": 60, "dtype": "float64", **settings}
     sae = sae_class(config_class(**settings))
     randomize(sae)
     return sae
 
 
-topk = partial(dense, TopKSAE, TopKSAEConfig, k=6)
-gated = partial(dense, GatedSAE, GatedSAEConfig)
+topk = partial(dense, get_sae_class("topk"), k=6)
+gated = partial(dense, get_sae_class("gated"))
+standard = partial(dense, get_sae_class("standard"))
 SAES: dict[str, Any] = {
     "scale": scale_sae,
     "scale, wide": partial(scale_sae, k=20),
     "switch": switch_sae,
     "topk": topk,
     "topk in training": partial(
-        dense, TopKTrainingSAE, TopKTrainingSAEConfig, k=6, use_sparse_activations=True
+        dense, get_sae_training_class("topk"), k=6, use_sparse_activations=True
     ),
-    "batchtopk in training": partial(
-        dense, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, k=6.5
-    ),
+    "batchtopk in training": partial(dense, get_sae_training_class("batchtopk"), k=6.5),
     "gated": gated,
-    "standard": partial(dense, StandardSAE, StandardSAEConfig),
-    "a single latent": partial(dense, StandardSAE, StandardSAEConfig, d_sae=1),
+    "standard": standard,
+    "a single latent": partial(standard, d_sae=1),
 }
 all_saes = pytest.mark.parametrize("name", SAES)
 
@@ -172,7 +161,7 @@ def test_a_sample_holds_as_many_tokens_as_asked_whatever_the_batches():
 
 def test_every_token_is_as_likely_to_be_in_the_sample():
     # Token t activates latents 0 to t, so that two tokens tell their smaller index.
-    sae = dense(StandardSAE, StandardSAEConfig, d_in=6, d_sae=6)
+    sae = standard(d_in=6, d_sae=6)
     sae.W_enc.data = torch.eye(6).double()
     sae.b_enc.data = sae.b_dec.data = torch.zeros(6).double()
     tokens = torch.ones(6, 6).double().tril()

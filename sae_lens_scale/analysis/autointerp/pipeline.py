@@ -76,9 +76,6 @@ def autointerp(
         concurrency: Number of latents before the judge at a time, each in a thread.
         verbose: Show a progress bar.
 
-    Returns:
-        Explanations and scores, and the latents that have none.
-
     Raises:
         ImportError: If delphi is not installed.
         ValueError: If ``concurrency`` is less than 1; if no row of ``tokens`` is as long
