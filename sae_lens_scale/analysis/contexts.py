@@ -234,7 +234,7 @@ def _activations_of(
 
 @contextmanager
 def heads_are_joined(sae: SAE[Any]) -> Iterator[None]:
-    """Give an SAE for all heads of hook_z activations whose heads are joined already."""
+    """Let an SAE of hook_z take activations whose heads are joined already."""
     joins_heads = sae.hook_z_reshaping_mode
     if joins_heads:
         sae.turn_off_forward_pass_hook_z_reshaping()

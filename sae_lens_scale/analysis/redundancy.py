@@ -162,15 +162,15 @@ def _max_cosines(
         )
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
-    latents = torch.arange(len(W_dec), device=W_dec.device)
-    experts = latents // (len(W_dec) // num_experts)
+    all_latents = torch.arange(len(W_dec), device=W_dec.device)
+    experts = all_latents // (len(W_dec) // num_experts)
     if alive is None:
-        alive = torch.ones_like(latents, dtype=torch.bool)
+        alive = torch.ones_like(all_latents, dtype=torch.bool)
     # The latents that are alive come first, in blocks of their own.
-    blocks = list(latents[alive].split(block_size))
+    blocks = list(all_latents[alive].split(block_size))
     last_alive = len(blocks) - 1
     if not alive.all():
-        blocks += latents[~alive].split(block_size)
+        blocks += all_latents[~alive].split(block_size)
     dtype = torch.promote_types(W_dec.dtype, torch.float32)
     largest = torch.full((len(W_dec),), -torch.inf, dtype=dtype, device=W_dec.device)
     among_alive, between = largest, largest.clone()

@@ -133,16 +133,6 @@ def test_excluded_tokens_can_be_chosen(
     assert got[0].contexts
 
 
-def test_a_latent_that_never_fires_has_no_contexts(
-    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any
-):
-    sae = make_sae()
-    sae.b_enc.data[5] = -1_000
-    (dead, other) = top(tiny_model, sae, [make_tokens()], [5, 6])
-    assert dead == LatentContexts(5, [])
-    assert other.latent == 6
-
-
 @pytest.mark.parametrize(
     ("limit", "rows"), [(64 * 10 + 63, [10] * 11 + [2]), (1, [1] * 112)]
 )
