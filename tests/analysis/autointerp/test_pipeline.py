@@ -248,11 +248,12 @@ def test_it_runs_in_a_notebook_and_leaves_random_numbers_alone(
     run: Run, latents: list[int]
 ):
     async def cell() -> Interpretability:
-        return run(latents[:1], FakeJudge())
+        return run(latents[:1], FakeJudge(lambda stage, text: stage == "fuzzing"))
 
     before = random.getstate(), torch.get_rng_state()
     result = asyncio.run(cell())
-    assert result.detection.accuracy == [0.0, 1.0, 1.0, 1.0, 1.0]
+    assert result.detection.accuracy == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert result.fuzzing.accuracy == [0.0, 1.0, 1.0, 1.0, 1.0]
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
