@@ -1,6 +1,7 @@
 """Passages of a corpus that fire latents most (MaxAct, Appendix A.3 of the Scale SAE paper)."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -34,8 +35,7 @@ class Context:
         passage: Index of the passage in the corpus, from 0.
         position: Position of that token in the passage, from 0.
         tokens: The tokens around it as text, itself included.
-        activations: The latent's feature activation on each of them; 0 on excluded
-            tokens.
+        activations: Feature activations on each of them; 0 on excluded tokens.
         peak: Index of that token in ``tokens``.
     """
 
@@ -127,10 +127,10 @@ def top_activating_contexts(
         best = _strongest(found, n)
     if not best:
         raise ValueError("tokens must hold at least one batch, got none")
+    hits = (best["activation"] > 0).sum(dim=1).tolist()
     return [
         LatentContexts(
-            int(latent),
-            [_context(model, best, i, j) for j in _hits(best["activation"][i])],
+            int(latent), [_context(model, best, i, j) for j in range(hits[i])]
         )
         for i, latent in enumerate(latents)
     ]
@@ -164,10 +164,6 @@ def _strongest(found: dict[str, torch.Tensor], n: int) -> dict[str, torch.Tensor
     return {k: v[latents, order[:, :n]] for k, v in found.items()}
 
 
-def _hits(activations: torch.Tensor) -> range:
-    return range(int((activations > 0).sum()))
-
-
 def _context(
     model: HookedTransformer, best: dict[str, torch.Tensor], latent: int, hit: int
 ) -> Context:
@@ -177,7 +173,7 @@ def _context(
         activation=best["activation"][latent, hit].item(),
         passage=int(best["passage"][latent, hit]),
         position=int(best["position"][latent, hit]),
-        tokens=token_strings(model, ids[inside]),
+        tokens=list(map(str, model.to_str_tokens(ids[inside]))),
         activations=best["activations"][latent, hit][inside].tolist(),
         peak=int(inside[: len(ids) // 2].sum()),
     )
@@ -195,22 +191,13 @@ def latent_activations(
     """
     Stream the feature activations of chosen latents over a corpus.
 
-    Args:
-        model: The language model that the SAE was trained on.
-        sae: An SAE, its normalisation folded in, whose metadata names its hook.
-        tokens: As for :func:`top_activating_contexts`.
-        latents: Indices in ``range(d_sae)``.
-        max_batches: Stop after so many batches.
-        exclude_special_tokens: Ids of tokens whose activations become 0; ``True`` for
-            the tokenizer's BOS, EOS and their like.
+    Takes the arguments of :func:`top_activating_contexts` and raises its errors, when the
+    first batch is asked for.
 
-    Returns:
+    Yields:
         For each batch its token ids, ``[passages, tokens]``, and activations,
-        ``[passages, tokens, len(latents)]`` in float32, both on the CPU.
-
-    Raises:
-        ValueError: As :func:`top_activating_contexts`, when the first batch is asked
-            for.
+        ``[passages, tokens, len(latents)]`` in float32 and 0 on excluded tokens, both on
+        the CPU.
     """
     hook_name = hook_of(model, sae)
     chosen = _checked_latents(latents, sae.cfg.d_sae).to(sae.device)
@@ -237,34 +224,30 @@ def _activations_of(
     sae: SAE[Any], x: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor:
     """Encode ``x [tokens, d_in]`` in parts, and keep the activations of some latents."""
-    # The caller has joined the heads of hook_z, as the SAE would.
+    parts = []
+    with heads_are_joined(sae):
+        for part in x.split(max(1, _MAX_ACTIVATIONS // sae.cfg.d_sae)):
+            acts = sae.encode(part.to(sae.device)).to_dense()
+            parts.append(acts[:, latents].float().cpu())
+    return torch.cat(parts)
+
+
+@contextmanager
+def heads_are_joined(sae: SAE[Any]) -> Iterator[None]:
+    """Let an SAE of hook_z take activations whose heads are joined already."""
     joins_heads = sae.hook_z_reshaping_mode
     if joins_heads:
         sae.turn_off_forward_pass_hook_z_reshaping()
     try:
-        parts = []
-        for part in x.split(max(1, _MAX_ACTIVATIONS // sae.cfg.d_sae)):
-            acts = sae.encode(part.to(sae.device))
-            acts = acts.to_dense() if acts.is_sparse else acts
-            parts.append(acts[:, latents].float().cpu())
+        yield
     finally:
         if joins_heads:
             sae.turn_on_forward_pass_hook_z_reshaping()
-    return torch.cat(parts)
 
 
 def token_batches(tokens: Tokens, max_batches: int | None) -> Iterator[torch.Tensor]:
     """
-    Read batches of token ids.
-
-    Args:
-        tokens: Batches of token ids, each ``[passages, tokens]``; or a store of
-            SAELens, which is read from where it stands to the end of its data set, but
-            for the last, incomplete batch.
-        max_batches: Stop after so many.
-
-    Returns:
-        The batches.
+    Read batches of token ids, from tokens as :func:`top_activating_contexts` takes them.
 
     Raises:
         ValueError: If ``max_batches`` is less than 1 or a batch has another shape.
@@ -292,14 +275,7 @@ def _store_batches(store: ActivationsStore) -> Iterator[torch.Tensor]:
 
 def hook_of(model: HookedTransformer, sae: SAE[Any]) -> str:
     """
-    Find the hook that an SAE was trained on.
-
-    Args:
-        model: The language model.
-        sae: The SAE.
-
-    Returns:
-        The hook's name.
+    Find the name of the hook that an SAE was trained on.
 
     Raises:
         ValueError: If the SAE's metadata names no hook, or one that the model lacks.
@@ -316,15 +292,10 @@ def excluded_ids(
     model: HookedTransformer, exclude_special_tokens: bool | Iterable[int]
 ) -> torch.Tensor:
     """
-    Look up the token ids that SAELens's argument ``exclude_special_tokens`` stands for.
+    Look up the token ids, int64, that SAELens's ``exclude_special_tokens`` stands for.
 
-    Args:
-        model: The language model, with its tokenizer.
-        exclude_special_tokens: ``True`` for the tokenizer's BOS, EOS and their like,
-            ``False`` for none, or the ids themselves.
-
-    Returns:
-        The ids, int64.
+    ``True`` is for the tokenizer's BOS, EOS and their like, ``False`` for none; otherwise
+    these are the ids themselves.
 
     Raises:
         ValueError: If the tokenizer is asked for and the model has none.
@@ -336,20 +307,6 @@ def excluded_ids(
             )
         exclude_special_tokens = get_special_token_ids(model.tokenizer)
     return torch.tensor(list(exclude_special_tokens or []), dtype=torch.long)
-
-
-def token_strings(model: HookedTransformer, ids: torch.Tensor) -> list[str]:
-    """
-    Decode each token to text.
-
-    Args:
-        model: The language model, with its tokenizer.
-        ids: Token ids, ``[tokens]``.
-
-    Returns:
-        One string per token.
-    """
-    return [str(word) for word in model.to_str_tokens(ids)]
 
 
 def _checked_latents(latents: Sequence[int], d_sae: int) -> torch.Tensor:

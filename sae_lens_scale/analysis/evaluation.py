@@ -12,7 +12,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-from .contexts import Tokens, excluded_ids, hook_of, token_batches
+from .contexts import Tokens, excluded_ids, heads_are_joined, hook_of, token_batches
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class LossRecovered:
     Cross-entropies are in nats per predicted token.
 
     Attributes:
-        score: Loss Recovered, equation A.2: (with_ablation - with_sae) /
-            (with_ablation - without_sae). 1 if nothing is lost, 0 if the SAE is no
-            better than zeros; SAELens's ``ce_loss_score``.
-        with_sae: Cross-entropy with the SAE's reconstruction in place of the
-            activations; SAELens's ``ce_loss_with_sae``.
+        score: (with_ablation - with_sae) / (with_ablation - without_sae), equation A.2:
+            1 if nothing is lost, 0 if the SAE is no better than zeros; SAELens's
+            ``ce_loss_score``.
+        with_sae: Cross-entropy with the reconstruction in place of the activations;
+            SAELens's ``ce_loss_with_sae``.
         without_sae: Cross-entropy of the language model as it is.
         with_ablation: Cross-entropy with zeros in place of the activations.
         predictions: Number of predicted tokens that these are means over.
@@ -63,18 +63,13 @@ def loss_recovered(
     Args:
         model: The language model that the SAE was trained on.
         sae: A mixture or any other SAE of SAELens whose metadata names its hook.
-        tokens: Batches of token ids, each ``[passages, tokens]`` and unpadded; or a
-            store of SAELens, which is read from where it stands to the end of its data
-            set, but for the last, incomplete batch.
+        tokens: As for :func:`.top_activating_contexts`.
         max_batches: Stop after so many batches.
         exclude_special_tokens: Ids of tokens to leave alone; ``True`` for the
             tokenizer's BOS, EOS and their like.
         activation_scaler: The trainer's, for a training SAE whose normalisation is not
             folded in.
         verbose: Show a progress bar.
-
-    Returns:
-        The score and the three cross-entropies.
 
     Raises:
         ValueError: If the SAE's metadata names no hook of the model; if ``tokens`` are
@@ -85,12 +80,9 @@ def loss_recovered(
     sums: dict[str, float] = defaultdict(float)
     predictions = 0
     device = next(model.parameters()).device
-    # As in run_evals: its hooks join the heads of hook_z themselves.
-    joins_heads = sae.hook_z_reshaping_mode
-    if joins_heads:
-        sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
-        batches = token_batches(tokens, max_batches)
+    batches = token_batches(tokens, max_batches)
+    # SAELens's hooks join the heads of hook_z themselves.
+    with heads_are_joined(sae):
         for batch in tqdm(
             batches, desc="Loss recovered", total=max_batches, disable=not verbose
         ):
@@ -108,9 +100,6 @@ def loss_recovered(
             predictions += int(counted.sum())
             for name, loss in losses.items():
                 sums[name] += loss[counted.to(loss.device)].double().sum().item()
-    finally:
-        if joins_heads:
-            sae.turn_on_forward_pass_hook_z_reshaping()
     if not predictions:
         raise ValueError(
             "tokens must hold at least one token to predict that does not follow a "

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -129,18 +129,14 @@ def expert_usage(
     sae: MixtureSAE[Any], activations: Iterable[torch.Tensor]
 ) -> ExpertUsage:
     """
-    Count the experts that an SAE selects for activations.
+    Count the experts that an SAE selects for all tokens of all batches.
 
     These are the router's selections. The paper's authors count, for figure 6b, the
     experts that hold one of a token's three strongest latents.
 
     Args:
         sae: A Scale or Switch SAE.
-        activations: Batches of raw activations of the language model, each
-            ``[..., d_in]``.
-
-    Returns:
-        Counts over all tokens of all batches.
+        activations: Batches of raw activations, each ``[..., d_in]``.
 
     Raises:
         ValueError: If the SAE is no mixture, activations are not finite or there are no
@@ -151,7 +147,6 @@ def expert_usage(
     counts = torch.zeros(num_experts, dtype=torch.int64, device=sae.device)
     for indices in _selected_experts(sae, activations):
         counts += indices.flatten().bincount(minlength=num_experts)
-    _require_tokens(int(counts.sum()))
     routed = counts[sae.cfg.num_shared_experts :].cpu().double()
     entropy = torch.special.entr(routed / routed.sum()).sum().item()
     return ExpertUsage(
@@ -171,8 +166,7 @@ def expert_coactivation(
     Args:
         sae: A Scale or Switch SAE. A Switch SAE's tokens select one expert each, and no
             pairs.
-        activations: Batches of raw activations of the language model, each
-            ``[..., d_in]``.
+        activations: Batches of raw activations, each ``[..., d_in]``.
         num_strongest: Number of pairs that the summary lists at most.
 
     Returns:
@@ -197,31 +191,27 @@ def expert_coactivation(
         for slot in range(indices.shape[-1]):
             cells = (indices[:, slot : slot + 1] * num_experts + indices).flatten()
             counts.scatter_add_(0, cells, torch.ones_like(cells))
-    _require_tokens(tokens)
     counts = counts.view(num_experts, num_experts)
     first, second = counts.triu(1).nonzero(as_tuple=True)
     together = counts[first, second]
-    alone = counts.diagonal()
+    alone = counts.diagonal().tolist()
     # Stable, so that pairs of equal frequency come in the order of their experts.
     order = together.sort(descending=True, stable=True).indices[:num_strongest]
     strongest = [
-        ExpertPair(i, j, both, both * tokens / (count_i * count_j))
-        for i, j, both, count_i, count_j in zip(
+        ExpertPair(i, j, both, both * tokens / (alone[i] * alone[j]))
+        for i, j, both in zip(
             first[order].tolist(),
             second[order].tolist(),
             together[order].tolist(),
-            alone[first[order]].tolist(),
-            alone[second[order]].tolist(),
             strict=True,
         )
     ]
-    summary = ExpertCoactivation(
+    return counts, ExpertCoactivation(
         tokens=tokens,
         pairs_used=len(together),
-        pairs=num_experts * (num_experts - 1) // 2,
+        pairs=math.comb(num_experts, 2),
         strongest=strongest,
     )
-    return counts, summary
 
 
 @torch.no_grad()
@@ -235,13 +225,10 @@ def expert_similarity(
     Compare decoder rows within experts and within random sets of latents (figure 6a of
     the Scale SAE paper).
 
-    Each set has three measures: the mean cosine over all pairs i < j of its latents; the
-    mean of each latent's largest cosine with another latent of the set; and the share of
-    latents for which that exceeds the threshold, which section 3.3.1 calls redundancy and
-    the authors' code plots for experts and random sets. A random set is drawn without
+    Of each set's measures, section 3.3.1 calls ``share_above`` redundancy, and the
+    authors' code plots it for experts and random sets. A random set is drawn without
     replacement from all latents and as large as an expert, so about one in num_experts of
-    its pairs share an expert. Rows of zeros have cosine 0 with all
-    others.
+    its pairs share an expert. Rows of zeros have cosine 0 with all others.
 
     Args:
         sae: A Scale or Switch SAE.
@@ -249,9 +236,6 @@ def expert_similarity(
         num_samples: Number of random sets; as many as there are experts if None, as in
             the authors' code.
         threshold: Cosine above which two latents count as near-duplicates.
-
-    Returns:
-        Means, and the values of each expert and each random set.
 
     Raises:
         ValueError: If the SAE is no mixture, an expert has fewer than two latents, W_dec
@@ -268,21 +252,21 @@ def expert_similarity(
     if samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     generator = np.random.default_rng(seed)
+    drawn = (
+        generator.choice(cfg.d_sae, cfg.expert_size, replace=False)
+        for _ in range(samples)
+    )
     progress = tqdm(
-        total=cfg.num_experts + samples,
+        chain(
+            sae.W_dec.split(cfg.expert_size),
+            (sae.W_dec[torch.from_numpy(chosen)] for chosen in drawn),
+        ),
         desc="similarity of experts",
+        total=cfg.num_experts + samples,
         delay=PROGRESS_DELAY,
     )
-    with progress:
-        per_expert, per_sample = [], []
-        for rows in sae.W_dec.split(cfg.expert_size):
-            per_expert.append(_set_similarity(rows, threshold))
-            progress.update()
-        for _ in range(samples):
-            chosen = generator.choice(cfg.d_sae, cfg.expert_size, replace=False)
-            rows = sae.W_dec[torch.from_numpy(chosen).to(sae.W_dec.device)]
-            per_sample.append(_set_similarity(rows, threshold))
-            progress.update()
+    found = [_set_similarity(rows, threshold) for rows in progress]
+    per_expert, per_sample = found[: cfg.num_experts], found[cfg.num_experts :]
     return ExpertSimilarity(
         threshold=float(threshold),
         intra=_mean_similarity(per_expert),
@@ -351,9 +335,13 @@ def _mean_similarity(sets: list[SetSimilarity]) -> SetSimilarity:
 def _selected_experts(
     sae: MixtureSAE[Any], activations: Iterable[torch.Tensor]
 ) -> Iterator[Int[torch.Tensor, "tokens experts_per_token"]]:
+    empty = True
     for batch in finite_batches(activations, sae.device):
         indices = sae.route(batch).indices
+        empty = empty and not indices.numel()
         yield indices.reshape(-1, indices.shape[-1])
+    if empty:
+        raise ValueError("activations must hold at least one token, got none")
 
 
 def _require_mixture(sae: SAE[Any]) -> None:
@@ -362,8 +350,3 @@ def _require_mixture(sae: SAE[Any]) -> None:
             "sae must be a mixture of experts ('scale' or 'switch'), got architecture "
             f"{sae.cfg.architecture()!r}"
         )
-
-
-def _require_tokens(tokens: int) -> None:
-    if not tokens:
-        raise ValueError("activations must hold at least one token, got none")

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -34,7 +33,13 @@ def plot_token_explanations(
     # A figure of its own, not pyplot's: it leaves the caller's backend alone.
     figure = Figure(figsize=(10, 1.2 + 0.62 * len(explanations)), layout="constrained")
     axes = figure.subplots()
-    colors = _expert_colors(explanations)
+    experts = sorted({a.expert for e in explanations for a in e.latents})
+    # Colours that are easy to tell apart, while there are enough of them.
+    few = len(experts) <= 20
+    colormap = colormaps["tab20" if few else "gist_rainbow"]
+    colors = {
+        e: colormap(i if few else i / len(experts)) for i, e in enumerate(experts)
+    }
     for row, explanation in enumerate(explanations):
         by_expert = sorted(
             explanation.latents,
@@ -42,7 +47,7 @@ def plot_token_explanations(
         )
         left = 0.0
         for active in by_expert:
-            axes.barh(
+            bar = axes.barh(
                 row,
                 active.activation,
                 left=left,
@@ -50,15 +55,7 @@ def plot_token_explanations(
                 color=colors[active.expert],
                 edgecolor="white",
             )
-            axes.text(
-                left + active.activation / 2,
-                row,
-                str(active.latent),
-                ha="center",
-                va="center",
-                fontsize=6.5,
-                clip_on=True,
-            )
+            axes.bar_label(bar, [str(active.latent)], label_type="center", fontsize=6.5)
             left += active.activation
     axes.set_yticks(
         range(len(explanations)), [repr(e.token)[1:-1] for e in explanations]
@@ -72,18 +69,7 @@ def plot_token_explanations(
     if len(colors) <= 24:
         handles = [
             Line2D([], [], color=color, linewidth=6, label=f"expert {expert}")
-            for expert, color in sorted(colors.items())
+            for expert, color in colors.items()
         ]
         figure.legend(handles=handles, fontsize=7, loc="outside right upper")
     return figure
-
-
-def _expert_colors(
-    explanations: Sequence[TokenExplanation],
-) -> dict[int, str]:
-    experts = sorted({a.expert for e in explanations for a in e.latents})
-    colormap = colormaps["tab20" if len(experts) <= 20 else "gist_rainbow"]
-    return {
-        expert: to_hex(colormap(i if len(experts) <= 20 else i / len(experts)))
-        for i, expert in enumerate(experts)
-    }

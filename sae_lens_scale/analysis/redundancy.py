@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
 
 # Seconds after which a computation shows a progress bar.
@@ -36,17 +36,9 @@ class FeatureRedundancy:
     between_experts: float | None = None
 
 
-def unit_rows(
-    rows: Float[torch.Tensor, "*batch d_in"],
-) -> Float[torch.Tensor, "*batch d_in"]:
+def unit_rows(rows: Float[torch.Tensor, "n d_in"]) -> Float[torch.Tensor, "n d_in"]:
     """
-    Divide rows by their norms, in float32 at least.
-
-    Args:
-        rows: ``[..., d_in]``.
-
-    Returns:
-        ``[..., d_in]``. Rows of zeros stay zero, so that their cosine with any row is 0.
+    Divide rows of W_dec by their norms, in float32 at least; zeros stay zero.
 
     Raises:
         ValueError: If a value is NaN or infinite.
@@ -84,8 +76,7 @@ def max_cosine_similarity(
         ValueError: If W_dec is not two-dimensional, has fewer than two rows or holds NaN
             or infinite values, or if block_size is not positive.
     """
-    latents = torch.arange(len(W_dec), device=W_dec.device)
-    return _max_cosines(W_dec, latents, latents[:0], block_size).overall
+    return _max_cosines(W_dec, block_size).overall
 
 
 @torch.no_grad()
@@ -112,9 +103,6 @@ def feature_redundancy(
         num_experts: Number of experts, each of equally many neighbouring latents; divides
             d_sae.
 
-    Returns:
-        The share, and the mean of the largest cosines.
-
     Raises:
         ValueError: If threshold is out of range, alive is not a boolean tensor
             ``[d_sae]`` or marks fewer than two latents, num_experts does not divide d_sae,
@@ -126,26 +114,24 @@ def feature_redundancy(
         raise ValueError(
             f"num_experts must divide d_sae={len(W_dec)}, got {num_experts}"
         )
-    latents = torch.arange(len(W_dec), device=W_dec.device)
-    experts = None
-    if num_experts > 1:
-        experts = latents // (len(W_dec) // num_experts)
-    if alive is None:
-        found = _max_cosines(W_dec, latents, latents[:0], block_size, experts)
-        return _summary(found.overall, threshold, between_experts=found.between_experts)
-    if alive.dtype != torch.bool or alive.shape != latents.shape:
-        raise ValueError(
-            f"alive must be a boolean tensor of shape [d_sae={len(W_dec)}], got "
-            f"{alive.dtype} of shape {tuple(alive.shape)}"
-        )
-    alive = alive.to(W_dec.device)
-    if alive.sum() < 2:
-        raise ValueError(
-            f"alive must mark at least two latents, got {int(alive.sum())}"
-        )
-    found = _max_cosines(W_dec, latents[alive], latents[~alive], block_size, experts)
-    among_alive = _summary(found.among_first[alive], threshold)
-    return _summary(found.overall, threshold, among_alive, found.between_experts)
+    if alive is not None:
+        if alive.dtype != torch.bool or alive.shape != W_dec.shape[:1]:
+            raise ValueError(
+                f"alive must be a boolean tensor of shape [d_sae={len(W_dec)}], got "
+                f"{alive.dtype} of shape {tuple(alive.shape)}"
+            )
+        if alive.sum() < 2:
+            raise ValueError(
+                f"alive must mark at least two latents, got {int(alive.sum())}"
+            )
+        alive = alive.to(W_dec.device)
+    found = _max_cosines(W_dec, block_size, alive, num_experts)
+    return _summary(
+        found.overall,
+        threshold,
+        None if alive is None else _summary(found.among_alive[alive], threshold),
+        found.between_experts,
+    )
 
 
 class _MaxCosines(NamedTuple):
@@ -153,22 +139,21 @@ class _MaxCosines(NamedTuple):
     Largest cosines of each latent, all ``[d_sae]``.
 
     Attributes:
-        among_first: With another of the latents that came first.
+        among_alive: With another latent that is alive.
         overall: With any other latent.
-        between_experts: With a latent of another expert.
+        between_experts: With a latent of another expert; None for a single expert.
     """
 
-    among_first: Float[torch.Tensor, " d_sae"]
+    among_alive: Float[torch.Tensor, " d_sae"]
     overall: Float[torch.Tensor, " d_sae"]
     between_experts: Float[torch.Tensor, " d_sae"] | None
 
 
 def _max_cosines(
     W_dec: Float[torch.Tensor, "d_sae d_in"],
-    first: Int[torch.Tensor, " n"],
-    rest: Int[torch.Tensor, " m"],
     block_size: int,
-    experts: Int[torch.Tensor, " d_sae"] | None = None,
+    alive: Bool[torch.Tensor, " d_sae"] | None = None,
+    num_experts: int = 1,
 ) -> _MaxCosines:
     if W_dec.ndim != 2 or len(W_dec) < 2:
         raise ValueError(
@@ -177,25 +162,18 @@ def _max_cosines(
         )
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
-    blocks = list(first.split(block_size))
-    num_first = len(blocks)
-    blocks += rest.split(block_size) if len(rest) else []
+    all_latents = torch.arange(len(W_dec), device=W_dec.device)
+    experts = all_latents // (len(W_dec) // num_experts)
+    if alive is None:
+        alive = torch.ones_like(all_latents, dtype=torch.bool)
+    # The latents that are alive come first, in blocks of their own.
+    blocks = list(all_latents[alive].split(block_size))
+    last_alive = len(blocks) - 1
+    if not alive.all():
+        blocks += all_latents[~alive].split(block_size)
     dtype = torch.promote_types(W_dec.dtype, torch.float32)
     largest = torch.full((len(W_dec),), -torch.inf, dtype=dtype, device=W_dec.device)
-    among_first, between = largest, largest.clone()
-
-    def update(
-        largest: torch.Tensor,
-        latents: torch.Tensor,
-        others: torch.Tensor,
-        cosines: torch.Tensor,
-    ) -> None:
-        for block, found in (
-            (latents, cosines.amax(dim=1)),
-            (others, cosines.amax(dim=0)),
-        ):
-            largest[block] = torch.maximum(largest[block], found)
-
+    among_alive, between = largest, largest.clone()
     progress = tqdm(
         total=len(blocks) * (len(blocks) + 1) // 2,
         desc="cosines between latents",
@@ -210,19 +188,29 @@ def _max_cosines(
                     cosines = (rows @ rows.T).fill_diagonal_(-torch.inf)
                 else:
                     cosines = rows @ unit_rows(W_dec[others]).T
-                update(largest, latents, others, cosines)
-                if experts is not None:
+                _raise_to(largest, latents, others, cosines)
+                if num_experts > 1:
                     same = experts[latents].unsqueeze(-1) == experts[others]
                     cosines.masked_fill_(same, -torch.inf)
-                    update(between, latents, others, cosines)
+                    _raise_to(between, latents, others, cosines)
                 progress.update()
-            if i + 1 == num_first:
-                among_first = largest.clamp(-1, 1)
+            if i == last_alive:
+                among_alive = largest.clamp(-1, 1)
     return _MaxCosines(
-        among_first,
+        among_alive,
         largest.clamp(-1, 1),
-        None if experts is None else between.clamp(-1, 1),
+        between.clamp(-1, 1) if num_experts > 1 else None,
     )
+
+
+def _raise_to(
+    largest: torch.Tensor,
+    latents: torch.Tensor,
+    others: torch.Tensor,
+    cosines: torch.Tensor,
+) -> None:
+    for block, found in ((latents, cosines.amax(dim=1)), (others, cosines.amax(dim=0))):
+        largest[block] = torch.maximum(largest[block], found)
 
 
 def _summary(

@@ -85,15 +85,11 @@ def activation_similarity(
 
     Args:
         sae: Any SAE of SAELens, mixture or dense.
-        activations: Batches of raw activations of the language model, each
-            ``[..., d_in]``.
+        activations: Batches of raw activations, each ``[..., d_in]``.
         k: The paper's K_total, the number of latents that a token activates. None takes
             the SAE's configured k, as the paper does, and without one (ReLU, Gated,
             JumpReLU SAEs) the mean L0 of these tokens. With a configured k, tokens that
             activate fewer latents count as less similar, even to their equals.
-
-    Returns:
-        The similarity, with the numbers that it was computed from.
 
     Raises:
         ValueError: If there are fewer than two tokens, activations are not finite, k is
@@ -141,13 +137,9 @@ def overlap_histogram(
 
     Args:
         sae: Any SAE of SAELens, mixture or dense.
-        activations: Batches of raw activations of the language model, each
-            ``[..., d_in]``.
+        activations: Batches of raw activations, each ``[..., d_in]``.
         max_tokens: Number of tokens to count pairs among at most, at least 2.
         seed: Seed of the sample, which does not depend on the division into batches.
-
-    Returns:
-        The histogram.
 
     Raises:
         ValueError: If there are fewer than two tokens, activations are not finite or
@@ -218,14 +210,7 @@ def finite_batches(
     activations: Iterable[torch.Tensor], device: torch.device
 ) -> Iterator[torch.Tensor]:
     """
-    Hand on batches of activations once they are checked.
-
-    Args:
-        activations: Batches of any shape.
-        device: Device to move them to.
-
-    Yields:
-        The same batches on the device.
+    Move batches of activations to a device.
 
     Raises:
         ValueError: If a batch holds NaN or infinite values.
@@ -243,14 +228,10 @@ def active_latents(
     sae: SAE[Any], activations: Iterable[torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """
-    Find the latents that are not zero on each token.
+    Find the latents of any SAE that are not zero on each token, ``[..., d_in]``.
 
     For a mixture d_sae values per token are never built, unless a hook may change the
     activations.
-
-    Args:
-        sae: Any SAE of SAELens.
-        activations: Batches of raw activations, each ``[..., d_in]``.
 
     Yields:
         For each batch the number of latents that each token activates, ``[tokens]``, and
@@ -271,8 +252,7 @@ def active_latents(
             active = values.reshape(indices.shape) != 0
             yield active.sum(dim=-1), indices[active]
         else:
-            acts = sae.encode(batch)
-            acts = acts.to_dense() if acts.is_sparse else acts
+            acts = sae.encode(batch).to_dense()
             active = acts.reshape(-1, acts.shape[-1]) != 0
             yield active.sum(dim=-1), active.nonzero()[:, 1]
 

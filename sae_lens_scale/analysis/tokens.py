@@ -77,7 +77,6 @@ def explain_tokens(
     _, cache = model.run_with_cache_with_saes(
         tokens,
         saes=[sae],
-        use_error_term=True,
         # Hooks that are d_sae wide and not needed would cost as much as the activations.
         names_filter=[f"{hook_name}.{name}" for name in names],
     )

@@ -2,14 +2,62 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
+import torch
+from helpers import randomize
+from sae_lens.registry import get_sae_class
 
 from sae_lens_scale.loading.smollm2 import fetch_smollm2
+
+_SETTINGS: dict[str, dict[str, int]] = {
+    "scale": {"num_experts": 4, "k": 6},
+    "switch": {"num_experts": 4, "k": 6},
+    "topk": {"k": 6},
+    "standard": {},
+}
+
+
+@pytest.fixture(scope="session")
+def make_sae() -> Callable[..., Any]:
+    """Function that makes a random SAE, by default for the tiny model's first layer."""
+
+    def make(
+        architecture: str = "scale",
+        hook: str = "blocks.0.hook_resid_post",
+        **settings: Any,
+    ) -> Any:
+        sae_class, config_class = get_sae_class(architecture)
+        settings = {"d_in": 32, "d_sae": 64, **_SETTINGS[architecture], **settings}
+        sae: Any = sae_class(config_class(**settings))
+        randomize(sae)
+        sae.cfg.metadata.hook_name = hook
+        sae.cfg.metadata.context_size = 16
+        sae.cfg.metadata.prepend_bos = True
+        return sae
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tokens() -> Callable[..., torch.Tensor]:
+    """Function that makes random tokens: each row has BOS first, the first and last an EOS."""
+
+    def make(seed: int = 0, rows: int = 7, length: int = 16) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(3, 1_000, (rows, length), generator=generator)
+        # SmolLM2's tokenizer: BOS is 1, EOS is 2.
+        tokens[:, 0] = 1
+        tokens[0, length // 2] = 2
+        tokens[-1] = tokens[0]
+        return tokens
+
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -12,53 +12,16 @@ from helpers import randomize, small_corpus
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import load_model
-from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
-from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from torch.nn.functional import cross_entropy
 
-from sae_lens_scale import (
-    ScaleSAE,
-    ScaleSAEConfig,
-    ScaleTrainingSAE,
-    ScaleTrainingSAEConfig,
-    SwitchSAE,
-    SwitchSAEConfig,
-)
+from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
 from sae_lens_scale.analysis.evaluation import loss_recovered
 
 HOOK = "blocks.0.hook_resid_post"
 # SmolLM2's tokenizer: BOS and EOS.
 BOS, EOS = 1, 2
-
-SAES = {
-    "scale": lambda: ScaleSAE(ScaleSAEConfig(d_in=32, d_sae=64, num_experts=4, k=6)),
-    "switch": lambda: SwitchSAE(SwitchSAEConfig(d_in=32, d_sae=64, num_experts=4, k=6)),
-    "topk": lambda: TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=6)),
-    "standard": lambda: StandardSAE(StandardSAEConfig(d_in=32, d_sae=64)),
-}
-
-
-def make_sae(architecture: str, hook: str = HOOK) -> SAE[Any]:
-    return on_hook(SAES[architecture](), hook)
-
-
-def on_hook(sae: Any, hook: str) -> Any:
-    randomize(sae)
-    sae.cfg.metadata.hook_name = hook
-    sae.cfg.metadata.context_size = 12
-    sae.cfg.metadata.prepend_bos = True
-    return sae
-
-
-def make_tokens(seed: int = 0, rows: int = 6, length: int = 12) -> torch.Tensor:
-    """Random tokens behind a BOS, an EOS amid them."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, 1_000, (rows, length), generator=generator)
-    tokens[:, 0] = BOS
-    tokens[0, length // 2] = EOS
-    return tokens
 
 
 @torch.no_grad()
@@ -67,7 +30,6 @@ def by_hand(
     sae: SAE[Any],
     tokens: torch.Tensor,
     excluded: set[int],
-    hook: str = HOOK,
 ) -> dict[str, float]:
     """Three passes, and a loop over the predictions that count."""
 
@@ -84,9 +46,9 @@ def by_hand(
 
     found = {}
     passes: Any = (
-        ("with_sae", [(hook, reconstruct)]),
+        ("with_sae", [(HOOK, reconstruct)]),
         ("without_sae", []),
-        ("with_ablation", [(hook, ablate)]),
+        ("with_ablation", [(HOOK, ablate)]),
     )
     for name, fwd_hooks in passes:
         logits = model.run_with_hooks(tokens, fwd_hooks=fwd_hooks)
@@ -103,10 +65,14 @@ def by_hand(
     return found
 
 
-@pytest.mark.parametrize("architecture", list(SAES))
+@pytest.mark.parametrize("architecture", ["scale", "switch", "topk", "standard"])
 @pytest.mark.parametrize("exclude", [True, False, [5, 7, 30]])
 def test_loss_recovered_is_equation_A2_of_three_passes(
-    tiny_model: HookedSAETransformer, architecture: str, exclude: Any
+    tiny_model: HookedSAETransformer,
+    make_sae: Any,
+    make_tokens: Any,
+    architecture: str,
+    exclude: Any,
 ):
     sae, tokens = make_sae(architecture), make_tokens()
     tokens[1, 3:6] = torch.tensor([5, 7, 30])
@@ -121,9 +87,9 @@ def test_loss_recovered_is_equation_A2_of_three_passes(
 
 
 def test_batches_of_any_sizes_weigh_every_prediction_the_same(
-    tiny_model: HookedSAETransformer,
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any
 ):
-    sae = make_sae("scale")
+    sae = make_sae()
     parts = [make_tokens(1), make_tokens(2, rows=1, length=30), make_tokens(3, rows=2)]
     each = [loss_recovered(tiny_model, sae, [part]) for part in parts]
     got = loss_recovered(tiny_model, sae, iter(parts))
@@ -136,7 +102,7 @@ def test_batches_of_any_sizes_weigh_every_prediction_the_same(
 
 @pytest.mark.parametrize("architecture", ["scale", "topk"])
 def test_a_store_gives_what_run_evals_gives(
-    tiny_model: HookedSAETransformer, architecture: str
+    tiny_model: HookedSAETransformer, make_sae: Any, architecture: str
 ):
     sae = make_sae(architecture)
 
@@ -158,10 +124,12 @@ def test_a_store_gives_what_run_evals_gives(
 
 
 def test_a_training_SAE_sees_activations_as_its_trainer_scales_them(
-    tiny_model: HookedSAETransformer, tmp_path: Path
+    tiny_model: HookedSAETransformer, make_tokens: Any, tmp_path: Path
 ):
     cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=64, num_experts=4, k=6)
-    trained = on_hook(ScaleTrainingSAE(cfg), HOOK)
+    trained = ScaleTrainingSAE(cfg)
+    randomize(trained)
+    trained.cfg.metadata.hook_name = HOOK
     tokens, scaler = make_tokens(), ActivationScaler(scaling_factor=3.0)
     got = loss_recovered(tiny_model, trained, [tokens], activation_scaler=scaler)
     unscaled = loss_recovered(tiny_model, trained, [tokens])
@@ -173,14 +141,10 @@ def test_a_training_SAE_sees_activations_as_its_trainer_scales_them(
 
 
 def test_all_heads_of_hook_z_are_reconstructed_together(
-    tiny_model: HookedSAETransformer,
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any
 ):
-    hook, tokens = "blocks.0.attn.hook_z", make_tokens()
-    cfg = ScaleSAEConfig(
-        d_in=32, d_sae=64, num_experts=4, k=6, reshape_activations="hook_z"
-    )
-    sae = on_hook(ScaleSAE(cfg), hook)
-    sae.turn_on_forward_pass_hook_z_reshaping()
+    sae = make_sae(hook="blocks.0.attn.hook_z", reshape_activations="hook_z")
+    tokens = make_tokens()
     got = loss_recovered(tiny_model, sae, [tokens], exclude_special_tokens=False)
     assert sae.hook_z_reshaping_mode
     spliced: Any = tiny_model.run_with_saes(tokens, saes=[sae], return_type="loss")
@@ -190,44 +154,46 @@ def test_all_heads_of_hook_z_are_reconstructed_together(
     assert sae.hook_z_reshaping_mode
 
 
-def test_a_hugging_face_model_is_evaluated_too(tiny_llama: Path):
+def test_a_hugging_face_model_is_evaluated_too(
+    tiny_llama: Path, make_sae: Any, make_tokens: Any
+):
     hook = "model.layers.0"
     model: Any = load_model("AutoModelForCausalLM", str(tiny_llama), hook_names=[hook])
-    got = loss_recovered(model, make_sae("scale", hook), [make_tokens()])
-    assert got.predictions == 6 * 10 - 1
+    got = loss_recovered(model, make_sae(hook=hook), [make_tokens()])
+    # Not at BOS, nor at the EOS of two rows.
+    assert got.predictions == 7 * 14 - 2
     assert len({got.with_sae, got.without_sae, got.with_ablation}) == 3
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("change", "message"),
     [
-        ([], "predict .*got none"),
-        ([torch.full((2, 4), BOS)], "predict .*got none"),
-        ([torch.full((2, 1), 9)], "predict .*got none"),
-        (make_tokens(), r"tokens must be batches .*\(12,\)"),
-        ([torch.zeros(2, 3)], "tokens must be batches .*float32"),
-        ([torch.zeros(2, 0, dtype=torch.long)], r"tokens must be batches .*\(2, 0\)"),
+        ({"tokens": []}, "predict .*got none"),
+        ({"tokens": [torch.full((2, 4), BOS)]}, "predict .*got none"),
+        ({"tokens": [torch.full((2, 1), 9)]}, "predict .*got none"),
+        ({"tokens": [torch.zeros(2, 3)]}, "tokens must be batches .*float32"),
+        ({"max_batches": 0}, "max_batches must be .* got 0"),
+        ({"hook": None}, "hook_name must be .* got None"),
     ],
 )
-def test_tokens_without_predictions_or_of_another_shape_are_refused(
-    tiny_model: HookedSAETransformer, tokens: Any, message: str
+def test_bad_arguments_are_refused(
+    tiny_model: HookedSAETransformer,
+    make_sae: Any,
+    make_tokens: Any,
+    change: dict[str, Any],
+    message: str,
 ):
+    arguments = {"tokens": [make_tokens()], "hook": HOOK} | change
+    sae = make_sae(hook=arguments.pop("hook"))
     with pytest.raises(ValueError, match=message):
-        loss_recovered(tiny_model, make_sae("scale"), tokens)
+        loss_recovered(tiny_model, sae, **arguments)
 
 
-def test_other_bad_arguments_are_refused(tiny_model: HookedSAETransformer):
-    sae, tokens = make_sae("scale"), [make_tokens()]
-    with pytest.raises(ValueError, match="max_batches must be .* got 0"):
-        loss_recovered(tiny_model, sae, tokens, max_batches=0)
-    sae.cfg.metadata.hook_name = None
-    with pytest.raises(ValueError, match="hook_name must be .* got None"):
-        loss_recovered(tiny_model, sae, tokens)
-
-
-def test_a_hook_without_effect_is_refused(tiny_model: HookedSAETransformer):
+def test_a_hook_without_effect_is_refused(
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any
+):
     # The logits are all alike, and do not depend on the tokens before.
     model = copy.deepcopy(tiny_model)
     model.unembed.W_U.data.zero_()
     with pytest.raises(ValueError, match="must change the model's loss"):
-        loss_recovered(model, make_sae("scale"), [make_tokens()])
+        loss_recovered(model, make_sae(), [make_tokens()])

@@ -1,4 +1,4 @@
-"""Measurements on experts, against loops over tokens, experts and pairs."""
+"""Measurements on experts, against loops over tokens and all pairs."""
 
 import json
 import math
@@ -28,12 +28,6 @@ from sae_lens_scale.analysis.experts import (
 
 X = torch.randn(40, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
-MEASURES: list[Any] = [
-    lambda sae: expert_usage(sae, [X]),
-    lambda sae: expert_coactivation(sae, [X]),
-    expert_similarity,
-]
-
 
 def simple_sae() -> ScaleSAE:
     """Each token selects the experts of its two largest coordinates."""
@@ -45,39 +39,25 @@ def simple_sae() -> ScaleSAE:
 
 def slow_set_similarity(rows: torch.Tensor, threshold: float) -> SetSimilarity:
     rows = rows.detach().double()
-    n = len(rows)
-    cosines = torch.full((n, n), -torch.inf, dtype=torch.float64)
-    for i in range(n):
-        for j in range(n):
-            if i != j:
-                norms = rows[i].norm() * rows[j].norm()
-                cosines[i, j] = rows[i] @ rows[j] / norms if norms else 0
-    pairs = [cosines[i, j].item() for i, j in combinations(range(n), 2)]
-    largest = cosines.amax(dim=1)
+    cosines = torch.cosine_similarity(rows[:, None], rows, dim=-1)
+    pairs = torch.stack([cosines[p] for p in combinations(range(len(rows)), 2)])
+    largest = cosines.fill_diagonal_(-torch.inf).amax(dim=1)
     return SetSimilarity(
-        mean_cosine=sum(pairs) / len(pairs),
+        mean_cosine=pairs.mean().item(),
         mean_max_cosine=largest.mean().item(),
         share_above=(largest > threshold).double().mean().item(),
     )
 
 
-def assert_equal_measures(got: SetSimilarity, want: SetSimilarity) -> None:
-    assert asdict(got) == pytest.approx(asdict(want), abs=1e-6)
-
-
 def test_expert_usage_counts_the_selections_of_all_batches():
     # Experts 0 and 1 for the first three tokens, 0 and 2 for the fourth.
-    batches = [
-        torch.tensor([[3.0, 2, 1, 0]]).repeat(3, 1),
-        torch.tensor([3.0, 1, 2, 0]),
-    ]
-    usage = expert_usage(simple_sae(), batches)
+    tokens = torch.tensor([[3.0, 2, 1, 0]] * 3 + [[3.0, 1, 2, 0]])
+    usage = expert_usage(simple_sae(), [tokens[:3], tokens[3]])
     assert usage.counts == [4, 3, 1, 0]
     assert usage.idle_experts == 1
     share = torch.tensor([4 / 8, 3 / 8, 1 / 8])
     want = -(share * share.log()).sum() / torch.tensor(4.0).log()
     assert usage.entropy == pytest.approx(want.item())
-    assert usage.cumulative_shares == [4 / 8, 7 / 8, 1, 1]
     assert json.loads(json.dumps(asdict(usage))) == asdict(usage)
 
 
@@ -100,44 +80,38 @@ def test_the_entropy_of_expert_usage_leaves_shared_experts_out():
 
 
 def test_cumulative_shares_sort_by_use_and_end_at_1():
-    assert ExpertUsage([1, 0, 5, 2, 2], 1, 0.5).cumulative_shares == [
-        5 / 10,
-        7 / 10,
-        9 / 10,
-        1,
-        1,
-    ]
-    assert ExpertUsage([7], 0, 1).cumulative_shares == [1]
+    usage = ExpertUsage([1, 0, 5, 2, 2], 1, 0.5)
+    assert usage.cumulative_shares == [5 / 10, 7 / 10, 9 / 10, 1, 1]
 
 
-def test_a_single_expert_is_fully_used_and_has_no_pair():
-    sae = switch_sae(num_experts=1)
-    assert expert_usage(sae, [X]) == ExpertUsage([40], 0, 1.0)
-    counts, summary = expert_coactivation(sae, [X])
-    assert counts.tolist() == [[40]]
-    assert (summary.pairs, summary.pairs_used, summary.strongest) == (0, 0, [])
+def test_a_single_expert_is_fully_used():
+    usage = expert_usage(switch_sae(num_experts=1), [X])
+    assert usage == ExpertUsage([40], 0, 1.0)
 
 
-@pytest.mark.parametrize("experts_per_token", [2, 3, 5])
-def test_expert_coactivation_counts_what_a_loop_over_tokens_counts(
-    experts_per_token: int,
-):
-    sae = scale_sae(experts_per_token=experts_per_token)
+@pytest.mark.parametrize(
+    "sae",
+    [
+        scale_sae(),
+        scale_sae(experts_per_token=3),
+        scale_sae(experts_per_token=5),
+        switch_sae(),
+        switch_sae(num_experts=1),
+    ],
+)
+def test_expert_coactivation_counts_what_a_loop_over_tokens_counts(sae: Any):
+    num_experts = sae.cfg.num_experts
     chosen = [sorted(indices.tolist()) for indices in sae.route(X).indices]
     together = Counter(pair for experts in chosen for pair in combinations(experts, 2))
     alone = Counter(expert for experts in chosen for expert in experts)
-    want = torch.zeros(5, 5, dtype=torch.int64)
-    for i in range(5):
-        want[i, i] = alone[i]
+    want = torch.tensor([alone[i] for i in range(num_experts)]).diag()
     for (i, j), count in together.items():
         want[i, j] = want[j, i] = count
     counts, summary = expert_coactivation(sae, [X[:7].view(7, 1, 10), X[7], X[8:]])
     assert torch.equal(counts, want)
-    assert (summary.tokens, summary.pairs, summary.pairs_used) == (
-        40,
-        10,
-        len(together),
-    )
+    assert summary.tokens == 40
+    assert summary.pairs == len(list(combinations(range(num_experts), 2)))
+    assert summary.pairs_used == len(together)
     ranked = sorted(together, key=lambda pair: (-together[pair], pair))
     assert [(p.first, p.second) for p in summary.strongest] == ranked
     for pair in summary.strongest:
@@ -156,16 +130,9 @@ def test_expert_coactivation_lists_as_many_pairs_as_asked():
         expert_coactivation(scale_sae(), [X], num_strongest=-1)
 
 
-def test_a_switch_sae_selects_no_pairs():
-    sae = switch_sae()
-    counts, summary = expert_coactivation(sae, [X])
-    assert torch.equal(counts, torch.tensor(expert_usage(sae, [X]).counts).diag())
-    assert (summary.pairs, summary.pairs_used, summary.strongest) == (10, 0, [])
-
-
 @pytest.mark.parametrize("block", [5, 8192])
 @pytest.mark.parametrize("make", [scale_sae, switch_sae])
-def test_similarity_within_experts_is_that_of_loops_over_pairs(
+def test_similarity_within_experts_is_that_of_all_pairs(
     make: Any, block: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(module, "_BLOCK", block)
@@ -175,16 +142,14 @@ def test_similarity_within_experts_is_that_of_loops_over_pairs(
     sae.W_dec.data[30] = 0  # and a latent without direction.
     found = expert_similarity(sae, threshold=0.8)
     assert found.threshold == 0.8
-    assert len(found.per_expert) == 5
-    assert len(found.per_sample) == 5
+    assert len(found.per_expert) == len(found.per_sample) == 5
     for expert, got in enumerate(found.per_expert):
         rows = sae.W_dec[expert * 12 : (expert + 1) * 12]
-        assert_equal_measures(got, slow_set_similarity(rows, 0.8))
+        want = asdict(slow_set_similarity(rows, 0.8))
+        assert asdict(got) == pytest.approx(want, abs=1e-6)
     assert found.per_expert[1].share_above > 0
-    for mean, sets in (
-        (found.intra, found.per_expert),
-        (found.inter, found.per_sample),
-    ):
+    means = (found.intra, found.per_expert), (found.inter, found.per_sample)
+    for mean, sets in means:
         for name, value in asdict(mean).items():
             values = [getattr(s, name) for s in sets]
             assert value == pytest.approx(sum(values) / len(values))
@@ -215,12 +180,6 @@ def test_random_sets_repeat_with_the_seed_and_hold_different_latents():
     assert all(s.share_above == 0 for s in first.per_sample)
 
 
-def test_the_only_expert_is_the_only_sample():
-    found = expert_similarity(switch_sae(num_experts=1), num_samples=2)
-    assert_equal_measures(found.inter, found.intra)
-    assert len(found.per_expert) == 1
-
-
 def test_similarity_of_weights_of_low_precision_is_accumulated_in_float32():
     sae = scale_sae(dtype="bfloat16")
     want = scale_sae(dtype="float32")
@@ -228,11 +187,14 @@ def test_similarity_of_weights_of_low_precision_is_accumulated_in_float32():
     assert expert_similarity(sae) == expert_similarity(want)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
-def test_measures_of_experts_refuse_a_dense_sae(measure: Any):
+@pytest.mark.parametrize(
+    ("measure", "activations"),
+    [(expert_usage, [[X]]), (expert_coactivation, [[X]]), (expert_similarity, [])],
+)
+def test_measures_of_experts_refuse_a_dense_sae(measure: Any, activations: list[Any]):
     sae = TopKSAE(TopKSAEConfig(d_in=10, d_sae=60, k=6))
     with pytest.raises(ValueError, match="sae must be a mixture of .* got .*'topk'"):
-        measure(sae)
+        measure(sae, *activations)
 
 
 @pytest.mark.parametrize("measure", [expert_usage, expert_coactivation])
@@ -269,9 +231,8 @@ def test_scaling_factors_are_the_omegas_in_training_in_files_and_after_folding(
     sae.save_model(tmp_path / "checkpoint")
     sae.save_inference_model(tmp_path / "export")
     for name in ("checkpoint", "export"):
-        assert scaling_factors(SAE.load_from_disk(tmp_path / name)) == want
-        trainable = TrainingSAE.load_from_disk(tmp_path / name)
-        assert scaling_factors(trainable) == want
+        for kind in (SAE, TrainingSAE):
+            assert scaling_factors(kind.load_from_disk(tmp_path / name)) == want
     sae.omega.data += 1
     moved = sae.omega.tolist()
     assert scaling_factors(sae) == moved != want
@@ -282,8 +243,7 @@ def test_scaling_factors_are_the_omegas_in_training_in_files_and_after_folding(
 
 def test_scaling_factors_of_an_untrained_sae_are_zero():
     sae = scale_sae()
-    assert sae.omega is not None
-    sae.omega.data.zero_()
+    sae.get_parameter("omega").data.zero_()
     assert scaling_factors(sae) == [0] * 5
 
 

@@ -10,22 +10,21 @@ from sae_lens_scale.analysis.tokens import ActiveLatent, TokenExplanation
 
 
 def test_plot_token_explanations_draws_every_latent(tmp_path: Path):
+    love = [ActiveLatent(450, 3, 2.5), ActiveLatent(7, 0, 1.5), ActiveLatent(8, 0, 1)]
+    apples = [ActiveLatent(451, 3, 1.0)]
     explanations = [
-        TokenExplanation(
-            " love",
-            1,
-            [3, 0],
-            [0.6, 0.4],
-            [ActiveLatent(450, 3, 2.5), ActiveLatent(7, 0, 1.5)],
-        ),
-        TokenExplanation(" apples", 2, [1, 3], [0.9, 0.1], [ActiveLatent(150, 1, 1.0)]),
+        TokenExplanation(" love", 1, [0, 3], [0.6, 0.4], love),
+        TokenExplanation(" apples", 2, [1, 3], [0.9, 0.1], apples),
     ]
     figure = plot_token_explanations(explanations, "title")
     (axes,) = figure.axes
     bars = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
-    lengths = sorted(bar.get_width() for bar in bars)
-    want = sorted(a.activation for e in explanations for a in e.latents)
-    assert lengths == pytest.approx(want)
+    # The bars of the first expert stand first, end to end.
+    places = [(bar.get_x(), bar.get_width()) for bar in bars]
+    assert places == [(0, 1.5), (1.5, 1), (2.5, 2.5), (0, 1)]
+    assert [text.get_text() for text in axes.texts] == ["7", "8", "450", "451"]
+    zero, same, three, elsewhere = (bar.get_facecolor() for bar in bars)
+    assert zero == same != three == elsewhere
     figure.savefig(tmp_path / "tokens.png")
     assert (tmp_path / "tokens.png").stat().st_size > 10_000
 

@@ -5,24 +5,14 @@ import math
 from collections import Counter
 from dataclasses import asdict
 from fractions import Fraction
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 from helpers import randomize, scale_sae, switch_sae
-from sae_lens.saes.batchtopk_sae import (
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-)
-from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
-from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
-from sae_lens.saes.topk_sae import (
-    TopKSAE,
-    TopKSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
+from sae_lens.registry import get_sae_class, get_sae_training_class
 
 from sae_lens_scale.analysis import similarity as module
 from sae_lens_scale.analysis.similarity import (
@@ -33,29 +23,31 @@ from sae_lens_scale.analysis.similarity import (
 from sae_lens_scale.ops import SparseLatents
 
 X = torch.randn(37, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-DENSE: dict[str, Any] = {"d_in": 10, "d_sae": 60, "dtype": "float64"}
 
 
-def dense(sae: Any) -> Any:
+def dense(classes: Any, **settings: Any) -> Any:
+    sae_class, config_class = classes
+    settings = {"d_in": 10, "d_sae": 60, "dtype": "float64", **settings}
+    sae = sae_class(config_class(**settings))
     randomize(sae)
     return sae
 
 
+topk = partial(dense, get_sae_class("topk"), k=6)
+gated = partial(dense, get_sae_class("gated"))
+standard = partial(dense, get_sae_class("standard"))
 SAES: dict[str, Any] = {
     "scale": scale_sae,
-    "scale, wide": lambda: scale_sae(k=20),
+    "scale, wide": partial(scale_sae, k=20),
     "switch": switch_sae,
-    "topk": lambda: dense(TopKSAE(TopKSAEConfig(**DENSE, k=6))),
-    "topk in training": lambda: dense(
-        TopKTrainingSAE(
-            TopKTrainingSAEConfig(**DENSE, k=6, use_sparse_activations=True)
-        )
+    "topk": topk,
+    "topk in training": partial(
+        dense, get_sae_training_class("topk"), k=6, use_sparse_activations=True
     ),
-    "batchtopk in training": lambda: dense(
-        BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**DENSE, k=6.5))
-    ),
-    "gated": lambda: dense(GatedSAE(GatedSAEConfig(**DENSE))),
-    "standard": lambda: dense(StandardSAE(StandardSAEConfig(**DENSE))),
+    "batchtopk in training": partial(dense, get_sae_training_class("batchtopk"), k=6.5),
+    "gated": gated,
+    "standard": standard,
+    "a single latent": partial(standard, d_sae=1),
 }
 all_saes = pytest.mark.parametrize("name", SAES)
 
@@ -125,58 +117,27 @@ def test_histogram_does_not_depend_on_the_blocks(
     assert overlap_histogram(sae, [X]).pairs == slow_histogram(sae, active_sets(sae, X))
 
 
-def test_equal_tokens_have_similarity_1_and_disjoint_ones_0():
-    sae = dense(TopKSAE(TopKSAEConfig(d_in=4, d_sae=4, k=1, dtype="float64")))
-    sae.W_enc.data, sae.b_enc.data = torch.eye(4).double(), torch.zeros(4).double()
-    sae.b_dec.data = torch.zeros(4).double()
-    tokens = torch.eye(4).double()
-    assert activation_similarity(sae, [tokens]).similarity == 0
-    assert overlap_histogram(sae, [tokens]).pairs == [6, 0]
-    same = tokens[:1].repeat(3, 1)
-    assert activation_similarity(sae, [same]).similarity == 1
-    assert overlap_histogram(sae, [same]).pairs == [0, 3]
-    assert activation_similarity(sae, [same, -same]).similarity == 3 / 15
-    assert overlap_histogram(sae, [same, -same]).pairs == [12, 3]
-
-
-def test_a_single_latent():
-    sae = dense(StandardSAE(StandardSAEConfig(d_in=10, d_sae=1, dtype="float64")))
-    firing = sum(len(s) for s in active_sets(sae, X))
-    assert 1 < firing < 37
-    found = activation_similarity(sae, [X], k=1)
-    assert found.similarity == pytest.approx(firing * (firing - 1) / (37 * 36))
-    pairs = firing * (firing - 1) // 2
-    assert overlap_histogram(sae, [X]).pairs == [37 * 36 // 2 - pairs, pairs]
-
-
-def test_histogram_has_places_for_0_to_k_latents_even_where_none_is_used():
-    sae = SAES["topk"]()
-    sae.b_enc.data[3:] -= 1e6
-    assert 0 < max(len(s) for s in active_sets(sae, X)) <= 3
-    assert len(overlap_histogram(sae, [X]).pairs) == 7
-
-
 def test_k_is_the_configured_one_the_mean_l0_or_the_one_given():
-    topk, gated = SAES["topk"](), SAES["gated"]()
+    sae = topk()
     # ReLU follows TopK: tokens activate fewer latents than k.
-    topk.b_enc.data -= 4
-    found = activation_similarity(topk, [X])
+    sae.b_enc.data -= 4
+    found = activation_similarity(sae, [X])
     assert found.k == 6 > found.l0
-    assert activation_similarity(gated, [X]).k == activation_similarity(gated, [X]).l0
-    given = activation_similarity(topk, [X], k=found.l0)
+    without = activation_similarity(gated(), [X])
+    assert without.k == without.l0
+    given = activation_similarity(sae, [X], k=found.l0)
     assert given.k == found.l0
     assert given.similarity == pytest.approx(found.similarity * 6 / found.l0)
     for k in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="k must be a positive number, got"):
-            activation_similarity(topk, [X], k=k)
+            activation_similarity(sae, [X], k=k)
 
 
 @pytest.mark.parametrize("name", ["scale", "topk", "gated"])
 def test_tokens_that_activate_nothing_share_nothing(name: str):
     sae = SAES[name]()
-    for parameter in ("b_enc", "b_gate", "b_mag"):
-        if getattr(sae, parameter, None) is not None:
-            getattr(sae, parameter).data -= 1e6
+    for parameter in {"b_enc", "b_gate", "b_mag"} & {*dict(sae.named_parameters())}:
+        sae.get_parameter(parameter).data -= 1e6
     pairs = [37 * 36 // 2] + [0] * getattr(sae.cfg, "k", 0)
     assert overlap_histogram(sae, [X]) == OverlapHistogram(pairs, 37, 37)
     if name == "gated":
@@ -200,7 +161,7 @@ def test_a_sample_holds_as_many_tokens_as_asked_whatever_the_batches():
 
 def test_every_token_is_as_likely_to_be_in_the_sample():
     # Token t activates latents 0 to t, so that two tokens tell their smaller index.
-    sae = dense(StandardSAE(StandardSAEConfig(d_in=6, d_sae=6, dtype="float64")))
+    sae = standard(d_in=6, d_sae=6)
     sae.W_enc.data = torch.eye(6).double()
     sae.b_enc.data = sae.b_dec.data = torch.zeros(6).double()
     tokens = torch.ones(6, 6).double().tril()
@@ -213,7 +174,6 @@ def test_every_token_is_as_likely_to_be_in_the_sample():
         expected = 600 * (5 - t) / 15
         assert abs(smaller[t] - expected) < 5 * expected**0.5
     assert smaller.total() == 600
-    assert set(smaller) == set(range(5))
 
 
 def test_mixtures_are_measured_without_d_sae_values_for_each_token(
@@ -255,14 +215,17 @@ def test_an_expert_that_an_edit_selects_twice_is_counted_once():
         assert activation_similarity(sae, [X]).l0 == l0
 
 
-def test_no_gradient_is_kept_and_nothing_is_changed():
+@pytest.mark.parametrize("measure", [activation_similarity, overlap_histogram])
+def test_gradients_are_off(measure: Any):
+    enabled = []
+
+    def watch(x: torch.Tensor, hook: Any) -> None:
+        enabled.append(torch.is_grad_enabled())
+
     sae = scale_sae()
-    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    x = X.clone().requires_grad_()
-    assert activation_similarity(sae, [x]) == activation_similarity(sae, [X])
-    assert overlap_histogram(sae, [x]) == overlap_histogram(sae, [X])
-    for name, tensor in sae.state_dict().items():
-        assert torch.equal(tensor, before[name])
+    with sae.hooks(fwd_hooks=[("hook_sae_input", watch)]):
+        measure(sae, [X])
+    assert enabled == [False]
 
 
 @pytest.mark.parametrize("measure", [activation_similarity, overlap_histogram])

@@ -4,9 +4,9 @@ Automated interpretability (Appendix A.3, figure 3d of the Scale SAE paper), by 
 EleutherAI's delphi builds the prompts, reads the judge's answers and decides which are right.
 This package hands SAELens's SAEs to it and counts its verdicts.
 
-delphi requires vllm, gigabytes of CUDA packages, though only its own client for local models
-uses it, and beside a torch without CUDA they break transformers. So it is installed in two
-steps, the second without its requirements, which are in the first as far as they are needed::
+delphi's requirements include vllm: gigabytes of CUDA packages that are not used here and,
+beside a torch without CUDA, break transformers. So it is installed in two steps, the first
+with the requirements that are needed::
 
     pip install "sae-lens-scale[autointerp]"
     pip install --no-deps eai-delphi==0.1.3

@@ -5,12 +5,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, NamedTuple
-
-INSTALL = (
-    'pip install "sae-lens-scale[autointerp]" and then '
-    "pip install --no-deps eai-delphi==0.1.3"
-)
+from typing import Any
 
 # Packages of hundreds of megabytes that every part of delphi imports: for its client for local
 # models (vllm) and for non-activating passages that resemble activating ones.
@@ -19,17 +14,6 @@ _UNUSED = {
     "faiss": [],
     "sentence_transformers": [],
 }
-
-
-class Delphi(NamedTuple):
-    """The modules of delphi that are used. It may not be installed, so nothing is typed."""
-
-    latents: Any
-    samplers: Any
-    config: Any
-    explainers: Any
-    scorers: Any
-    client: Any
 
 
 class _StandIn(ModuleType):
@@ -46,12 +30,9 @@ class _StandIn(ModuleType):
 
 
 @cache
-def load_delphi() -> Delphi:
+def load_delphi() -> ModuleType:
     """
     Import delphi, with or without the large packages that nothing here needs.
-
-    Returns:
-        Its modules.
 
     Raises:
         ImportError: If delphi, or a package that it needs here, is not installed.
@@ -64,17 +45,14 @@ def load_delphi() -> Delphi:
     }
     sys.modules.update(stand_ins)
     try:
-        return Delphi(
-            latents=import_module("delphi.latents"),
-            samplers=import_module("delphi.latents.samplers"),
-            config=import_module("delphi.config"),
-            explainers=import_module("delphi.explainers"),
-            scorers=import_module("delphi.scorers"),
-            client=import_module("delphi.clients.client"),
-        )
+        for name in ("clients", "config", "explainers", "latents", "scorers"):
+            import_module(f"delphi.{name}")
+        return sys.modules["delphi"]
     except ImportError as error:
         raise ImportError(
-            f"Automated interpretability needs delphi ({error}): {INSTALL}"
+            f"Automated interpretability needs delphi ({error}): pip install "
+            '"sae-lens-scale[autointerp]" and then '
+            "pip install --no-deps eai-delphi==0.1.3"
         ) from error
     finally:
         # Other code must not take them for the packages.

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,14 +15,9 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-from sae_lens_scale.analysis.contexts import (
-    Tokens,
-    hook_of,
-    latent_activations,
-    token_strings,
-)
+from sae_lens_scale.analysis.contexts import Tokens, hook_of, latent_activations
 
-from .delphi_modules import Delphi, load_delphi
+from .delphi_modules import load_delphi
 from .judges import Judge
 from .results import (
     Interpretability,
@@ -65,15 +61,13 @@ def autointerp(
         model: The language model that the SAE was trained on.
         sae: A mixture or any other SAE of SAELens, its normalisation folded in, whose
             metadata names its hook.
-        tokens: The corpus, as for
-            :func:`~sae_lens_scale.analysis.contexts.top_activating_contexts`. It is kept
-            in memory, 4 bytes per token, with the latents' activations that are not 0.
-            delphi recommends 10 million tokens.
+        tokens: The corpus, as for :func:`.top_activating_contexts`. It is kept in memory,
+            4 bytes per token, with the latents' activations that are not 0. delphi
+            recommends 10 million tokens.
         latents: Indices in ``range(d_sae)``; choose them at random for a score of the
             SAE.
-        judge: The language model that explains and judges; see
-            :func:`~sae_lens_scale.analysis.autointerp.openai_judge` and
-            :func:`~sae_lens_scale.analysis.autointerp.local_judge`.
+        judge: The language model that explains and judges; see :func:`.openai_judge` and
+            :func:`.local_judge`.
         settings: Cutting, choice and number of passages; by default delphi's own settings,
             with explanations from the strongest passages.
         max_batches: Stop reading the corpus after so many batches.
@@ -81,9 +75,6 @@ def autointerp(
             tokenizer's BOS, EOS and their like.
         concurrency: Number of latents before the judge at a time, each in a thread.
         verbose: Show a progress bar.
-
-    Returns:
-        Explanations and scores, and the latents that have none.
 
     Raises:
         ImportError: If delphi is not installed.
@@ -191,23 +182,8 @@ def _read_corpus(
     )
 
 
-class _Decoder:
-    """
-    Tokenizer as delphi needs it: the text of each token.
-
-    Since transformers 5 a tokenizer's ``batch_decode`` joins the tokens of a passage, and
-    delphi would mark the wrong ones.
-    """
-
-    def __init__(self, model: HookedTransformer) -> None:
-        self.model = model
-
-    def batch_decode(self, ids: torch.Tensor) -> list[str]:
-        return token_strings(self.model, ids)
-
-
 def _record(
-    delphi: Delphi,
+    delphi: ModuleType,
     model: HookedTransformer,
     corpus: _Corpus,
     i: int,
@@ -215,7 +191,9 @@ def _record(
     settings: AutointerpSettings,
 ) -> Any:
     """Make delphi's record of a latent, with the passages to explain and to judge."""
-    decoder = _Decoder(model)
+    # Since transformers 5 a tokenizer's own batch_decode joins the tokens of a passage, and
+    # delphi would mark the wrong ones.
+    tokenizer = SimpleNamespace(batch_decode=model.to_str_tokens)
     record = delphi.latents.constructor(
         delphi.latents.LatentRecord(name),
         delphi.latents.latents.ActivationData(
@@ -228,12 +206,12 @@ def _record(
             non_activating_source="random",
         ),
         corpus.passages,
-        decoder,
+        tokenizer,
         seed=settings.seed,
     )
     # Strongest first. delphi would draw both from all of them, with the same seed.
     to_explain, to_judge = record.examples[::2], record.examples[1::2]
-    record.train = delphi.samplers.train(
+    record.train = delphi.latents.samplers.train(
         to_explain,
         record.max_activation,
         settings.explained_passages,
@@ -241,21 +219,21 @@ def _record(
         settings.n_quantiles,
         settings.seed,
     )
-    record.test = delphi.samplers.split_quantiles(
+    record.test = delphi.latents.samplers.split_quantiles(
         to_judge,
         settings.n_quantiles,
         settings.n_quantiles * settings.passages_per_quantile,
         settings.seed,
     )
     for example in (*record.train, *record.test):
-        example.str_tokens = decoder.batch_decode(example.tokens)
+        example.str_tokens = tokenizer.batch_decode(example.tokens)
     # Only these are needed from here on.
     record.examples = record.examples[:1]
     return record
 
 
 def _interpret(
-    delphi: Delphi,
+    delphi: ModuleType,
     records: list[Any],
     judge: Judge,
     settings: AutointerpSettings,
@@ -306,9 +284,9 @@ def _interpret(
 class _Client:
     """Judge with the interface of delphi's clients."""
 
-    def __init__(self, judge: Judge, delphi: Delphi, stopped: Event) -> None:
+    def __init__(self, judge: Judge, delphi: ModuleType, stopped: Event) -> None:
         self.judge = judge
-        self.response = delphi.client.Response
+        self.response = delphi.clients.client.Response
         self.stopped = stopped
         self.error: Exception | None = None
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomize, small_corpus
+from helpers import small_corpus
 from openai import AuthenticationError
 from sae_lens import HookedSAETransformer
 from sae_lens.training.activations_store import ActivationsStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_lens_scale import ScaleSAE, ScaleSAEConfig
 from sae_lens_scale.analysis.autointerp import (
     AutointerpSettings,
     autointerp,
@@ -26,12 +25,12 @@ from sae_lens_scale.loading.smollm2 import smollm2_folder
 
 
 @pytest.mark.usefixtures("delphi")
-def test_a_weak_real_judge_goes_all_the_way(smollm2: HookedSAETransformer):
-    sae: Any = ScaleSAE(ScaleSAEConfig(d_in=576, d_sae=1_152, num_experts=8, k=32))
-    randomize(sae)
-    sae.cfg.metadata.hook_name = "blocks.2.hook_resid_post"
+def test_a_weak_real_judge_goes_all_the_way(
+    smollm2: HookedSAETransformer, make_sae: Any
+):
+    settings = {"d_in": 576, "d_sae": 1_152, "num_experts": 8, "k": 32}
+    sae = make_sae(hook="blocks.2.hook_resid_post", **settings)
     sae.cfg.metadata.context_size = 64
-    sae.cfg.metadata.prepend_bos = True
     store = ActivationsStore.from_sae(smollm2, sae, small_corpus())
     batches = [store.get_batch_tokens() for _ in range(4)]
     stream = latent_activations(smollm2, sae, batches, range(1_152))
@@ -43,13 +42,12 @@ def test_a_weak_real_judge_goes_all_the_way(smollm2: HookedSAETransformer):
     weak: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     smollm2_says = local_judge(weak.float(), tokenizer, max_new_tokens=16)
-    replies: dict[str, list[str]] = {"explain": [], "detection": [], "fuzzing": []}
+    explanations = []
 
     def judge(messages: list[dict[str, str]]) -> str:
         reply = smollm2_says(messages)
-        system = messages[0]["content"]
-        stage = "fuzzing" if "<< and >>" in system else "detection"
-        replies["explain" if "[EXPLANATION]" in system else stage].append(reply)
+        if "[EXPLANATION]" in messages[0]["content"]:
+            explanations.append(reply)
         # A better judge writes the mark itself.
         return reply if "[EXPLANATION]:" in reply else f"[EXPLANATION]: {reply}"
 
@@ -64,10 +62,9 @@ def test_a_weak_real_judge_goes_all_the_way(smollm2: HookedSAETransformer):
     result = autointerp(smollm2, sae, batches, latents, judge, settings, verbose=False)
     assert [one.latent for one in result.latents] == latents
     assert result.passages == len(acts)
-    for i, one in enumerate(result.latents):
-        assert one.explanation in replies["explain"][i]
-        for stage in ("detection", "fuzzing"):
-            scores = getattr(one, stage)
+    for one, reply in zip(result.latents, explanations, strict=True):
+        assert one.explanation in reply
+        for scores in (one.detection, one.fuzzing):
             assert scores.asked == [2, 1, 1, 1]
             assert scores.answered in ([2, 1, 1, 1], [0] * 4)
 
