@@ -101,10 +101,12 @@ LATENTS = select(7, 3)
 VALUES, ROWS, WEIGHTS = (tensor.detach() for tensor in factors(LATENTS))
 
 
-def encoder_products_from_nothing(*inputs: torch.Tensor) -> torch.Tensor:
+def encoder_products_from_nothing(
+    x: torch.Tensor, b_dec: torch.Tensor, W_enc: torch.Tensor
+) -> torch.Tensor:
     experts = SparsityPattern(torch.tensor([[0, 2]] * 7), 3)
     known, means = torch.zeros(7, 3).double(), torch.zeros(7, 2).double()
-    products, means = encoder_products(*inputs, known, means, LATENTS, experts)
+    products, means = encoder_products(x, b_dec, W_enc, known, means, LATENTS, experts)
     assert means is not None
     return torch.cat([products, means], dim=-1)
 

@@ -84,7 +84,7 @@ def test_ScaleTrainingSAE_with_one_expert_trains_like_TopKTrainingSAE(num_dead: 
 def test_SwitchTrainingSAE_equals_ScaleTrainingSAE_with_one_expert_per_token(
     gate: str, topk_over: str
 ):
-    shared = {"gate": gate, "topk_over": topk_over}
+    shared: dict[str, Any] = {"gate": gate, "topk_over": topk_over}
     switch = switch_sae(**shared)
     scale = scale_sae(experts_per_token=1, feature_scaling=False, **shared)
     scale.load_state_dict(switch.state_dict())

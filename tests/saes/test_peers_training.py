@@ -123,7 +123,7 @@ def batches(seed: int = 0, scale: float = 3.0) -> Iterator[torch.Tensor]:
         yield scale * (chosen.float() @ directions) + 2.0
 
 
-def fresh(make: str, **overrides: Any) -> Any:
+def fresh(make: Any, **overrides: Any) -> Any:
     torch.manual_seed(0)
     cfg = make(dtype="float32", **overrides).cfg
     return TrainingSAE.from_dict(cfg.to_dict())

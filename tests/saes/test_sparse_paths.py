@@ -127,8 +127,8 @@ def test_two_runs_with_several_threads_are_equal_to_the_bit():
 
 def test_gradients_of_an_expert_that_is_selected_twice_and_watched():
     sae = scale_sae()
-    twice = ("hook_expert_indices", lambda indices, hook: indices * 0 + 2)
-    watch = ("hook_sae_acts_pre", lambda value, hook: value)
+    twice: Any = ("hook_expert_indices", lambda indices, hook: indices * 0 + 2)
+    watch: Any = ("hook_sae_acts_pre", lambda value, hook: value)
     found = []
     for hooks in ([twice], [twice, watch]):
         with sae.hooks(hooks):

@@ -131,7 +131,8 @@ LOSSES = {
 
 @pytest.mark.parametrize("off", LOSSES)
 def test_a_coefficient_of_zero_turns_its_loss_off(off: str):
-    sae = scale_sae(**{"multi_topk_coefficient": 0.1, off: 0.0})
+    coefficients: dict[str, Any] = {"multi_topk_coefficient": 0.1, off: 0.0}
+    sae = scale_sae(**coefficients)
     dead = torch.ones(60, dtype=torch.bool)
     losses = sae.training_forward_pass(step_input(draw(50, 10), dead)).losses
     assert set(losses) == {"mse_loss", *LOSSES.values()} - {LOSSES[off]}
