@@ -198,17 +198,16 @@ def test_activation_fn_is_saelenss_topk_and_agrees_with_encode(
     assert_close(sae.activation_fn(hidden_pre), acts)
     # A tool that keeps fewer latents, or another TopK: both follow.
     twin = copy.deepcopy(sae)
-    for change in (
-        lambda: setattr(sae.activation_fn, "k", 2),
-        lambda: setattr(sae.cfg, "k", 3),
-        lambda: setattr(sae, "activation_fn", TopK(4)),
+    for k, change in (
+        (2, lambda: setattr(sae.activation_fn, "k", 2)),
+        (3, lambda: setattr(sae.cfg, "k", 3)),
+        (4, lambda: setattr(sae, "activation_fn", TopK(4))),
     ):
         change()
         acts, hidden_pre = sae.encode_with_hidden_pre(X)
-        assert (acts > 0).sum(-1).max() == sae.activation_fn.k
+        assert (acts > 0).sum(-1).max() == sae.activation_fn.k == k
         assert_close(sae.activation_fn(hidden_pre), acts)
         assert_close(sae(X), sae.decode(acts))
-    assert sae.activation_fn.k == 4
     assert twin.activation_fn.k == twin.cfg.k == 6
 
 
