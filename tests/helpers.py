@@ -24,6 +24,17 @@ from sae_lens_scale import (
 from sae_lens_scale.loading.docstrings import docstring_corpus
 
 
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random float64 numbers, the same each time."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# A batch for the small SAEs below, and latents of theirs that count as dead.
+X = draw(8, 10, seed=1)
+DEAD = torch.arange(60) % 2 == 0
+
+
 def randomize(sae: Any, seed: int = 0) -> None:
     """Give every parameter random values of a sensible scale, biases included."""
     generator = torch.Generator().manual_seed(seed)
@@ -97,30 +108,69 @@ def reconstruct(sae: Any, x: torch.Tensor) -> torch.Tensor:
     return sae.decode(sae.encode(x)) if isinstance(sae, SAE) else sae(x)
 
 
+def subclass(cls: type, sae: Any) -> Any:
+    """The same SAE as an instance of another class."""
+    other = cls(copy.deepcopy(sae.cfg))
+    other.load_state_dict(sae.state_dict())
+    return other
+
+
+def inference(sae: Any, **overrides: Any) -> Any:
+    """Inference SAE with the parameters of a training SAE, nothing folded."""
+    cfg = copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict())
+    other: Any = SAE.from_dict({**cfg, **overrides})
+    other.load_state_dict(sae.state_dict(), strict=False)
+    return other
+
+
+def exported(sae: Any, folder: Path) -> Any:
+    """Inference SAE that a training SAE was saved as."""
+    sae.save_inference_model(folder)
+    return SAE.load_from_disk(folder)
+
+
 def gradients(sae: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     """Gradient of ``loss`` for every parameter; zeros where there is none."""
     names, parameters = zip(*sae.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    return {
-        name: torch.zeros_like(parameter) if gradient is None else gradient
-        for name, parameter, gradient in zip(names, parameters, found, strict=True)
-    }
+    found = torch.autograd.grad(
+        loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(names, found, strict=True))
 
 
-def assert_close(
-    actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-9
-) -> None:
+def assert_close(actual: Any, expected: Any, atol: float = 1e-9) -> None:
+    """Tensors, or sequences or dicts of them, are the same; to the bit if ``atol`` is 0."""
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 def assert_same_gradients(
-    sae: Any, actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-9
+    sae: Any, actual: torch.Tensor, expected: torch.Tensor
 ) -> None:
-    want = gradients(sae, expected)
-    for name, gradient in gradients(sae, actual).items():
-        torch.testing.assert_close(
-            gradient, want[name], atol=atol, rtol=1e-9, msg=lambda m: f"{name}: {m}"
+    torch.testing.assert_close(
+        gradients(sae, actual), gradients(sae, expected), atol=1e-9, rtol=1e-9
+    )
+
+
+def assert_same_derivatives(
+    got: torch.Tensor, want: torch.Tensor, *inputs: torch.Tensor, order: int = 2
+) -> None:
+    """Same values, and same derivatives for ``inputs`` up to ``order``."""
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    if not order or not want.requires_grad:
+        return
+    weights = draw(*got.shape, seed=9 + order)
+    ours, theirs = (
+        torch.autograd.grad(
+            (result * weights).pow(2).sum(),
+            inputs,
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
+        for result in (got, want)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same_derivatives(a, b, *inputs, order=order - 1)
 
 
 def random_transformer(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
@@ -28,6 +29,7 @@ from triton.compiler import ASTSource
 from sae_lens_scale.ops import SparsityPattern, triton_backend
 
 Run = Callable[..., Any]
+Layout = Callable[[torch.Tensor], torch.Tensor]
 
 TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
@@ -92,23 +94,12 @@ LAYOUTS = [as_it_is, transposed, surrounded_by_nan]
 
 def cases(
     sizes: list[Any], empty_sizes: list[Any], dtypes: list[torch.dtype]
-) -> list[tuple[Any, torch.dtype, Callable[[torch.Tensor], torch.Tensor]]]:
+) -> list[tuple[Any, torch.dtype, Layout]]:
     """All combinations; for what is empty, one."""
     return [
         *product(sizes, dtypes, LAYOUTS),
         *product(empty_sizes, dtypes[:1], LAYOUTS[:1]),
     ]
-
-
-selections = pytest.mark.parametrize(
-    ("shape", "dtype", "layout"),
-    cases(
-        # tokens, k, num_latents, width
-        [(1, 1, 1, 1), (1, 9, 4, 300), (3, 1, 5, 257), (6, 17, 30, 20)],
-        [(0, 4, 5, 8), (3, 0, 5, 8), (3, 4, 5, 0)],
-        [torch.float32, torch.bfloat16, torch.float64],
-    ),
-)
 
 
 def random_numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -129,50 +120,36 @@ def random_weights(num_latents: int, width: int, dtype: torch.dtype) -> torch.Te
     return weights
 
 
-@selections
-def test_sparse_decode_sums_the_selected_rows(
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout"),
+    cases(
+        # tokens, k, num_latents, width
+        [(1, 1, 1, 1), (1, 9, 4, 300), (3, 1, 5, 257), (6, 17, 30, 20)],
+        [(0, 4, 5, 8), (3, 0, 5, 8), (3, 4, 5, 0)],
+        [torch.float32, torch.bfloat16, torch.float64],
+    ),
+)
+def test_products_with_selected_latents_are_their_formulas(
     run: Run,
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
-    layout: Callable[[torch.Tensor], torch.Tensor],
+    layout: Layout,
 ):
     torch.manual_seed(0)
     tokens, k, num_latents, width = shape
     values = layout(random_numbers(tokens, k, dtype=dtype))
-    weights = layout(random_weights(num_latents, width, dtype))
-    indices = random_indices(tokens, k, num_latents)
-    rows = weights.double()[indices]
-    expected = (values.double().unsqueeze(-1) * rows).sum(1).to(dtype)
-    out = run(
-        triton_backend.sparse_decode,
-        values,
-        weights,
-        SparsityPattern(indices, num_latents),
-    )
-    assert_close(out, expected, **TOLERANCES[dtype])
-
-
-@selections
-def test_sampled_products_are_dot_products_with_the_selected_rows(
-    run: Run,
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    layout: Callable[[torch.Tensor], torch.Tensor],
-):
-    torch.manual_seed(0)
-    tokens, k, num_latents, width = shape
     rows = layout(random_numbers(tokens, width, dtype=dtype))
     weights = layout(random_weights(num_latents, width, dtype))
     indices = random_indices(tokens, k, num_latents)
-    selected = weights.double()[indices]
-    expected = (selected * rows.double().unsqueeze(1)).sum(-1).to(dtype)
-    out = run(
-        triton_backend.sampled_products,
-        rows,
-        weights,
-        SparsityPattern(indices, num_latents),
-    )
-    assert_close(out, expected, **TOLERANCES[dtype])
+    latents = SparsityPattern(indices, num_latents)
+    for kernel, formula, factor in (
+        (triton_backend.sparse_decode, reference.decode_selected, values),
+        (triton_backend.sampled_products, reference.sample_products, rows),
+    ):
+        expected = formula(factor.double(), weights.double(), indices).to(dtype)
+        out = run(kernel, factor, weights, latents)
+        assert_close(out, expected, **TOLERANCES[dtype])
+    check_latent_sums(run, values, rows, indices, num_latents)
 
 
 def check_latent_sums(
@@ -182,32 +159,16 @@ def check_latent_sums(
     indices: torch.Tensor,
     num_latents: int,
 ):
-    dtype, width = rows.dtype, rows.shape[1]
-    products = values.double().unsqueeze(-1) * rows.double().unsqueeze(1)
-    expected = products.new_zeros(num_latents, width)
-    expected.index_add_(0, indices.flatten(), products.flatten(0, 1))
+    """Sums fill memory that held NaN, and write nothing beside it."""
+    args = values.double(), rows.double(), indices, num_latents
+    expected = reference.sum_by_latent(*args).to(rows.dtype)
     order = indices.flatten().argsort(stable=True).repeat_interleave(2)[::2]
     latents = SparsityPattern(indices, num_latents, order)
-    memory = torch.full((num_latents, width + 2), torch.nan, dtype=dtype)
-    run(triton_backend.latent_sums, values, rows, latents, memory[:, 1:-1])
+    memory = rows.new_full((num_latents, rows.shape[1] + 2), torch.nan)
     sums = memory[:, 1:-1]
-    assert_close(sums, expected.to(dtype), equal_nan=True, **TOLERANCES[dtype])
+    run(triton_backend.latent_sums, values, rows, latents, sums)
+    assert_close(sums, expected, equal_nan=True, **TOLERANCES[rows.dtype])
     assert memory[:, [0, -1]].isnan().all()
-
-
-@selections
-def test_latent_sums_write_every_row_of_memory_that_holds_nan(
-    run: Run,
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    layout: Callable[[torch.Tensor], torch.Tensor],
-):
-    torch.manual_seed(0)
-    tokens, k, num_latents, width = shape
-    values = layout(random_numbers(tokens, k, dtype=dtype))
-    rows = layout(random_numbers(tokens, width, dtype=dtype))
-    indices = random_indices(tokens, k, num_latents)
-    check_latent_sums(run, values, rows, indices, num_latents)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -253,7 +214,7 @@ def test_grouped_products_multiply_each_row_by_its_expert(
     run: Run,
     shape: tuple[list[int], int, int],
     dtype: torch.dtype,
-    layout: Callable[[torch.Tensor], torch.Tensor],
+    layout: Layout,
 ):
     torch.manual_seed(0)
     counts, width_in, width_out = shape

@@ -1,12 +1,21 @@
 """Configs: defaults that SAELens's command line accepts, round trips, refusals."""
 
+import copy
+import dataclasses
+import json
+import pickle
+import re
 from inspect import cleandoc
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from helpers import DEAD, X, assert_close, exported, step_input
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_class, get_sae_training_class
-from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
+from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainingSAEConfig
 
 from sae_lens_scale import (
     ScaleSAEConfig,
@@ -15,14 +24,11 @@ from sae_lens_scale import (
     SwitchTrainingSAEConfig,
 )
 
-ALL = [
-    ScaleSAEConfig,
-    ScaleTrainingSAEConfig,
-    SwitchSAEConfig,
-    SwitchTrainingSAEConfig,
-]
 TRAINING = [ScaleTrainingSAEConfig, SwitchTrainingSAEConfig]
 SCALE = [ScaleSAEConfig, ScaleTrainingSAEConfig]
+ALL = [*SCALE, SwitchSAEConfig, SwitchTrainingSAEConfig]
+SMALL: dict[str, Any] = {"d_in": 8, "d_sae": 64, "num_experts": 4, "k": 3}
+both_training = pytest.mark.parametrize("config_class", TRAINING)
 
 
 @pytest.mark.parametrize("architecture", ["scale", "switch"])
@@ -33,158 +39,179 @@ def test_command_line_defaults_are_valid(architecture: str):
 
 
 def test_command_line_sets_our_fields():
-    cfg = _parse_cfg_args(
-        [
-            "--architecture",
-            "scale",
-            "--num_experts",
-            "16",
-            "--experts_per_token",
-            "4",
-            "--k",
-            "8",
-            "--gate",
-            "softmax",
-            "--topk_over",
-            "gated_activations",
-            "--feature_scaling",
-            "False",
-            "--load_balance_coefficient",
-            "0.5",
-        ]
+    settings = {
+        "num_experts": 16,
+        "experts_per_token": 4,
+        "k": 8,
+        "gate": "softmax",
+        "topk_over": "gated_activations",
+        "feature_scaling": False,
+        "load_balance_coefficient": 0.5,
+    }
+    args = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    cfg: Any = _parse_cfg_args(["--architecture", "scale", *map(str, args)]).sae
+    assert isinstance(cfg, ScaleTrainingSAEConfig)
+    assert {name: getattr(cfg, name) for name in settings} == settings
+    assert cfg.feature_scaling is False
+
+
+@both_training
+def test_configs_survive_dicts_json_pickle_and_copies(config_class: Any):
+    cfg = config_class(**SMALL, gate="softmax", aux_loss_coefficient=0.5)
+    cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    runner = LanguageModelSAERunnerConfig(
+        sae=cfg, model_name="gpt2", hook_name=cfg.metadata.hook_name
     )
-    assert isinstance(cfg.sae, ScaleTrainingSAEConfig)
-    assert cfg.sae.num_experts == 16
-    assert cfg.sae.experts_per_token == 4
-    assert cfg.sae.k == 8
-    assert cfg.sae.gate == "softmax"
-    assert cfg.sae.topk_over == "gated_activations"
-    assert cfg.sae.feature_scaling is False
-    assert cfg.sae.load_balance_coefficient == 0.5
+    written = json.loads(json.dumps(runner.to_dict()))
+    for other in (
+        TrainingSAEConfig.from_dict(cfg.to_dict()),
+        LanguageModelSAERunnerConfig.from_dict(written).sae,
+        pickle.loads(pickle.dumps(cfg)),
+        copy.deepcopy(cfg),
+    ):
+        assert type(other) is config_class
+        assert other.to_dict() == cfg.to_dict()
+    assert get_sae_training_class(cfg.architecture())[1] is config_class
+    changed = dataclasses.replace(cfg, k=2)
+    assert (changed.k, cfg.k) == (2, 3)
+    with pytest.raises(ValueError, match="k must be at most"):
+        dataclasses.replace(cfg, k=61)
 
 
-@pytest.mark.parametrize("config_class", TRAINING)
-def test_training_config_survives_a_round_trip(config_class: Any):
-    cfg = config_class(
-        d_in=8, d_sae=64, num_experts=4, k=3, gate="softmax", aux_loss_coefficient=0.5
-    )
-    again = TrainingSAEConfig.from_dict(cfg.to_dict())
-    assert type(again) is config_class
-    assert again.to_dict() == cfg.to_dict()
-    assert type(again) is get_sae_training_class(cfg.architecture())[1]
-
-
-@pytest.mark.parametrize("config_class", TRAINING)
-def test_inference_config_of_a_training_config_survives_a_round_trip(
+@both_training
+def test_inference_config_survives_a_round_trip_and_tells_how_it_was_trained(
     config_class: Any,
 ):
-    cfg = config_class(d_in=8, d_sae=64, num_experts=4, k=3, gate="uniform")
-    inference = cfg.get_inference_sae_cfg_dict()
-    again = SAEConfig.from_dict(inference)
-    assert again.to_dict() == inference
+    cfg = config_class(
+        **SMALL,
+        gate="uniform",
+        load_balance_coefficient=0.5,
+        multi_topk_coefficient=0.125,
+    )
+    saved = cfg.get_inference_sae_cfg_dict()
+    again = SAEConfig.from_dict(saved)
+    assert again.to_dict() == saved
     assert type(again) is get_sae_class(cfg.architecture())[1]
     for name in ("num_experts", "k", "gate", "topk_over", "experts_per_token"):
         assert getattr(again, name) == getattr(cfg, name)
-    details = inference["metadata"]["training_architecture_details"]
-    assert details["load_balance_coefficient"] == cfg.load_balance_coefficient
+    details = {
+        "decoder_init_norm": 0.1,
+        "use_sparse_activations": True,
+        "load_balance_coefficient": 0.5,
+        "aux_loss_coefficient": 1 / 32,
+        "multi_topk_coefficient": 0.125,
+    }
+    if cfg.architecture() == "scale":
+        details |= {"feature_scaling": True, "decomposition": "mean"}
+    assert saved["metadata"]["training_architecture"] == cfg.architecture()
+    assert saved["metadata"]["training_architecture_details"] == details
+
+
+@both_training
+def test_what_a_sweep_script_hands_over_builds_trains_and_can_be_saved(
+    config_class: Any, tmp_path: Any
+):
+    cfg = config_class(
+        d_in=np.int64(10),
+        d_sae=np.int32(60),
+        num_experts=np.int64(5),
+        k=np.uint8(6),
+        gate=np.str_("softmax"),
+        apply_b_dec_to_input=np.True_,
+        load_balance_coefficient=np.float32(0.5),
+        aux_loss_coefficient=np.int64(1),
+        decoder_init_norm=np.float32(0.5),
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+    )
+    assert (cfg.d_in, cfg.k, cfg.load_balance_coefficient) == (10, 6, 0.5)
+    assert (cfg.dtype, cfg.device) == ("float64", "cpu")
+    sae: Any = TrainingSAE.from_dict(cfg.to_dict())
+    sae.training_forward_pass(step_input(X, DEAD)).loss.backward()
+    sae.save_model(tmp_path)
+    loaded = TrainingSAE.load_from_disk(tmp_path)
+    assert loaded.cfg.to_dict() == sae.cfg.to_dict()
+    assert_close(exported(sae, tmp_path / "export")(X), sae(X))
+
+
+NAN, INF = float("nan"), float("inf")
+NO_COEFFICIENTS = [-0.1, NAN, INF, "1", None, True, 10**400, np.float32("nan")]
+NO_BOOLS = [1, "False", None]
+# Configs, a field, what it must be, and values that are not.
+BAD_FIELDS: list[tuple[list[Any], str, str, list[Any]]] = [
+    (ALL, "num_experts", "a positive integer", [0, 4.0, "4", None, [4]]),
+    (ALL, "d_sae", "a positive integer", [-64]),
+    (ALL, "d_sae", "divisible by num_experts", [66]),
+    (ALL, "k", "a positive", [True, np.True_, np.float64(3), torch.tensor(3)]),
+    (ALL, "k", "at most", [65]),
+    (ALL, "gate", "one of .*'softmax'", ["hard", None, ["softmax"]]),
+    (ALL, "topk_over", "one of", ["gates", {}]),
+    (SCALE, "num_shared_experts", "an integer from 0", [-1, 2, 1.0, True]),
+    (SCALE, "experts_per_token", "at most", [5]),
+    (TRAINING, "load_balance_coefficient", "a finite number", NO_COEFFICIENTS),
+    (TRAINING, "aux_loss_coefficient", "a finite number", NO_COEFFICIENTS),
+    (TRAINING, "aux_loss_coefficient", "a finite number", [torch.tensor(0.1)]),
+    (TRAINING, "multi_topk_coefficient", "a finite number", NO_COEFFICIENTS),
+    (TRAINING, "decoder_init_norm", "a finite", [0.0, -1.0, NAN, INF, "0.1", True]),
+    (TRAINING, "rescale_acts_by_decoder_norm", "a bool", NO_BOOLS),
+    (TRAINING, "use_sparse_activations", "a bool", NO_BOOLS),
+    (TRAINING, "apply_b_dec_to_input", "a bool", NO_BOOLS),
+    (TRAINING[:1], "feature_scaling", "a bool", NO_BOOLS),
+    (TRAINING[:1], "decomposition", "one of", ["median"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name", "wanted", "value"),
+    [
+        pytest.param(config_class, name, wanted, value, id=f"{name}={value!s:.20}")
+        for classes, name, wanted, values in BAD_FIELDS
+        for config_class in classes
+        for value in values
+    ],
+)
+def test_bad_fields_are_refused_by_name_and_value(
+    config_class: Any, name: str, wanted: str, value: Any
+):
+    shown = repr(value.item() if isinstance(value, np.generic) else value)
+    message = f"{name} must be {wanted}.* got .*{re.escape(shown)}"
+    settings = {**SMALL, name: value}
+    with pytest.raises(ValueError, match=message):
+        config_class(**settings)
+    base = TrainingSAEConfig if config_class in TRAINING else SAEConfig
+    settings |= {"architecture": config_class.architecture(), "metadata": {}}
+    with pytest.raises(ValueError, match=message):
+        base.from_dict(settings)
 
 
 @pytest.mark.parametrize("config_class", ALL)
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"num_experts": 7}, "d_sae must be divisible .* d_sae=64 and num_experts=7"),
-        ({"num_experts": 0}, "num_experts must be a positive integer, got 0"),
-        ({"num_experts": 4.0}, r"num_experts must be a positive integer, got 4\.0"),
-        ({"num_experts": "4"}, "num_experts must be a positive integer, got '4'"),
-        ({"d_sae": -64}, "d_sae must be a positive integer, got -64"),
-        ({"k": True}, "k must be a positive integer, got True"),
-        ({"k": 65}, "k must be at most .*, got 65"),
-        ({"gate": "hard"}, "gate must be one of .*'softmax'.*, got 'hard'"),
-        ({"gate": None}, "gate must be one of .*, got None"),
-        ({"topk_over": "gates"}, "topk_over must be one of .*, got 'gates'"),
-        ({"normalize_activations": "l2"}, "normalize_activations .* l2"),
-    ],
-    ids=str,
-)
-def test_bad_fields_are_refused_by_name_and_value(
-    config_class: Any, overrides: dict[str, Any], message: str
-):
-    settings = {"d_in": 8, "d_sae": 64, "num_experts": 4, "k": 3}
-    with pytest.raises(ValueError, match=message):
-        config_class(**{**settings, **overrides})
-
-
-@pytest.mark.parametrize("config_class", SCALE)
-@pytest.mark.parametrize("shared", [-1, 2, 1.0, True])
-def test_shared_experts_must_leave_the_router_a_choice(config_class: Any, shared: Any):
-    with pytest.raises(ValueError, match=f"num_shared_experts must be .* {shared}"):
-        config_class(d_in=8, d_sae=64, num_experts=4, num_shared_experts=shared, k=3)
-
-
-@pytest.mark.parametrize("config_class", SCALE)
-def test_more_experts_per_token_than_experts_are_refused(config_class: Any):
-    with pytest.raises(ValueError, match="experts_per_token must be at most .* got 5"):
-        config_class(d_in=8, d_sae=64, num_experts=4, experts_per_token=5, k=3)
+def test_values_that_SAELens_refuses_are_refused(config_class: Any):
+    with pytest.raises(ValueError, match=r"Invalid dtype: torch\.int8"):
+        config_class(**SMALL, dtype=torch.int8)
+    with pytest.raises(ValueError, match="normalize_activations .* l2"):
+        config_class(**SMALL, normalize_activations="l2")
 
 
 @pytest.mark.parametrize("config_class", SCALE)
 def test_k_may_reach_the_candidates_and_no_further(config_class: Any):
-    settings = {"d_in": 8, "d_sae": 64, "num_experts": 4, "experts_per_token": 2}
-    assert config_class(**settings, k=32).k == 32
+    settings = {**SMALL, "experts_per_token": 2}
+    assert config_class(**{**settings, "k": 32}).k == 32
     with pytest.raises(ValueError, match="k must be at most the 32 latents .* got 33"):
-        config_class(**settings, k=33)
+        config_class(**{**settings, "k": 33})
 
 
-@pytest.mark.parametrize("config_class", TRAINING)
-@pytest.mark.parametrize(
-    "name",
-    ["load_balance_coefficient", "aux_loss_coefficient", "multi_topk_coefficient"],
-)
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1", None])
-def test_coefficients_that_make_no_sense_are_refused(
-    config_class: Any, name: str, value: Any
-):
-    with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
-        config_class(d_in=8, d_sae=64, num_experts=4, k=3, **{name: value})
-
-
-@pytest.mark.parametrize("config_class", TRAINING)
+@both_training
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
 def test_losses_of_residuals_with_run_time_normalisation_are_refused(
     config_class: Any, norm: Any
 ):
-    settings = {"d_in": 8, "d_sae": 64, "num_experts": 4, "k": 3}
+    settings = {**SMALL, "normalize_activations": norm}
     with pytest.raises(ValueError, match=f"aux_loss_coefficient must be 0 .*{norm}"):
-        config_class(**settings, normalize_activations=norm)
-    settings |= {"normalize_activations": norm, "aux_loss_coefficient": 0}
+        config_class(**settings)
+    settings["aux_loss_coefficient"] = 0
     config_class(**settings)
     with pytest.raises(ValueError, match=f"multi_topk_coefficient must be 0 .*{norm}"):
         config_class(**settings, multi_topk_coefficient=0.125)
-
-
-@pytest.mark.parametrize("value", [1, "False", None])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "feature_scaling",
-        "rescale_acts_by_decoder_norm",
-        "use_sparse_activations",
-        "apply_b_dec_to_input",
-    ],
-)
-def test_what_is_no_bool_is_refused(name: str, value: Any):
-    with pytest.raises(ValueError, match=f"{name} must be a bool, got {value!r}"):
-        ScaleTrainingSAEConfig(d_in=512, d_sae=1024, **{name: value})
-
-
-def test_unknown_decomposition_is_refused():
-    with pytest.raises(ValueError, match="decomposition must be one of .*'median'"):
-        ScaleTrainingSAEConfig(
-            d_in=512,
-            d_sae=1024,
-            decomposition="median",  # type: ignore[arg-type]
-        )
 
 
 @pytest.mark.parametrize("config_class", ALL)

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomize, scale_sae, step_input, switch_sae
+from helpers import (
+    DEAD,
+    assert_close,
+    draw,
+    randomize,
+    scale_sae,
+    step_input,
+    switch_sae,
+)
 from sae_lens.saes.topk_sae import (
     TopKSAE,
     TopKSAEConfig,
@@ -12,7 +20,7 @@ from sae_lens.saes.topk_sae import (
     TopKTrainingSAEConfig,
 )
 
-from sae_lens_scale import ScaleSAE, ScaleSAEConfig, ScaleTrainingSAE
+from sae_lens_scale import ScaleSAE, ScaleSAEConfig
 
 SHARED: dict[str, Any] = {"d_in": 10, "d_sae": 60, "k": 6}
 ONE_EXPERT: dict[str, Any] = {
@@ -20,13 +28,7 @@ ONE_EXPERT: dict[str, Any] = {
     "experts_per_token": 1,
     "gate": "uniform",
 }
-
-
-def copy_parameters(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    parameters = dict(target.named_parameters())
-    for name, parameter in source.named_parameters():
-        if name in parameters:
-            parameters[name].data.copy_(parameter.data)
+X = draw(31, 10, seed=1)
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -44,8 +46,8 @@ def test_ScaleSAE_with_one_expert_equals_TopKSAE_bit_for_bit(
     topk = TopKSAE(TopKSAEConfig(**settings))
     randomize(topk)
     scale = ScaleSAE(ScaleSAEConfig(**settings, **ONE_EXPERT))
-    copy_parameters(topk, scale)
-    x = torch.randn(3, 7, 10, generator=torch.Generator().manual_seed(1))
+    scale.load_state_dict(topk.state_dict(), strict=False)
+    x = X[:21].view(3, 7, 10).float()
     acts = scale.encode(x)
     assert (acts != 0).any()
     assert torch.equal(acts, topk.encode(x))
@@ -65,21 +67,16 @@ def test_ScaleTrainingSAE_with_one_expert_trains_like_TopKTrainingSAE(num_dead: 
     assert scale.omega is not None
     scale.omega.data.zero_()
     topk = TopKTrainingSAE(TopKTrainingSAEConfig(**SHARED, dtype="float64"))
-    copy_parameters(scale, topk)
-    x = torch.randn(
-        31, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-    dead = torch.arange(60) < num_dead
-    ours = scale.training_forward_pass(step_input(x, dead))
-    theirs = topk.training_forward_pass(step_input(x, dead))
+    assert not topk.load_state_dict(scale.state_dict(), strict=False).missing_keys
+    step = step_input(X, torch.arange(60) < num_dead)
+    ours, theirs = (sae.training_forward_pass(step) for sae in (scale, topk))
     for name in ("mse_loss", "auxiliary_reconstruction_loss"):
         torch.testing.assert_close(ours.losses[name], theirs.losses[name])
     assert (ours.losses["auxiliary_reconstruction_loss"] > 0) == (num_dead > 0)
     ours.loss.backward()
     theirs.loss.backward()
-    parameters = dict(scale.named_parameters())
     for name, parameter in topk.named_parameters():
-        torch.testing.assert_close(parameters[name].grad, parameter.grad)
+        torch.testing.assert_close(scale.get_parameter(name).grad, parameter.grad)
 
 
 @pytest.mark.parametrize("gate", ["softmax", "uniform", "rescaled"])
@@ -87,18 +84,14 @@ def test_ScaleTrainingSAE_with_one_expert_trains_like_TopKTrainingSAE(num_dead: 
 def test_SwitchTrainingSAE_equals_ScaleTrainingSAE_with_one_expert_per_token(
     gate: str, topk_over: str
 ):
-    switch = switch_sae(gate=gate, topk_over=topk_over)
-    scale: ScaleTrainingSAE = scale_sae(
-        experts_per_token=1, feature_scaling=False, gate=gate, topk_over=topk_over
-    )
-    copy_parameters(switch, scale)
-    x = torch.randn(
-        31, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-    dead = torch.arange(60) % 2 == 0
-    ours = switch.training_forward_pass(step_input(x, dead))
-    theirs = scale.training_forward_pass(step_input(x, dead))
-    assert (ours.feature_acts.to_dense() != 0).any()
-    assert torch.equal(ours.feature_acts.to_dense(), theirs.feature_acts.to_dense())
-    assert torch.equal(ours.sae_out, theirs.sae_out)
-    assert torch.equal(ours.loss, theirs.loss)
+    shared: dict[str, Any] = {"gate": gate, "topk_over": topk_over}
+    switch = switch_sae(**shared)
+    scale = scale_sae(experts_per_token=1, feature_scaling=False, **shared)
+    scale.load_state_dict(switch.state_dict())
+    step = step_input(X, DEAD)
+    ours, theirs = (sae.training_forward_pass(step) for sae in (switch, scale))
+    acts = ours.feature_acts.to_dense()
+    assert (acts != 0).any()
+    got = (acts, ours.sae_out, ours.loss)
+    want = (theirs.feature_acts.to_dense(), theirs.sae_out, theirs.loss)
+    assert_close(got, want, atol=0)

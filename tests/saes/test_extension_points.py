@@ -1,17 +1,20 @@
 """SAELens's extension points: methods that its users override, as on its TopK SAE."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import (
+    DEAD,
+    X,
     assert_close,
     gradients,
+    inference,
     scale_sae,
     step_input,
+    subclass,
     switch_sae,
 )
 from sae_lens.saes.sae import SAE, TrainStepInput
@@ -19,26 +22,6 @@ from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE, TopKTrainingSAEConfig
 from typing_extensions import override
 
 from sae_lens_scale import ScaleTrainingSAE, SwitchTrainingSAE
-
-X = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-DEAD = torch.arange(60) % 2 == 0
-both = pytest.mark.parametrize("make", [scale_sae, switch_sae])
-sparse_or_dense = pytest.mark.parametrize(
-    "sparse", [True, False], ids=["sparse", "dense"]
-)
-
-
-def subclass(cls: type, sae: Any) -> Any:
-    """The same SAE as an instance of a subclass."""
-    other = cls(copy.deepcopy(sae.cfg))
-    other.load_state_dict(sae.state_dict())
-    return other
-
-
-def inference(sae: Any) -> Any:
-    other: Any = SAE.from_dict(copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict()))
-    other.load_state_dict(sae.state_dict(), strict=False)
-    return other
 
 
 class ShiftedInput:
@@ -67,9 +50,7 @@ def with_mixin(mixin: type, sae: Any) -> Any:
     return subclass(type("Custom", (mixin, type(sae)), {}), sae)
 
 
-@both
-@sparse_or_dense
-def test_process_sae_in_is_honoured(make: Callable[..., Any], sparse: bool):
+def test_process_sae_in_is_honoured(make: Any, sparse: bool):
     plain = make(use_sparse_activations=sparse)
     sae = with_mixin(ShiftedInput, plain)
     assert_close(sae.encode(X), plain.encode(X + 1))
@@ -88,16 +69,7 @@ def test_process_sae_in_is_honoured(make: Callable[..., Any], sparse: bool):
     )
 
 
-def test_process_sae_in_is_honoured_in_inference():
-    plain = inference(scale_sae())
-    sae = with_mixin(ShiftedInput, plain)
-    assert_close(sae.encode(X), plain.encode(X + 1))
-    assert_close(sae(X), plain(X + 1))
-
-
-@both
-@sparse_or_dense
-def test_encode_with_hidden_pre_is_honoured(make: Callable[..., Any], sparse: bool):
+def test_encode_with_hidden_pre_is_honoured(make: Any, sparse: bool):
     plain = make(use_sparse_activations=sparse)
     sae = with_mixin(DoubledActivations, plain)
     acts = plain.encode(X)
@@ -112,9 +84,7 @@ def test_encode_with_hidden_pre_is_honoured(make: Callable[..., Any], sparse: bo
     assert output.losses.keys() == want.losses.keys()
 
 
-@both
-@sparse_or_dense
-def test_decode_is_honoured(make: Callable[..., Any], sparse: bool):
+def test_decode_is_honoured(make: Any, sparse: bool):
     plain = make(use_sparse_activations=sparse, multi_topk_coefficient=0.5)
     sae = with_mixin(NegatedOutput, plain)
     assert_close(sae(X), -plain(X))
@@ -123,9 +93,12 @@ def test_decode_is_honoured(make: Callable[..., Any], sparse: bool):
     assert_close(output.losses["mse_loss"], (plain(X) + X).pow(2).sum(-1).mean())
 
 
-def test_decode_is_honoured_in_inference():
+def test_methods_are_honoured_in_inference():
     plain = inference(scale_sae())
     assert_close(with_mixin(NegatedOutput, plain)(X), -plain(X))
+    shifted = with_mixin(ShiftedInput, plain)
+    assert_close(shifted.encode(X), plain.encode(X + 1))
+    assert_close(shifted(X), plain(X + 1))
 
 
 def test_an_encode_with_hidden_pre_of_ones_own_needs_nothing_of_ours():
@@ -148,8 +121,7 @@ def test_an_encode_with_hidden_pre_of_ones_own_needs_nothing_of_ours():
     assert sae.W_router.grad is not None
 
 
-@both
-def test_nothing_of_a_step_stays_on_the_sae(make: Callable[..., Any]):
+def test_nothing_of_a_step_stays_on_the_sae(make: Any):
     for sae in (make(), with_mixin(DoubledActivations, make())):
         sae.training_forward_pass(step_input(X, DEAD)).loss.backward()
         copy.deepcopy(sae)
@@ -197,9 +169,7 @@ def test_losses_computed_outside_of_a_step_are_those_of_the_step():
     output = sae.training_forward_pass(step)
     acts, hidden_pre = sae.encode_with_hidden_pre(X)
     losses = sae.calculate_aux_loss(step, acts, hidden_pre, output.sae_out)
-    assert losses.keys() == output.losses.keys() - {"mse_loss"}
-    for name, loss in losses.items():
-        assert_close(loss, output.losses[name])
+    assert_close({"mse_loss": output.losses["mse_loss"], **losses}, output.losses)
 
 
 def test_calculate_aux_loss_may_have_saelenss_arguments_only():
@@ -219,10 +189,9 @@ def test_calculate_aux_loss_may_have_saelenss_arguments_only():
     assert output.losses.keys() == {"mse_loss"}
 
 
-@both
 @pytest.mark.parametrize("topk_over", ["activations", "gated_activations"])
 def test_activation_fn_is_saelenss_topk_and_agrees_with_encode(
-    make: Callable[..., Any], topk_over: str
+    make: Any, topk_over: str
 ):
     sae = make(topk_over=topk_over, gate="uniform")
     assert isinstance(sae.activation_fn, TopK)
@@ -230,17 +199,16 @@ def test_activation_fn_is_saelenss_topk_and_agrees_with_encode(
     assert_close(sae.activation_fn(hidden_pre), acts)
     # A tool that keeps fewer latents, or another TopK: both follow.
     twin = copy.deepcopy(sae)
-    for change in (
-        lambda: setattr(sae.activation_fn, "k", 2),
-        lambda: setattr(sae.cfg, "k", 3),
-        lambda: setattr(sae, "activation_fn", TopK(4)),
+    for k, change in (
+        (2, lambda: setattr(sae.activation_fn, "k", 2)),
+        (3, lambda: setattr(sae.cfg, "k", 3)),
+        (4, lambda: setattr(sae, "activation_fn", TopK(4))),
     ):
         change()
         acts, hidden_pre = sae.encode_with_hidden_pre(X)
-        assert (acts > 0).sum(-1).max() == sae.activation_fn.k
+        assert (acts > 0).sum(-1).max() == sae.activation_fn.k == k
         assert_close(sae.activation_fn(hidden_pre), acts)
         assert_close(sae(X), sae.decode(acts))
-    assert sae.activation_fn.k == 4
     assert twin.activation_fn.k == twin.cfg.k == 6
 
 
@@ -320,19 +288,14 @@ class EncodesTwice:
         return result
 
 
-@both
-@sparse_or_dense
 @pytest.mark.parametrize("mixin", [LooksElsewhere, TrainsElsewhere, EncodesTwice])
-def test_losses_are_those_of_the_steps_own_batch(
-    make: Callable[..., Any], sparse: bool, mixin: type
-):
+def test_losses_are_those_of_the_steps_own_batch(make: Any, sparse: bool, mixin: type):
     plain = make(use_sparse_activations=sparse, **LOSSES)
     sae = with_mixin(mixin, plain)
     want = plain.training_forward_pass(step_input(X, DEAD, is_logging_step=True))
     got = sae.training_forward_pass(step_input(X, DEAD, is_logging_step=True))
-    for name, loss in want.losses.items():
-        assert_close(got.losses[name], loss)
-        assert got.losses[name].requires_grad
+    assert_close(got.losses, want.losses)
+    assert all(loss.requires_grad for loss in got.losses.values())
     assert got.metrics == want.metrics
 
 
@@ -369,8 +332,7 @@ def test_an_encode_of_ones_own_leaves_the_step_sparse():
         sae(X)
 
 
-@both
-def test_hooks_see_a_step_once(make: Callable[..., Any]):
+def test_hooks_see_a_step_once(make: Any):
     class OwnEncoder:
         def encode_with_hidden_pre(
             self, x: torch.Tensor

@@ -7,15 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import step_input
+from helpers import scale_sae, step_input, switch_sae
 from torch.profiler import ProfilerActivity, profile
-
-from sae_lens_scale import (
-    ScaleTrainingSAE,
-    ScaleTrainingSAEConfig,
-    SwitchTrainingSAE,
-    SwitchTrainingSAEConfig,
-)
 
 TOKENS, D_IN, D_SAE, K = 4096, 64, 16_384, 8
 # Memory of the part of a batch that is computed at a time.
@@ -35,32 +28,32 @@ def peak_bytes(function: Any, trace: Path) -> int:
     return peak
 
 
-def make(architecture: str, experts_per_token: int = 1, **settings: Any) -> Any:
-    shared: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "num_experts": 64}
-    torch.manual_seed(0)
-    if architecture == "switch":
-        return SwitchTrainingSAE(SwitchTrainingSAEConfig(**shared, **settings))
-    shared["experts_per_token"] = experts_per_token
-    return ScaleTrainingSAE(ScaleTrainingSAEConfig(**shared, **settings))
+SIZES: dict[str, Any] = {
+    "d_in": D_IN,
+    "d_sae": D_SAE,
+    "k": K,
+    "num_experts": 64,
+    "dtype": "float32",
+}
 
 
 @pytest.mark.parametrize(
-    ("architecture", "settings"),
+    ("maker", "settings"),
     [
-        ("scale", {"experts_per_token": 2}),
-        ("scale", {"experts_per_token": 4}),
-        ("scale", {"experts_per_token": 2, "decomposition": "identity"}),
-        ("scale", {"experts_per_token": 2, "rescale_acts_by_decoder_norm": False}),
-        ("switch", {}),
-        ("scale", {"experts_per_token": 2, "multi_topk_coefficient": 0.125}),
+        (scale_sae, {}),
+        (scale_sae, {"experts_per_token": 4}),
+        (scale_sae, {"decomposition": "identity"}),
+        (scale_sae, {"rescale_acts_by_decoder_norm": False}),
+        (switch_sae, {}),
+        (scale_sae, {"multi_topk_coefficient": 0.125}),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("share_dead", [0.0, 0.05])
 def test_a_training_step_needs_memory_for_active_latents_only(
-    architecture: str, settings: dict[str, Any], share_dead: float, tmp_path: Path
+    maker: Any, settings: dict[str, Any], share_dead: float, tmp_path: Path
 ):
-    sae = make(architecture, **settings)
+    sae = maker(**SIZES, **settings)
     x = torch.randn(TOKENS, D_IN)
     dead = torch.rand(D_SAE) < share_dead
 
@@ -88,7 +81,7 @@ def test_a_training_step_needs_memory_for_active_latents_only(
 
 
 def test_a_dense_training_step_is_noticed(tmp_path: Path):
-    sae = make("scale", 2, use_sparse_activations=False)
+    sae = scale_sae(**SIZES, use_sparse_activations=False)
     x = torch.randn(TOKENS, D_IN)
 
     def step() -> None:

@@ -1,13 +1,21 @@
 """The core's seams, each with a second implementation: selection, target, dispatch."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, gradients, scale_sae, step_input
+from helpers import (
+    DEAD,
+    X,
+    assert_close,
+    assert_same_gradients,
+    gradients,
+    scale_sae,
+    step_input,
+    subclass,
+)
 from sae_lens.saes.sae import TrainStepInput
 from torch import nn
 from typing_extensions import override
@@ -20,8 +28,6 @@ from sae_lens_scale.saes.mixture.encoding import Inputs
 from sae_lens_scale.saes.mixture.routing import Routing
 from sae_lens_scale.saes.mixture.selection import SELECTIONS, Selected, Selection
 
-X = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-DEAD = torch.arange(60) % 2 == 0
 K = 6
 
 
@@ -80,13 +86,6 @@ def batch_topk(sae: ScaleTrainingSAE, x: torch.Tensor, k: int) -> torch.Tensor:
     return torch.where(candidates >= threshold, acts, 0).relu()
 
 
-def subclass(cls: type, sae: Any) -> Any:
-    other = cls(copy.deepcopy(sae.cfg))
-    other.load_state_dict(sae.state_dict())
-    return other
-
-
-@pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("at_a_time", [1, 1 << 17])
 def test_a_selection_over_the_batch_sees_the_whole_batch(
     sparse: bool, at_a_time: int, monkeypatch: pytest.MonkeyPatch
@@ -110,9 +109,7 @@ def test_a_selection_over_the_batch_sees_the_whole_batch(
     want = (sae.decode(acts) - X).pow(2).sum(-1).mean()
     want = want + 0.5 * (sae.decode(wider) - X).pow(2).sum(-1).mean()
     assert_close(output.loss, want)
-    expected = gradients(sae, want)
-    for name, gradient in gradients(sae, output.loss).items():
-        assert_close(gradient, expected[name])
+    assert_same_gradients(sae, output.loss, want)
 
 
 class OnlyRunnersUp(ScaleTrainingSAE):
@@ -156,7 +153,6 @@ def outputs_of_a_layer(x: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x @ torch.randn(10, 4, generator=generator, dtype=x.dtype))
 
 
-@pytest.mark.parametrize("sparse", [True, False])
 def test_a_target_may_be_another_than_the_input_and_of_another_width(sparse: bool):
     cfg = scale_sae(
         apply_b_dec_to_input=False,
@@ -183,8 +179,7 @@ def test_a_target_may_be_another_than_the_input_and_of_another_width(sparse: boo
     errors = (recons - (y - sae(X))).pow(2).sum(-1).mean()
     assert_close(output.losses["auxiliary_reconstruction_loss"], 0.25 * errors)
     again = sae.calculate_aux_loss(step_input(X, DEAD), acts, hidden_pre, sae(X))
-    for name, loss in again.items():
-        assert_close(loss, output.losses[name])
+    assert_close(again, {name: output.losses[name] for name in again})
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for _ in range(100):
         sae.training_forward_pass(step_input(X, DEAD)).loss.backward()
@@ -253,15 +248,11 @@ def test_experts_may_be_elsewhere(overrides: dict[str, Any], dead_share: float):
     dead = torch.rand(60, generator=generator) < dead_share
     got = sae.training_forward_pass(step_input(X, dead))
     want = plain.training_forward_pass(step_input(X, dead))
-    assert got.losses.keys() == want.losses.keys()
-    for name, loss in want.losses.items():
-        assert_close(got.losses[name], loss)
+    assert_close(got.losses, want.losses)
     assert_close(got.sae_out, want.sae_out)
     assert_close(sae(X), plain(X))
     assert_close(got.feature_acts.to_dense().sum(1), want.feature_acts.to_dense())
-    expected = gradients(plain, want.loss)
-    for name, gradient in gradients(sae, got.loss).items():
-        assert_close(gradient, expected[name])
+    assert_close(gradients(sae, got.loss), gradients(plain, want.loss))
 
 
 def test_activations_of_experts_that_are_elsewhere_are_those_of_the_token():

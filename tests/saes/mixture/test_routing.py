@@ -115,3 +115,16 @@ def test_load_balance_loss_lowers_the_probability_of_a_busy_expert():
 def test_expert_load_counts_all_selected_experts():
     indices = torch.tensor([[0, 1], [0, 2], [0, 1]])
     assert expert_load(indices, 4).tolist() == pytest.approx([3 / 6, 2 / 6, 1 / 6, 0])
+
+
+def test_a_router_in_bfloat16_is_computed_in_float32():
+    x, W_router, b_router = (
+        tensor.bfloat16() for tensor in (draw(500, 10), draw(10, 5, seed=1), draw(10))
+    )
+    got = route(x, W_router, b_router, 2, "rescaled")
+    want = route(x.float(), W_router.float(), b_router.float(), 2, "rescaled")
+    assert got.weights.dtype == torch.float32
+    assert torch.equal(got.indices, want.indices)
+    # Products in bfloat16 would move some tokens to other experts.
+    logits = (x - b_router) @ W_router
+    assert not torch.equal(logits.topk(2).indices, want.indices)
