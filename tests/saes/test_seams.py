@@ -305,5 +305,6 @@ def test_a_masked_position_does_not_hide_the_same_one_kept():
 
     everything = torch.ones_like(ranking, dtype=torch.bool)
     experts = torch.zeros(1, 1, dtype=torch.int64)
-    taken = strongest_dead(ranking, None, experts, everything, 2, select)
+    rule = replace(SELECTIONS["activations"], select=select, per_token=False)
+    taken = strongest_dead(ranking, None, experts, everything, 2, rule)
     assert taken.tolist() == [[[True, True, False]]]

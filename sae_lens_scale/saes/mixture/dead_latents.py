@@ -8,12 +8,10 @@ no others: a latent of an expert that got no token has no part in the loss, and 
 stays finite.
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
 from jaxtyping import Bool, Float, Int
 
-from .selection import Selected
+from .selection import Selection
 
 
 def dead_offsets(
@@ -47,7 +45,7 @@ def strongest_dead(
     experts: Int[torch.Tensor, "tokens experts_per_token"],
     is_dead: Bool[torch.Tensor, "tokens experts_per_token most_dead"],
     size: int,
-    select: Callable[[torch.Tensor, Sequence[int]], Selected],
+    selection: Selection,
 ) -> Bool[torch.Tensor, "tokens experts_per_token most_dead"]:
     """
     Choose the dead candidates of each token that take part in the loss.
@@ -60,14 +58,16 @@ def strongest_dead(
         experts: Selected experts, ``[tokens, experts_per_token]``.
         is_dead: True at those that are dead, in the shape of ``pre_acts``.
         size: Number of candidates that a token may have.
-        select: Rule that chooses; see :class:`.Selection`.
+        selection: Rule that chooses.
 
     Returns:
         Which candidates take part, likewise.
     """
+    if selection.per_token and pre_acts.shape[1:].numel() <= size:
+        return is_dead
     ranking = pre_acts if norms is None else pre_acts * norms[experts]
     flat = ranking.masked_fill(~is_dead, -torch.inf).flatten(1)
-    best = select(flat, (size,))
+    best = selection.select(flat, (size,))
     positions, candidates = best.positions, flat.shape[1]
     if best.mask is not None:
         # Beyond the last, to be cut off: a position that is masked may be one that is kept.

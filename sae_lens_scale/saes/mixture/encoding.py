@@ -230,8 +230,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         Products with all candidates are computed first, without a gradient, and those of
         the kept latents are then made differentiable. All others have a gradient of zero,
         so nothing is lost, and a backward pass costs as much as the latents that are kept,
-        not as all latents of the selected experts. Without gradients, kept latents have the
-        pre-activations by which they were ranked.
+        not as all latents of the selected experts.
 
         Args:
             x: Activations of the language model, ``[..., d_in]``.
@@ -270,33 +269,34 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
         # Select.
         sizes = (self._k, self._k + runners_up) if runners_up else (self._k,)
+        all_pre_acts = None
         if watched:
             all_pre_acts = self._hook_pre_acts(candidates.pre_acts(), rows)
             selected = candidates.select(all_pre_acts, self.selection(), sizes)
-            pre_acts = all_pre_acts.flatten(1).gather(1, selected.positions)
         else:
-            all_pre_acts = None
-            selected, pre_acts = candidates.select_in_parts(self.selection(), sizes)
+            selected = candidates.select_in_parts(self.selection(), sizes)
         slots = selected.positions // cfg.expert_size
         offsets = selected.positions % cfg.expert_size
         indices = rows.experts.gather(1, slots) * cfg.expert_size + offsets
         pattern = self._pattern(indices)
 
         # Keep.
-        if torch.is_grad_enabled() and not watched:
-            pre_acts, means = encoder_products(
-                rows.x,
-                rows.b_dec,
-                W_enc,
-                products.flatten(1).gather(1, selected.positions),
-                means,
-                pattern,
-                SparsityPattern(rows.experts, cfg.num_experts),
-            )
-            if omega is not None and means is not None:
-                scaling = expert_scaling(omega, rows.experts, means)
-                pre_acts = scaling.apply(pre_acts, slots)
-            pre_acts = pre_acts + lookup(self.b_enc, indices)
+        if all_pre_acts is not None:
+            pre_acts = all_pre_acts.flatten(1).gather(1, selected.positions)
+        else:
+            pre_acts = products.flatten(1).gather(1, selected.positions)
+            if torch.is_grad_enabled():
+                experts = SparsityPattern(rows.experts, cfg.num_experts)
+                pre_acts, means = encoder_products(
+                    rows.x, rows.b_dec, W_enc, pre_acts, means, pattern, experts
+                )
+                if omega is not None and means is not None:
+                    scaling = expert_scaling(omega, rows.experts, means)
+            bias = lookup(self.b_enc, indices)
+            if scaling is None:
+                pre_acts = pre_acts + bias
+            else:
+                pre_acts = scaling.apply(pre_acts, bias, slots)
         # ReLU before the gate: -inf * 0 would be NaN.
         gates = rows.gates.to(pre_acts.dtype).gather(1, slots)
         coefficients = pre_acts.relu() * gates

@@ -103,14 +103,16 @@ class ExpertScaling(NamedTuple):
     def apply(
         self,
         products: Float[torch.Tensor, "tokens m"],
+        bias: Float[torch.Tensor, "tokens m"],
         slots: Int[torch.Tensor, "tokens m"] | None = None,
     ) -> Float[torch.Tensor, "tokens m"]:
         """
-        Scale products.
+        Scale products, and add a bias.
 
         Args:
             products: Products with latents of the selected experts, ``[tokens, m]``, or
                 with as many of each, ``[tokens, experts_per_token, n]``.
+            bias: Bias of each.
             slots: Positions of their experts among the token's, in the former case.
 
         Returns:
@@ -120,7 +122,7 @@ class ExpertScaling(NamedTuple):
             scale, shift = self.scale.unsqueeze(-1), self.shift.unsqueeze(-1)
         else:
             scale, shift = self.scale.gather(1, slots), self.shift.gather(1, slots)
-        return torch.addcmul(shift, products, scale).to(products.dtype)
+        return torch.addcmul(bias + shift, products, scale).to(products.dtype)
 
 
 def expert_scaling(

@@ -127,10 +127,10 @@ class Candidates:
 
     def pre_acts(self) -> Float[torch.Tensor, "rows e n"]:
         """Pre-activations, before any norm or gate."""
-        products = self.products
-        if self.scaling is not None:
-            products = self.scaling.apply(products)
-        return products + lookup(self.b_enc, self.experts)
+        bias = lookup(self.b_enc, self.experts)
+        if self.scaling is None:
+            return self.products + bias
+        return self.scaling.apply(self.products, bias)
 
     @torch.no_grad()
     def select(
@@ -143,15 +143,13 @@ class Candidates:
         return selection.select(ranking.flatten(1), sizes)
 
     @torch.no_grad()
-    def select_in_parts(
-        self, selection: Selection, sizes: Sequence[int]
-    ) -> tuple[Selected, Float[torch.Tensor, "rows m"]]:
-        """Survivors and their pre-activations, without those of all candidates at once."""
+    def select_in_parts(self, selection: Selection, sizes: Sequence[int]) -> Selected:
+        """Survivors, found without the pre-activations of all candidates at once."""
         step = len(self.products)
         if self.products.device.type == "cpu" and selection.per_token:
             step = _AT_A_TIME // self.products.shape[1:].numel()
         columns = [self.products, self.experts, self.gates, *(self.scaling or ())]
-        found, pre_acts_found = [], []
+        found = []
         for products, experts, gates, *scaling in zip(
             *(column.split(max(1, step)) for column in columns), strict=True
         ):
@@ -162,12 +160,9 @@ class Candidates:
                 gates=gates,
                 scaling=ExpertScaling(*scaling) if scaling else None,
             )
-            pre_acts = part.pre_acts()
-            selected = part.select(pre_acts, selection, sizes)
-            found.append(selected)
-            pre_acts_found.append(pre_acts.flatten(1).gather(1, selected.positions))
+            found.append(part.select(part.pre_acts(), selection, sizes))
         if len(found) == 1:
-            return found[0], pre_acts_found[0]
+            return found[0]
         widths = {selected.widths for selected in found}
         if len(widths) > 1 or any(selected.mask is not None for selected in found):
             raise ValueError(
@@ -175,4 +170,4 @@ class Candidates:
                 f"and have no mask, got widths {sorted(widths)}"
             )
         positions = torch.cat([selected.positions for selected in found])
-        return Selected(positions, found[0].widths), torch.cat(pre_acts_found)
+        return Selected(positions, found[0].widths)

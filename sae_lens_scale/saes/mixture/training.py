@@ -302,7 +302,7 @@ class MixtureTrainingSAE(
         is_dead = is_dead[rows.experts]
         size = max(1, sae_out.shape[-1] // 2)
         taken = strongest_dead(
-            pre_acts, norms, rows.experts, is_dead, size, self.selection().select
+            pre_acts, norms, rows.experts, is_dead, size, self.selection()
         )
         gates = rows.gates.to(pre_acts.dtype).unsqueeze(-1)
         acts = torch.where(taken, pre_acts, 0) * gates

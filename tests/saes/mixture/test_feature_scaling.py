@@ -36,10 +36,12 @@ def test_expert_scaling_equals_a_product_with_the_scaled_encoder():
     products = grouped_encode(x, W, indices, 3)
     scaling = expert_scaling(omega, indices, products.mean(-1))
     want = grouped_encode(x, scaled_encoder(W, omega, "mean"), indices, 3)
-    torch.testing.assert_close(scaling.apply(products), want)
+    bias = draw(7, 2, 4, seed=4)
+    torch.testing.assert_close(scaling.apply(products, bias), want + bias)
     slots = torch.tensor([[0, 1, 1]] * 7)
-    some = scaling.apply(products[:, [0, 1, 1], [3, 0, 2]], slots)
-    torch.testing.assert_close(some, want[:, [0, 1, 1], [3, 0, 2]])
+    some = [slice(None), [0, 1, 1], [3, 0, 2]]
+    got = scaling.apply(products[some], bias[some], slots)
+    torch.testing.assert_close(got, (want + bias)[some])
 
 
 def test_a_small_omega_is_not_lost_in_bfloat16():
@@ -48,7 +50,7 @@ def test_a_small_omega_is_not_lost_in_bfloat16():
     scaling = expert_scaling(omega, experts, torch.zeros(1, 1, dtype=torch.bfloat16))
     torch.testing.assert_close(scaling.scale, 1 + omega.float().view(1, 1))
     products = torch.ones(1, 1, 2, dtype=torch.bfloat16)
-    assert scaling.apply(products).dtype == torch.bfloat16
+    assert scaling.apply(products, products).dtype == torch.bfloat16
 
 
 def test_omega_zero_changes_nothing():
