@@ -47,7 +47,8 @@ SIZES: dict[str, Any] = {
         (switch_sae, {}),
         (scale_sae, {"multi_topk_coefficient": 0.125}),
     ],
-    ids=str,
+    # The same in every process, which those of functions are not.
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 @pytest.mark.parametrize("share_dead", [0.0, 0.05])
 def test_a_training_step_needs_memory_for_active_latents_only(
