@@ -16,7 +16,7 @@ def add_sae(parser: argparse.ArgumentParser) -> None:
         "sae", help="folder on disk, release of SAELens or repository on the hub"
     )
     parser.add_argument(
-        "sae_id", nargs="?", help="which SAE of the release or repository"
+        "sae_id", nargs="?", help="the SAE in the release or repository"
     )
 
 

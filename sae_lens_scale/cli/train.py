@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         action="extend",
         default=[],
         metavar="NAME=FACTOR",
-        help="what the learning rates of single parameters are multiplied by, such as "
+        help="factors of the learning rates of single parameters, such as "
         "W_router=0.1 b_router=0.1; with --resume_from_checkpoint the checkpoint's, "
         "unless some are given",
     )

@@ -1,4 +1,4 @@
-"""Loading: a language model to train autoencoders on, and the authors' checkpoints."""
+"""Loading of language models, texts, and checkpoints of the authors' code."""
 
 from .authors import (
     authors_disk_loader,

@@ -13,7 +13,7 @@ _MOST_BUFFERS = 4
 
 
 def _references_when_unused() -> int:
-    """References that Python counts, in a loop over a list, to an object only that holds."""
+    """Number of references that Python counts to an object in a list, in a loop over it."""
     for buffer in [np.empty(0)]:
         return sys.getrefcount(buffer)
     raise AssertionError

@@ -61,7 +61,7 @@ class _EncoderProducts(torch.autograd.Function):
                     shared = transposed_latent_sums(part, centered, experts)
                     by_expert = grad_W.unflatten(1, (-1, size))
                     if torch.is_grad_enabled():
-                        # Somebody derives this gradient, maybe of a batch of gradients.
+                        # A graph of this gradient is being built: nothing may change in place.
                         grad_W = (by_expert + shared.unsqueeze(-1)).flatten(1)
                     else:
                         by_expert.add_(shared.unsqueeze(-1))

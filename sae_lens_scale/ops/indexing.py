@@ -26,7 +26,7 @@ class _IndexSelect(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (latents,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # Somebody derives this gradient, maybe of a batch of gradients.
+            # A graph of this gradient is being built: nothing may change in place.
             zeros = grads[0].new_zeros(ctx.shape)
             return zeros.index_add(ctx.dim, latents, grads[0]), None, None, None
         gradient = ctx.pool.take(ctx.shape, grads[0]).zero_()

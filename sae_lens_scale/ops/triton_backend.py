@@ -25,7 +25,7 @@ _TILE_COLUMNS = 256
 # keep many programs busy, not one.
 _PIECE = 128
 # Pairs of one expert, outputs and inputs of the tiles that are multiplied, and warps, by
-# bytes per number: what compiles without spilling registers, also as float32 without TF32.
+# bytes per number: sizes that compile without spilling registers, also in float32 without TF32.
 _PRODUCT_TILES = {2: (64, 128, 64, 4), 4: (64, 128, 16, 8)}
 
 _SUM_DTYPES = {

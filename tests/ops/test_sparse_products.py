@@ -15,9 +15,9 @@ from sae_lens_scale.ops import (
     latent_sums,
     sampled_products,
     sparse_decode,
+    torch_backend,
     transposed_latent_sums,
 )
-from sae_lens_scale.ops import torch_backend as kernels
 
 NUM_LATENTS, WIDTH = 12, 5
 
@@ -135,6 +135,6 @@ def test_results_do_not_depend_on_how_work_is_cut(monkeypatch: pytest.MonkeyPatc
     values, rows, weights = factors(pattern)
     whole = latent_sums(values, rows, pattern)
     sampled = sampled_products(rows.half(), weights.half(), pattern)
-    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 3 * WIDTH * 8)
+    monkeypatch.setattr(torch_backend, "_CHUNK_BYTES", 3 * WIDTH * 8)
     assert torch.equal(latent_sums(values, rows, pattern), whole)
     assert torch.equal(sampled_products(rows.half(), weights.half(), pattern), sampled)

@@ -1,6 +1,7 @@
 """SAELens's extension points: methods that its users override, as on its TopK SAE."""
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,8 @@ class DoubledActivations:
 
 
 class NegatedOutput:
+    # A wrapper has the module of what it wraps.
+    @functools.wraps(ScaleTrainingSAE.decode)
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
         return -super().decode(feature_acts)  # type: ignore[misc]
 

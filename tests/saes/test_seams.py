@@ -180,6 +180,8 @@ def test_a_target_may_be_another_than_the_input_and_of_another_width(sparse: boo
     assert_close(output.losses["auxiliary_reconstruction_loss"], 0.25 * errors)
     again = sae.calculate_aux_loss(step_input(X, DEAD), acts, hidden_pre, sae(X))
     assert_close(again, {name: output.losses[name] for name in again})
+    with pytest.raises(ValueError, match="a decoder of width d_in=10, got 4"):
+        sae.initialize_from_activations(X)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for _ in range(100):
         sae.training_forward_pass(step_input(X, DEAD)).loss.backward()
@@ -304,7 +306,6 @@ def test_a_masked_position_does_not_hide_the_same_one_kept():
         return Selected(positions, (3,), torch.tensor([[True, True, False]]))
 
     everything = torch.ones_like(ranking, dtype=torch.bool)
-    experts = torch.zeros(1, 1, dtype=torch.int64)
     rule = replace(SELECTIONS["activations"], select=select, per_token=False)
-    taken = strongest_dead(ranking, None, experts, everything, 2, rule)
+    taken = strongest_dead(ranking, everything, 2, rule)
     assert taken.tolist() == [[[True, True, False]]]

@@ -8,6 +8,7 @@ from helpers import X, assert_close, gradients, scale_sae, step_input, subclass
 from typing_extensions import override
 
 from sae_lens_scale import ScaleTrainingSAE
+from sae_lens_scale.saes.mixture import encoding
 from sae_lens_scale.saes.mixture.encoding import is_hooked
 
 frozen_or_not = pytest.mark.parametrize("frozen", [True, False])
@@ -149,3 +150,19 @@ def test_gradients_accumulate_and_outlive_the_step():
     assert_close(first, want, atol=0)
     summed = {name: sae.get_parameter(name).grad for name in first}
     assert_close(summed, {name: 2 * gradient for name, gradient in want.items()})
+
+
+def test_inference_computes_nothing_that_only_gradients_need(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+):
+    sae = make()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("products were made differentiable")
+
+    monkeypatch.setattr(encoding, "encoder_products", refuse)
+    with torch.no_grad():
+        sae(X)
+        sae.decode(sae.encode(X))
+    with pytest.raises(AssertionError, match="made differentiable"):
+        sae(X)

@@ -21,7 +21,7 @@ def dead_offsets(
     Bool[torch.Tensor, "num_experts most_dead"],
 ]:
     """
-    Find the dead latents of each expert, as if they were experts of their own.
+    Find the dead latents of each expert, as many positions for each.
 
     Args:
         dead_mask: True at dead latents, ``[d_sae]``.
@@ -40,32 +40,26 @@ def dead_offsets(
 
 @torch.no_grad()
 def strongest_dead(
-    pre_acts: Float[torch.Tensor, "tokens experts_per_token most_dead"],
-    norms: Float[torch.Tensor, "num_experts most_dead"] | None,
-    experts: Int[torch.Tensor, "tokens experts_per_token"],
-    is_dead: Bool[torch.Tensor, "tokens experts_per_token most_dead"],
+    ranking: Float[torch.Tensor, "rows e most_dead"],
+    is_dead: Bool[torch.Tensor, "rows e most_dead"],
     size: int,
     selection: Selection,
-) -> Bool[torch.Tensor, "tokens experts_per_token most_dead"]:
+) -> Bool[torch.Tensor, "rows e most_dead"]:
     """
     Choose the dead candidates of each token that take part in the loss.
 
     Args:
-        pre_acts: Their pre-activations, ``[tokens, experts_per_token, most_dead]``; see
+        ranking: Values to rank candidates by, ``[rows, e, most_dead]``; see
             :func:`dead_offsets`.
-        norms: Decoder norms of these latents, ``[num_experts, most_dead]``, if candidates
-            are ranked with them.
-        experts: Selected experts, ``[tokens, experts_per_token]``.
-        is_dead: True at those that are dead, in the shape of ``pre_acts``.
+        is_dead: True at those that are dead, in the shape of ``ranking``.
         size: Number of candidates that a token may have.
         selection: Rule that chooses.
 
     Returns:
         Which candidates take part, likewise.
     """
-    if selection.per_token and pre_acts.shape[1:].numel() <= size:
+    if selection.per_token and ranking.shape[1:].numel() <= size:
         return is_dead
-    ranking = pre_acts if norms is None else pre_acts * norms[experts]
     flat = ranking.masked_fill(~is_dead, -torch.inf).flatten(1)
     best = selection.select(flat, (size,))
     positions, candidates = best.positions, flat.shape[1]

@@ -1,4 +1,4 @@
-"""Dispatch: the way of tokens to the experts that they selected."""
+"""Dispatch of tokens to the experts that they selected."""
 
 from dataclasses import dataclass
 
@@ -9,19 +9,19 @@ from jaxtyping import Float, Int
 @dataclass(frozen=True)
 class Rows:
     """
-    Tokens where their experts are: the input of everything after the router.
+    Rows with their experts: the input of everything after the router.
 
-    In one process rows are the tokens of the batch, flattened. Where experts are held in
-    several places, a place has a row for each token that selected some of its experts, and
-    ``experts`` counts those that it holds.
+    Rows are the tokens of the batch, flattened. A subclass may give a token several rows,
+    each with some of its experts, which keep their numbers; see
+    :meth:`.MixtureEncoder.dispatch`.
 
     Attributes:
         x: Normalised activations, ``[rows, d_in]``.
         b_dec: Vector that the encoder subtracts from them, ``[d_in]``.
         experts: Experts of each row, ``[rows, experts_per_row]``, int64.
         gates: Gates of these experts, likewise.
-        shape: Leading dimensions of what is returned for each row, which multiply to their
-            number; in one process those of the batch.
+        shape: Leading dimensions of results for each row; those of the batch, if rows are
+            tokens.
     """
 
     x: Float[torch.Tensor, "rows d_in"]

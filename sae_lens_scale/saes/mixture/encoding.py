@@ -47,12 +47,15 @@ def is_hooked(hook: nn.Module) -> bool:
 
 
 def is_overridden(sae: SAE[Any], *names: str) -> bool:
-    """Say whether a subclass, or somebody on the SAE itself, replaced one of our methods."""
-    return any(
-        name in vars(sae)
-        or getattr(sae, name).__module__.rpartition(".")[0] != __package__
-        for name in names
-    )
+    """Say whether a subclass, or an attribute of the SAE, replaces one of these methods."""
+    return any(name in vars(sae) or _is_replaced(type(sae), name) for name in names)
+
+
+def _is_replaced(cls: type, name: str) -> bool:
+    owner = next(c for c in cls.__mro__ if name in vars(c))
+    # Of both: functools.wraps copies a function's module, and patches leave its class.
+    modules = (owner.__module__, vars(owner)[name].__module__)
+    return any(module.rpartition(".")[0] != __package__ for module in modules)
 
 
 class ConfigTopK(TopK):
@@ -110,11 +113,11 @@ class Encoding(NamedTuple):
 
     Attributes:
         routing: Experts and gates of each token.
-        rows: Tokens where their experts are.
+        rows: Input of everything after the router.
         applied_W_enc: Encoder vectors that rows are multiplied with, ``[d_in, d_sae]``.
         scaling: Feature scaling of each row's experts; None without.
-        all_pre_acts: Those of all candidates, before decoder norms, ``[rows, e, n]``; None
-            unless asked for.
+        all_pre_acts: Pre-activations of all candidates, before decoder norms,
+            ``[rows, e, n]``; None unless asked for.
         latents: Surviving latents and their feature activations, ``[..., k]``; a row each.
         pre_acts: Their pre-activations before any gate, ``[..., k]``, times decoder norms
             if TopK ranks with these.
@@ -138,11 +141,13 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
     Encoder of a mixture SAE; :class:`.MixtureSAE` describes its hooks.
 
     Two methods are seams, for subclasses that work otherwise: :meth:`selection` (which
-    candidates survive) and :meth:`dispatch` (where experts are), whose counterpart is
+    candidates survive) and :meth:`dispatch` (which rows a token has), whose counterpart is
     :meth:`.MixtureSAE.combine`.
 
-    In shapes ``rows`` counts tokens where their experts are, ``e`` experts of a row, ``n``
-    latents of an expert and ``m`` latents of a row that are kept.
+    In shapes ``rows`` counts rows (tokens, unless ``dispatch`` is overridden), ``e`` experts
+    of a row, ``n`` latents of an expert and ``m`` latents of a row that are kept. Positions
+    count a row's candidates, slots its experts, offsets the latents of an expert and indices
+    all latents of the SAE.
     """
 
     b_enc: nn.Parameter
@@ -199,19 +204,18 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         Bring tokens to the experts that they selected.
 
         Everything between here and :meth:`.MixtureSAE.combine` sees rows and no tokens:
-        products, selection, decoding. In one process a row is a token. An SAE whose experts
-        are held in several places gives each place a row for every token that selected an
-        expert held there, with that token's activations, the experts in question and their
-        gates; its selection ranks the rows of a token together, and its ``combine`` adds up
-        their partial reconstructions. Rows have to be differentiable in ``x``, ``b_dec``
-        and the gates.
+        products, selection, decoding. Here a row is a token. A subclass may give a token
+        several rows, each with some of its experts: its selection then ranks the rows of a
+        token together, and its ``combine`` adds up their partial reconstructions. Experts
+        keep their numbers, and weights hold all of them. Rows have to be differentiable in
+        ``x``, ``b_dec`` and the gates.
 
         Args:
             inputs: Input of router and encoder.
             routing: Experts and gates of each token.
 
         Returns:
-            The rows of the experts that are here.
+            The rows.
         """
         return Rows(
             x=inputs.x.reshape(-1, self.cfg.d_in),
@@ -236,8 +240,8 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             x: Activations of the language model, ``[..., d_in]``.
             runners_up: Number of latents to encode beyond the survivors; as many as there
                 are candidates left, at most.
-            with_all_pre_acts: Whether to return those of all candidates, with a gradient,
-                which makes the backward pass as dense as the forward pass. So does a hook on
+            with_all_pre_acts: Whether to return the pre-activations of all candidates, with
+                a gradient, which makes the backward pass as dense as the forward pass. So does a hook on
                 pre-activations, which may make any of them depend on any other.
         """
         cfg = self.cfg
@@ -332,19 +336,19 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
     @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
         """
-        The encoder's input. An SAE that overrides this has b_dec added back to what it
-        returns for the router, whose input is that of before the subtraction.
+        Input of the encoder. The router reads the same before b_dec is subtracted: where a
+        subclass overrides this method, b_dec is added back to its result.
         """
-        x, b_dec = self._inputs(sae_in, own=True)
+        x, b_dec = self._own_inputs(sae_in)
         return x - b_dec
 
-    def _inputs(self, x: torch.Tensor, own: bool = False) -> Inputs:
-        """Input of router and encoder; that of this class if ``own``, whatever overrides do."""
-        b_dec = self.b_dec
-        if not self.cfg.apply_b_dec_to_input:
-            b_dec = self.W_enc.new_zeros(self.cfg.d_in)
-        if not own and is_overridden(self, "process_sae_in"):
-            return Inputs(self.process_sae_in(x) + b_dec, b_dec)
+    def _inputs(self, x: torch.Tensor) -> Inputs:
+        if not is_overridden(self, "process_sae_in"):
+            return self._own_inputs(x)
+        sae_in, b_dec = self.process_sae_in(x), self._subtracted_b_dec()
+        return Inputs(sae_in + b_dec, b_dec)
+
+    def _own_inputs(self, x: torch.Tensor) -> Inputs:
         x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
         # A last dimension of 1 would broadcast against b_dec without an error.
         if x.shape[-1:] != (self.cfg.d_in,):
@@ -352,7 +356,12 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
                 f"the last dimension of x must be d_in={self.cfg.d_in}, "
                 f"got shape {tuple(x.shape)}"
             )
-        return Inputs(self.run_time_activation_norm_fn_in(x), b_dec)
+        return Inputs(self.run_time_activation_norm_fn_in(x), self._subtracted_b_dec())
+
+    def _subtracted_b_dec(self) -> torch.Tensor:
+        if self.cfg.apply_b_dec_to_input:
+            return self.b_dec
+        return self.W_enc.new_zeros(self.cfg.d_in)
 
     def _route(self, router_in: torch.Tensor) -> Routing:
         routing = route(
@@ -391,8 +400,8 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
     def _applied_encoder(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Encoder vectors that rows are multiplied with, ``[d_in, d_sae]``, and the omega that
-        scales these products, ``[num_experts]``; None without.
+        Encoder that rows are multiplied with, ``[d_in, d_sae]``, and omega,
+        ``[num_experts]``, if the products are scaled afterwards.
         """
         return self.W_enc, None
 

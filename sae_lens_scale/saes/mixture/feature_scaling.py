@@ -93,25 +93,25 @@ class ExpertScaling(NamedTuple):
     Feature scaling of products with the selected experts: ``scale * product + shift``.
 
     Attributes:
-        scale: ``1 + omega`` of each token's experts, ``[tokens, experts_per_token]``.
+        scale: ``1 + omega`` of each token's experts, ``[rows, e]``.
         shift: ``-omega`` times the products with their low-pass parts, likewise.
     """
 
-    scale: Float[torch.Tensor, "tokens experts_per_token"]
-    shift: Float[torch.Tensor, "tokens experts_per_token"]
+    scale: Float[torch.Tensor, "rows e"]
+    shift: Float[torch.Tensor, "rows e"]
 
     def apply(
         self,
-        products: Float[torch.Tensor, "tokens m"],
-        bias: Float[torch.Tensor, "tokens m"],
-        slots: Int[torch.Tensor, "tokens m"] | None = None,
-    ) -> Float[torch.Tensor, "tokens m"]:
+        products: Float[torch.Tensor, "rows m"],
+        bias: Float[torch.Tensor, "rows m"],
+        slots: Int[torch.Tensor, "rows m"] | None = None,
+    ) -> Float[torch.Tensor, "rows m"]:
         """
         Scale products, and add a bias.
 
         Args:
-            products: Products with latents of the selected experts, ``[tokens, m]``, or
-                with as many of each, ``[tokens, experts_per_token, n]``.
+            products: Products with latents of the selected experts, ``[rows, m]``, or
+                with as many of each, ``[rows, e, n]``.
             bias: Bias of each.
             slots: Positions of their experts among the token's, in the former case.
 
@@ -127,8 +127,8 @@ class ExpertScaling(NamedTuple):
 
 def expert_scaling(
     omega: Float[torch.Tensor, " num_experts"],
-    experts: Int[torch.Tensor, "tokens experts_per_token"],
-    mean_products: Float[torch.Tensor, "tokens experts_per_token"],
+    experts: Int[torch.Tensor, "rows e"],
+    mean_products: Float[torch.Tensor, "rows e"],
 ) -> ExpertScaling:
     """
     Feature scaling with the "mean" decomposition, without the scaled encoder.
@@ -138,7 +138,7 @@ def expert_scaling(
 
     Args:
         omega: Amplification of each expert, ``[num_experts]``.
-        experts: Selected experts, ``[tokens, experts_per_token]``.
+        experts: Selected experts, ``[rows, e]``.
         mean_products: Mean of the products with each selected expert, likewise.
 
     Returns:

@@ -67,8 +67,8 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
             x: Activations of the language model, ``[..., d_in]``.
 
         Returns:
-            The reconstruction, in the shape of ``x``; ``x`` with the effect of whatever
-            hooks edit, if ``use_error_term``.
+            The reconstruction, ``[..., d_out]``, as a rule in the shape of ``x``; with
+            ``use_error_term`` ``x`` itself, and the effect of what hooks edit.
         """
         sae_out = self._reconstruct(x)
         if self.use_error_term:
@@ -164,12 +164,12 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
 
     @override
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        # Parameters that move or change their dtype leave this memory without a use.
+        # A pool of the old device or dtype would never be used again.
         self._gradient_memory = BufferPool()
         return super()._apply(*args, **kwargs)
 
     def _fold_encoder(self) -> None:
-        """Make W_enc the encoder that is applied; for folds that need it to be."""
+        """Fold omega, if there is one, into W_enc."""
 
     @override
     @torch.no_grad()

@@ -89,11 +89,11 @@ def route(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, b_router, W_router = x.to(dtype), b_router.to(dtype), W_router.to(dtype)
-    center = b_router.detach()
+    b = b_router.detach()
     with torch.autocast(x.device.type, enabled=False):
         # The last term is zero. It gives b_router its gradient from one vector, where
         # x - b_router would need the gradient of every token.
-        logits = (x - center) @ W_router + (center - b_router) @ W_router
+        logits = (x - b) @ W_router + (b - b_router) @ W_router
     # Nobody asks for the logits of shared experts.
     logits = logits[..., num_shared_experts:]
     experts_per_token -= num_shared_experts

@@ -23,16 +23,16 @@ class Selected(NamedTuple):
     Candidates of each token that a selection keeps.
 
     Attributes:
-        positions: Positions among a token's candidates, ``[tokens, m]``, int64; distinct
+        positions: Positions among a token's candidates, ``[rows, m]``, int64; distinct
             where they are kept.
         widths: Number of columns that belong to each size, in order; they add up to m.
-        mask: True where these are kept, ``[tokens, m]``, for a rule that keeps more for one
+        mask: True where these are kept, ``[rows, m]``, for a rule that keeps more for one
             token than for another; None if all are.
     """
 
-    positions: Int[torch.Tensor, "tokens m"]
+    positions: Int[torch.Tensor, "rows m"]
     widths: tuple[int, ...]
-    mask: Bool[torch.Tensor, "tokens m"] | None = None
+    mask: Bool[torch.Tensor, "rows m"] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,15 @@ class Selection:
     A rule that decides which candidates survive.
 
     The encoder calls ``rank`` and then ``select``, without gradients. ``select`` gets the
-    ranking of all candidates, ``[tokens, candidates]``, and ascending sizes; for each size
-    it returns the candidates that a TopK of so many latents per token keeps and those of
-    the smaller sizes do not: for ``(k,)`` the survivors, for ``(k, 4 * k)`` the survivors
-    and after them the runners-up that the Multi-TopK loss trains. Where there are fewer
-    candidates than asked for, it returns all of them. A rule that keeps as many latents of
-    each token, and by that token alone, says so with ``per_token``, and may be given a part
-    of the batch at a time; any other one always sees the whole batch, and may return a mask.
+    ranking of all candidates, ``[rows, candidates]``, and ascending sizes such as
+    ``(k, 4 * k)``. It returns columns in that order: first the survivors, then those that
+    the next size adds (the runners-up of the Multi-TopK loss), or all candidates where there
+    are fewer. With ``per_token`` it keeps the same number of latents of every row, has no
+    mask, and may see a part of the batch; otherwise it sees the whole batch.
 
     Attributes:
-        rank: Ranking values, from pre-activations ``[tokens, experts_per_token,
-            expert_size]`` (decoder norms included, if they count) and gates ``[tokens,
-            experts_per_token]``.
+        rank: Ranking values, from pre-activations ``[rows, e, n]`` (decoder norms included,
+            if they count) and gates ``[rows, e]``.
         select: Survivors, as above.
         per_token: Whether ``select`` may see a part of the batch at a time.
         meaning: Description for the documentation.
@@ -65,13 +62,13 @@ class Selection:
 
 
 def topk(
-    ranking: Float[torch.Tensor, "tokens candidates"], sizes: Sequence[int]
+    ranking: Float[torch.Tensor, "rows candidates"], sizes: Sequence[int]
 ) -> Selected:
     """
     Keep each token's largest candidates.
 
     Args:
-        ranking: Values to rank by, ``[tokens, candidates]``.
+        ranking: Values to rank by, ``[rows, candidates]``.
         sizes: Numbers of candidates to keep, ascending; see :class:`Selection`.
 
     Returns:
@@ -107,7 +104,7 @@ SELECTIONS: dict[TopKOver, Selection] = {
 @dataclass(frozen=True)
 class Candidates:
     """
-    Some latents of each selected expert, n of each: all of them, or the dead ones.
+    Candidates of a selection: n latents of each selected expert, all of them or dead ones.
 
     Attributes:
         products: Products with their encoder vectors, ``[rows, e, n]``.

@@ -70,7 +70,8 @@ class MixtureTrainingSAE(
 
         All losses that compare with an input compare with this. Its width is that of W_dec
         and b_dec, which a subclass may make another than d_in (a transcoder's, say) where
-        ``apply_b_dec_to_input`` is off.
+        ``apply_b_dec_to_input`` is off. Initialisation from activations and the error term
+        need width d_in.
 
         Args:
             step_input: The batch, ``sae_in`` of shape ``[tokens, d_in]``.
@@ -141,7 +142,7 @@ class MixtureTrainingSAE(
         if is_overridden(self, "encode_with_hidden_pre"):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
             sae_out = self.decode(feature_acts)
-            # For the losses; hooks have seen the other one.
+            # The losses need an encoding of ours; hooks have seen the subclass's.
             with _disable_hooks(self), self._keep_run_time_norm_state():
                 encoding = self._encode(x, self._num_runners_up)
         elif (
@@ -296,14 +297,12 @@ class MixtureTrainingSAE(
         first = torch.arange(cfg.num_experts, device=offsets.device) * cfg.expert_size
         latents = first.unsqueeze(-1) + offsets
         pre_acts = self._dead_pre_acts(encoding, offsets, latents)
-        norms = None
+        ranking = pre_acts.detach()
         if cfg.rescale_acts_by_decoder_norm:
-            norms = decoder_norm(self.W_dec.detach())[latents]
+            ranking = ranking * decoder_norm(self.W_dec.detach())[latents][rows.experts]
         is_dead = is_dead[rows.experts]
         size = max(1, sae_out.shape[-1] // 2)
-        taken = strongest_dead(
-            pre_acts, norms, rows.experts, is_dead, size, self.selection()
-        )
+        taken = strongest_dead(ranking, is_dead, size, self.selection())
         gates = rows.gates.to(pre_acts.dtype).unsqueeze(-1)
         acts = torch.where(taken, pre_acts, 0) * gates
         W_dec = index_select(self.W_dec, 0, latents.flatten(), self._gradient_memory)
@@ -407,7 +406,7 @@ class MixtureTrainingSAE(
         weights = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
         try:
             state_dict = load_file(weights)
-            # Exactly its own: what an export lacks would be made up otherwise.
+            # All tensors are required: those that an export lacks would get start values.
             require_tensors(self.cfg, state_dict, self._shapes())
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{weights} cannot be loaded: {error}") from error
@@ -453,6 +452,11 @@ class MixtureTrainingSAE(
                 infinite values, in norms and once normalised too, or if
                 normalize_activations is "covariance_whitening".
         """
+        if len(self.b_dec) != self.cfg.d_in:
+            raise ValueError(
+                "initialize_from_activations needs a decoder of width "
+                f"d_in={self.cfg.d_in}, got {len(self.b_dec)}"
+            )
         if self.cfg.normalize_activations == "covariance_whitening":
             raise ValueError(
                 "initialize_from_activations cannot foresee the coordinates of "
