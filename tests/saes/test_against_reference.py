@@ -18,8 +18,10 @@ from helpers import (
     switch_sae,
 )
 
-GATES = ["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
-TOPK_OVER = ["activations", "gated_activations"]
+from sae_lens_scale.saes.mixture.routing import GATES
+from sae_lens_scale.saes.mixture.selection import SELECTIONS
+
+TOPK_OVER = list(SELECTIONS)
 
 
 def check_encode_decode(sae: Any, x: torch.Tensor) -> None:

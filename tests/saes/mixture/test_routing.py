@@ -6,6 +6,7 @@ import torch
 from helpers import reference_of, scale_sae
 
 from sae_lens_scale.saes.mixture.routing import (
+    GATES,
     Routing,
     expert_load,
     load_balance_loss,
@@ -18,9 +19,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "gate", ["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
-)
+@pytest.mark.parametrize("gate", list(GATES))
 @pytest.mark.parametrize(
     ("experts_per_token", "shared"), [(1, 0), (3, 0), (5, 0), (3, 1), (5, 3)]
 )
@@ -66,7 +65,7 @@ def test_rescaled_gates_average_one():
 def test_gates_stay_finite_where_probabilities_underflow():
     W = torch.eye(4)
     x = torch.tensor([[1000.0, 1.0, 0.0, 3.0]])
-    for gate in ("softmax", "renormalized", "rescaled", "double_softmax", "uniform"):
+    for gate in GATES:
         routing = route(x, W, torch.zeros(4), 3, gate)
         assert routing.weights.isfinite().all()
         # Ranked by logits: the probabilities of all but the first are 0 and tie.
