@@ -58,8 +58,6 @@ def strongest_dead(
     Returns:
         Which candidates take part, likewise.
     """
-    if selection.per_token and ranking.shape[1:].numel() <= size:
-        return is_dead
     flat = ranking.masked_fill(~is_dead, -torch.inf).flatten(1)
     best = selection.select(flat, (size,))
     positions, candidates = best.positions, flat.shape[1]

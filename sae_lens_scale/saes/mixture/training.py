@@ -297,12 +297,15 @@ class MixtureTrainingSAE(
         first = torch.arange(cfg.num_experts, device=offsets.device) * cfg.expert_size
         latents = first.unsqueeze(-1) + offsets
         pre_acts = self._dead_pre_acts(encoding, offsets, latents)
-        ranking = pre_acts.detach()
-        if cfg.rescale_acts_by_decoder_norm:
-            ranking = ranking * decoder_norm(self.W_dec.detach())[latents][rows.experts]
-        is_dead = is_dead[rows.experts]
-        size = max(1, sae_out.shape[-1] // 2)
-        taken = strongest_dead(ranking, is_dead, size, self.selection())
+        taken = is_dead = is_dead[rows.experts]
+        size, selection = max(1, sae_out.shape[-1] // 2), self.selection()
+        # A rule of each token alone leaves none out where there are no more than that.
+        if not selection.per_token or pre_acts.shape[1:].numel() > size:
+            ranking = pre_acts.detach()
+            if cfg.rescale_acts_by_decoder_norm:
+                norms = decoder_norm(self.W_dec.detach())[latents]
+                ranking = ranking * norms[rows.experts]
+            taken = strongest_dead(ranking, is_dead, size, selection)
         gates = rows.gates.to(pre_acts.dtype).unsqueeze(-1)
         acts = torch.where(taken, pre_acts, 0) * gates
         W_dec = index_select(self.W_dec, 0, latents.flatten(), self._gradient_memory)
