@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from .settings import set_number_types
 
-Split = Literal["train", "in_domain", "other_domain"]
+Split = Literal["train", "in_domain", "other_domain", "unseen_text"]
 
 MANIFEST = "manifest.json"
 
@@ -33,8 +33,9 @@ class CacheSettings:
         text: Text to train on, and in another part of it to evaluate on; a name
             that :func:`.load_text` knows.
         other_text: Text of another domain to evaluate on.
+        unseen_text: A third text to evaluate on, of which no setting was chosen.
         train_tokens, test_tokens, other_tokens: Tokens to train on, and to evaluate on of the
-            training text's other part and of the other text.
+            training text's other part and of each other text.
         context_size: Tokens per prompt, BOS included.
     """
 
@@ -42,6 +43,7 @@ class CacheSettings:
     hook_name: str = "blocks.8.hook_resid_post"
     text: str = "docstrings"
     other_text: str | None = None
+    unseen_text: str | None = None
     train_tokens: int = 2_000_000
     test_tokens: int = 100_000
     other_tokens: int = 100_000
@@ -60,10 +62,13 @@ class CacheSettings:
             "train": SplitSettings(*common, self.text, "train", self.train_tokens),
             "in_domain": SplitSettings(*common, self.text, "test", self.test_tokens),
         }
-        if self.other_text is not None:
-            splits["other_domain"] = SplitSettings(
-                *common, self.other_text, "all", self.other_tokens
-            )
+        others: tuple[tuple[Split, str | None], ...] = (
+            ("other_domain", self.other_text),
+            ("unseen_text", self.unseen_text),
+        )
+        for name, text in others:
+            if text is not None:
+                splits[name] = SplitSettings(*common, text, "all", self.other_tokens)
         return splits
 
 
@@ -191,6 +196,7 @@ class ActivationCache:
     Attributes:
         in_domain: Activations to evaluate on: of other documents of the same text.
         other_domain: Activations of a text of another domain.
+        unseen_text: Activations of a third text, of which no setting was chosen.
         settings: Their settings; None if they were not cached.
         folder: Their folder on disk, if they have one.
     """
@@ -198,6 +204,7 @@ class ActivationCache:
     train: Activations
     in_domain: Activations
     other_domain: Activations | None = None
+    unseen_text: Activations | None = None
     settings: CacheSettings | None = None
     folder: Path | None = None
 
@@ -259,6 +266,7 @@ class ActivationCache:
             train=self.train.to(device),
             in_domain=self.in_domain.to(device),
             other_domain=self.other_domain and self.other_domain.to(device),
+            unseen_text=self.unseen_text and self.unseen_text.to(device),
         )
 
 

@@ -39,6 +39,7 @@ COLUMNS = (
     Column("mse_other_domain", "other_domain.mse"),
     Column("fvu", "in_domain.fvu", _FVU),
     Column("fvu_other_domain", "other_domain.fvu", _FVU),
+    Column("fvu_unseen_text", "unseen_text.fvu", _FVU),
     Column("loss_recovered", "measures.loss_recovered.in_domain.score", _FVU),
     Column(
         "loss_recovered_other_domain",

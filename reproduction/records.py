@@ -53,6 +53,7 @@ class RunRecord:
             ``explained_variance`` (1 - fvu), ``l0``, ``alive`` (share of latents that fired),
             ``tokens`` (their number).
         other_domain: The same on text of another domain.
+        unseen_text: The same on a third text, of which no setting was chosen.
         dead: Share of latents that had not fired for long when training ended.
         measures: Further results, by name.
     """
@@ -69,6 +70,7 @@ class RunRecord:
     other_domain: dict[str, Any] | None
     dead: float
     measures: dict[str, Any]
+    unseen_text: dict[str, Any] | None = None
 
     def write(self, folder: str | Path) -> Path:
         """Write the record, whole or not at all, into a folder that is made if it is missing."""

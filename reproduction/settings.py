@@ -19,6 +19,23 @@ _LABELS = {
 }
 # A TopK SAE by the sparse compute of a mixture, of one expert.
 _ONE_EXPERT = {"num_experts": 1, "gate": "uniform", "load_balance_coefficient": 0.0}
+# What the runs leave out is as in version 0.1.0, in which most of them were recorded.
+_MIXTURE = {
+    "aux_loss_coefficient": 1 / 32,
+    "multi_topk_coefficient": 0.0,
+    "initialize_from_activations": False,
+    "router_lr_factor": 1.0,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "scale": {
+        **_MIXTURE,
+        "num_experts": 64,
+        "experts_per_token": 2,
+        "num_shared_experts": 0,
+        "gate": "rescaled",
+    },
+    "switch": {**_MIXTURE, "num_experts": 32, "gate": "softmax"},
+}
 _ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"full": ("switch", _ONE_EXPERT)}
 
 
@@ -122,31 +139,35 @@ class RunSettings:
         Raises:
             ValueError: If a field is not one of the architecture's own.
         """
-        cls, fixed = self._config_class()
+        cls, defaults, fixed = self._config_class()
         unknown = sorted(set(self.sae) - set(self.sae_fields()))
         if unknown or "d_sae" not in self.sae:
             raise ValueError(
                 f"sae must have d_sae and no field that {self.architecture!r} has not, "
                 f"got {unknown or sorted(self.sae)}"
             )
-        defaults = {"normalize_activations": "expected_average_only_in"}
         values = {**defaults, **self.sae, **fixed, "d_in": d_in, "device": device}
         return cls(**values)
 
     def sae_fields(self) -> dict[str, Any]:
         """List the fields that ``sae`` may have, with their types."""
-        cls, fixed = self._config_class()
+        cls, _, fixed = self._config_class()
         own = {"d_in", "device", "metadata", *fixed}
         names = [f.name for f in fields(cls) if f.init and f.name not in own]
         types = get_type_hints(cls)
         return {name: types[name] for name in names}
 
-    def _config_class(self) -> tuple[type[TrainingSAEConfig], dict[str, Any]]:
+    def _config_class(
+        self,
+    ) -> tuple[type[TrainingSAEConfig], dict[str, Any], dict[str, Any]]:
+        """The architecture's config, the laboratory's defaults for it, and what is fixed."""
         name, fixed = _ALIASES.get(self.architecture, (self.architecture, {}))
         try:
-            return get_sae_training_class(name)[1], fixed
+            cls = get_sae_training_class(name)[1]
         except KeyError:
             raise ValueError(f"architecture {self.architecture!r} is unknown") from None
+        normalize = {"normalize_activations": "expected_average_only_in"}
+        return cls, normalize | _DEFAULTS.get(name, {}), fixed
 
     @property
     def label(self) -> str:
@@ -165,7 +186,8 @@ class RunSettings:
         """Name of the run's files: label, k, seed and a hash of all settings."""
         # Fields that repeat a default do not count.
         given = _without_defaults(type(self), vars(self))
-        given["sae"] = _without_defaults(self._config_class()[0], self.sae)
+        cls, defaults, _ = self._config_class()
+        given["sae"] = _without_defaults(cls, self.sae, defaults)
         text = json.dumps(given, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         parts = [self.label.lower()]
@@ -202,6 +224,8 @@ def typed_number(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
-def _without_defaults(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
-    defaults = {f.name: f.default for f in fields(cls)}
+def _without_defaults(
+    cls: Any, values: dict[str, Any], changed: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    defaults = {f.name: f.default for f in fields(cls)} | (changed or {})
     return {name: value for name, value in values.items() if value != defaults[name]}

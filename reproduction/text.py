@@ -1,4 +1,4 @@
-"""Texts of the experiments: those of the package, An Anarchist FAQ and biomedical questions."""
+"""Texts of the experiments: those of the package, two of Debian's, and biomedical questions."""
 
 import subprocess
 import tempfile
@@ -10,7 +10,11 @@ from datasets import Dataset, IterableDataset, load_dataset
 from sae_lens_scale.loading import text
 from sae_lens_scale.loading.smollm2 import default_cache_dir
 
-_ANARCHISM = Path("usr/share/doc/anarchism/html")
+# Folders of texts in Debian's packages, by the package's name.
+_DEBIAN = {
+    "anarchism": Path("usr/share/doc/anarchism/html"),
+    "debian-handbook": Path("usr/share/doc/debian-handbook/html/en-US"),
+}
 
 
 def load_text(
@@ -20,8 +24,9 @@ def load_text(
     Load a text to run a language model on: documents in the column ``"text"``.
 
     Args:
-        name: "anarchism" (An Anarchist FAQ, prose on politics and history, from Debian's
-            package of that name, which is fetched with apt-get where it is not installed);
+        name: "anarchism" (An Anarchist FAQ, prose on politics and history) or
+            "debian-handbook" (The Debian Administrator's Handbook), from Debian's package of
+            that name, which is fetched with apt-get where it is not installed;
             "hle-biomedical" (the biomedical questions of Humanity's Last Exam, ``cais/hle``
             on the hub, which asks its users to log in); or any name that
             :func:`sae_lens_scale.loading.text.load_text` takes.
@@ -34,42 +39,46 @@ def load_text(
     """
     if name == "hle-biomedical":
         return _hle_biomedical(split)
-    if name == "anarchism":
-        name = str(fetch_anarchism())
+    if name in _DEBIAN:
+        name = str(fetch_debian(name))
     return text.load_text(name, split)
 
 
-def fetch_anarchism() -> Path:
+def fetch_debian(package: str) -> Path:
     """
-    Find the text of Debian's package ``anarchism``, in HTML: the installed package's, or one in the
+    Find the text of one of Debian's packages, in HTML: the installed package's, or one in the
     cache, which ``SAE_LENS_SCALE_CACHE`` names, fetched if it is missing.
+
+    Args:
+        package: "anarchism" or "debian-handbook".
 
     Raises:
         RuntimeError: It could not be fetched. The message says how to do it by hand.
     """
-    installed = Path("/", _ANARCHISM)
-    cached = default_cache_dir() / "anarchism"
+    installed = Path("/", _DEBIAN[package])
+    cached = default_cache_dir() / package
     if installed.is_dir():
         return installed
-    if not (cached / _ANARCHISM).is_dir():
+    if not (cached / _DEBIAN[package]).is_dir():
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             prefix=".download-", dir=cached.parent
         ) as temporary:
             options: Any = {"cwd": temporary, "text": True, "capture_output": True}
-            unpack = "dpkg -x anarchism_*.deb anarchism"
+            fetch = f"apt-get download -q {package}"
+            unpack = f"dpkg -x {package}_*.deb unpacked"
             try:
-                for command in ("apt-get download -q anarchism", unpack):
+                for command in (fetch, unpack):
                     subprocess.run(["sh", "-c", command], check=True, **options)
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(
-                    f"Debian's package anarchism could not be fetched "
+                    f"Debian's package {package} could not be fetched "
                     f"({error.stderr.strip()}). Install it, or unpack it with dpkg -x in "
                     f"{cached}."
                 ) from error
             # Whole or not at all.
-            Path(temporary, "anarchism").rename(cached)
-    return cached / _ANARCHISM
+            Path(temporary, "unpacked").rename(cached)
+    return cached / _DEBIAN[package]
 
 
 def _hle_biomedical(split: str) -> Dataset:

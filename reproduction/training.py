@@ -191,9 +191,10 @@ def train_run(
             dead=trainer.dead_neurons.double().mean().item(),
             measures={"flops_per_token": _flops(settings, sae)},
         )
-        if cache.other_domain is not None:
-            other = firing_counts(sae, cache.other_domain)
-            record.other_domain = reconstruction(sae, cache.other_domain, other)
+        for name in ("other_domain", "unseen_text"):
+            if (text := getattr(cache, name)) is not None:
+                other = reconstruction(sae, text, firing_counts(sae, text))
+                setattr(record, name, other)
         if measures:
             record.measures |= further_measures(sae, cache.in_domain, counts)
         record.seconds["total"] = time.perf_counter() - began

@@ -63,8 +63,8 @@ class ScaleSAEConfig(MixtureSAEConfig):
             Inherited from SAEConfig.
     """
 
-    num_experts: int = 64
-    experts_per_token: int = 2
+    num_experts: int = 256
+    experts_per_token: int = 8
     num_shared_experts: int = 0
     gate: GateName = "rescaled"
     topk_over: TopKOver = "gated_activations"
@@ -145,6 +145,7 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
         experts_per_token (int): Number of experts that each token selects (e).
         num_shared_experts (int): Number of these that are the same for all tokens: the
             first experts, with gate 1. The router chooses the others. Not in the paper.
+            None, as by default, is an eighth of experts_per_token, rounded down.
         k (int): Number of latents kept per token, over all its experts together; at
             most experts_per_token * d_sae / num_experts.
         gate (GateName): Multiplier of a selected expert's activations: an entry of
@@ -172,6 +173,11 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
             section 5.3.1, where it is 1/8), the squared error of a TopK that keeps 4 k
             latents, or as many as there are. More latents learn from each token. 0 turns it
             off.
+        initialize_from_activations (bool): Whether a fresh SAE starts from its first
+            training batch, as :meth:`initialize_from_activations` of the SAE describes.
+            Turn it off to start from random weights, or from weights that you set.
+        router_lr_factor (float): Learning rate of the router, as a multiple of that of
+            all else. In memory, not in files, W_router and b_router are divided by it.
         decoder_init_norm (float | None): Norm of the decoder rows at the start of
             training. Use None to disable. Inherited from TrainingSAEConfig.
         d_in (int): Input dimension (dimensionality of the activations being encoded).
@@ -190,9 +196,9 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
             Inherited from SAEConfig.
     """
 
-    num_experts: int = 64
-    experts_per_token: int = 2
-    num_shared_experts: int = 0
+    num_experts: int = 256
+    experts_per_token: int = 8
+    num_shared_experts: int = None  # type: ignore[assignment]
     gate: GateName = "rescaled"
     topk_over: TopKOver = "gated_activations"
     feature_scaling: bool = True
@@ -200,6 +206,10 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
+        if self.num_shared_experts is None:
+            # What is no integer is refused by name, with all else.
+            e = self.experts_per_token
+            self.num_shared_experts = e // 8 if isinstance(e, int) else 0
         super().__post_init__()
         require_choice("decomposition", self.decomposition, DECOMPOSITIONS)
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from .mixture.config import MixtureSAEConfig
+from .mixture.config import MixtureSAEConfig, MixtureTrainingSAEConfig
 from .mixture.inference import MixtureSAE
-from .mixture.training import MixtureTrainingSAE, MixtureTrainingSAEConfig
+from .mixture.routing import GateName
+from .mixture.training import MixtureTrainingSAE
 
 
 @dataclass
@@ -90,6 +91,11 @@ class SwitchTrainingSAEConfig(MixtureTrainingSAEConfig):
             section 5.3.1, where it is 1/8), the squared error of a TopK that keeps 4 k
             latents, or as many as there are. More latents learn from each token. 0 turns it
             off.
+        initialize_from_activations (bool): Whether a fresh SAE starts from its first
+            training batch, as :meth:`initialize_from_activations` of the SAE describes.
+            Turn it off to start from random weights, or from weights that you set.
+        router_lr_factor (float): Learning rate of the router, as a multiple of that of
+            all else. In memory, not in files, W_router and b_router are divided by it.
         decoder_init_norm (float | None): Norm of the decoder rows at the start of
             training. Use None to disable. Inherited from TrainingSAEConfig.
         d_in (int): Input dimension (dimensionality of the activations being encoded).
@@ -107,6 +113,10 @@ class SwitchTrainingSAEConfig(MixtureTrainingSAEConfig):
         metadata (SAEMetadata): Metadata about the SAE (model name, hook name, etc.).
             Inherited from SAEConfig.
     """
+
+    gate: GateName = "uniform"
+    # Its gates are 1, and so its router learns from load balancing only.
+    router_lr_factor: float = 1 / 64
 
     @override
     @classmethod

@@ -4,7 +4,7 @@ import sys
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -99,6 +99,12 @@ class MixtureSAEConfig(SAEConfig, ABC):
         require_choice("topk_over", self.topk_over, SELECTIONS)
 
 
+# As SAEConfig types them, which has no name for the type.
+NormalizeActivations: TypeAlias = Literal[
+    "none", "expected_average_only_in", "layer_norm", "covariance_whitening"
+]
+
+
 @dataclass
 class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
     """
@@ -110,14 +116,21 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
         load_balance_coefficient (float): Weight alpha of the load-balancing loss.
         aux_loss_coefficient (float): Weight of the dead-latent loss.
         multi_topk_coefficient (float): Weight of the Multi-TopK loss.
+        initialize_from_activations (bool): Whether a fresh SAE starts from its first
+            training batch.
+        router_lr_factor (float): Learning rate of the router, as a multiple of the rest's.
     """
 
     rescale_acts_by_decoder_norm: bool = True
+    normalize_activations: NormalizeActivations = "expected_average_only_in"
     use_sparse_activations: bool = True
     load_balance_coefficient: float = 0.03
-    # Gao et al.'s value; 1, as in SAELens's TopK, measured worse (docs/defaults.md).
-    aux_loss_coefficient: float = 1 / 32
-    multi_topk_coefficient: float = 0.0
+    # docs/defaults.md says what else was measured.
+    aux_loss_coefficient: float = 1 / 8
+    multi_topk_coefficient: float = 1 / 8
+    initialize_from_activations: bool = True
+    # A power of two: saved and loaded routers are equal bit for bit in every dtype.
+    router_lr_factor: float = 1 / 8
 
     @override
     def __post_init__(self) -> None:
@@ -132,6 +145,11 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
                 raise ValueError(
                     f"{name} must be a finite number of at least 0, got {value!r}"
                 )
+        if not _is_finite_number(self.router_lr_factor) or self.router_lr_factor <= 0:
+            raise ValueError(
+                "router_lr_factor must be a finite number above 0, got "
+                f"{self.router_lr_factor!r}"
+            )
         norm = self.decoder_init_norm
         if norm is not None and (not _is_finite_number(norm) or norm <= 0):
             raise ValueError(

@@ -366,8 +366,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
     def _route(self, router_in: torch.Tensor) -> Routing:
         routing = route(
             router_in,
-            self.W_router,
-            self.b_router,
+            *self.applied_router(),
             self.cfg.experts_per_token,
             self.cfg.gate,
             self.cfg.num_shared_experts,
@@ -397,6 +396,10 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
                 f"hook_expert_indices must be in range(num_experts="
                 f"{self.cfg.num_experts}), got {bad[0].item()}"
             )
+
+    def applied_router(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and centre that tokens are routed with, ``[d_in, num_experts]``, ``[d_in]``."""
+        return self.W_router, self.b_router
 
     def _applied_encoder(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """

@@ -168,6 +168,11 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         self._gradient_memory = BufferPool()
         return super()._apply(*args, **kwargs)
 
+    def _set_router(self, W_router: torch.Tensor, b_router: torch.Tensor) -> None:
+        """Route with these from now on; see :meth:`applied_router`."""
+        self.W_router.data.copy_(W_router)
+        self.b_router.data.copy_(b_router)
+
     def _fold_encoder(self) -> None:
         """Fold omega, if there is one, into W_enc."""
 
@@ -175,8 +180,8 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         super().fold_activation_norm_scaling_factor(scaling_factor)
-        self.W_router.data *= scaling_factor
-        self.b_router.data /= scaling_factor
+        W_router, b_router = self.applied_router()
+        self._set_router(W_router * scaling_factor, b_router / scaling_factor)
 
     @override
     @torch.no_grad()
@@ -205,14 +210,15 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         self._fold_encoder()
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
         # The router sees (x - mean) M - b_router = (x - (b_router M^-1 + mean)) M.
-        dtype = torch.promote_types(self.W_router.dtype, whitening_matrix.dtype)
+        W_router, b_router = self.applied_router()
+        dtype = torch.promote_types(W_router.dtype, whitening_matrix.dtype)
         mean, whitening_matrix, unwhitening_matrix = (
             t.to(self.device, dtype)
             for t in (mean, whitening_matrix, unwhitening_matrix)
         )
-        self.W_router.data.copy_(whitening_matrix @ self.W_router.data.to(dtype))
-        self.b_router.data.copy_(
-            self.b_router.data.to(dtype) @ unwhitening_matrix + mean
+        self._set_router(
+            whitening_matrix @ W_router.to(dtype),
+            b_router.to(dtype) @ unwhitening_matrix + mean,
         )
 
     @override

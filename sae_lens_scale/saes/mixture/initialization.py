@@ -44,19 +44,21 @@ def spherical_kmeans(
 
     Centres start at points drawn as in k-means++ (Arthur & Vassilvitskii 2007), and one
     that loses all its points restarts at the point that its own centre explains worst.
-    Randomness is torch's.
+    Randomness is torch's. Of fewer points than clusters, each is a cluster, and the other
+    centres have random directions.
 
     Args:
-        x: Points, ``[tokens, d_in]``, at least ``num_clusters`` of them.
+        x: Points, ``[tokens, d_in]``.
         num_clusters: Number of clusters.
         max_iterations: Iterations at most; it stops when no point moves.
 
     Returns:
         Unit-norm centres, ``[num_clusters, d_in]``.
     """
-    directions = torch.nn.functional.normalize(x, dim=-1)
+    missing = x.new_empty(max(0, num_clusters - len(x)), x.shape[1]).normal_()
+    directions = torch.nn.functional.normalize(torch.cat([x, missing]), dim=-1)
     centers = _spread_out_points(directions, num_clusters)
-    assignment = torch.full((len(x),), -1, device=x.device)
+    assignment = torch.full((len(directions),), -1, device=x.device)
     for _ in range(max_iterations):
         similarity, nearest = (directions @ centers.T).max(dim=-1)
         if torch.equal(nearest, assignment):

@@ -4,20 +4,17 @@ from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import (
     TrainCoefficientConfig,
-    TrainingSAE,
     TrainStepInput,
     TrainStepOutput,
     _disable_hooks,
 )
-from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typing_extensions import override
@@ -31,14 +28,12 @@ from sae_lens_scale.ops import (
     lookup,
 )
 
-from .config import MixtureTrainingSAEConfig
 from .dead_latents import dead_latent_loss, dead_offsets, strongest_dead
 from .encoding import Encoding, is_hooked, is_overridden
 from .files import require_tensors
-from .inference import MixtureSAE
-from .initialization import geometric_median, spherical_kmeans
 from .routing import expert_load, load_balance_loss
 from .selection import Candidates
+from .start import T_MIXTURE_TRAINING_CONFIG, StartingSAE
 
 # Of Gao et al. 2024, section 5.3.1.
 MULTI_TOPK_FACTOR = 4
@@ -49,14 +44,7 @@ Metrics: TypeAlias = dict[
     str, torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
 ]
 
-T_MIXTURE_TRAINING_CONFIG = TypeVar(
-    "T_MIXTURE_TRAINING_CONFIG", bound=MixtureTrainingSAEConfig
-)
-
-
-class MixtureTrainingSAE(
-    MixtureSAE[T_MIXTURE_TRAINING_CONFIG], TrainingSAE[T_MIXTURE_TRAINING_CONFIG], ABC
-):
+class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
     """Training of a mixture-of-experts SAE."""
 
     # Each routed expert's share of the selections in the last step that was logged.
@@ -139,6 +127,8 @@ class MixtureTrainingSAE(
                 weight into NaN, without an error.
         """
         x = step_input.sae_in
+        if self._is_fresh:
+            self._start_from_first_batch(x)
         if is_overridden(self, "encode_with_hidden_pre"):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
             sae_out = self.decode(feature_acts)
@@ -418,7 +408,7 @@ class MixtureTrainingSAE(
 
     @override
     def log_histograms(self) -> dict[str, NDArray[Any]]:
-        norms = self.W_router.detach().float().norm(dim=0).cpu().numpy()
+        norms = self.applied_router()[0].detach().norm(dim=0).cpu().numpy()
         histograms = {**super().log_histograms(), "weights/W_router_norms": norms}
         if self._logged_load is not None:
             histograms["router/load"] = self._logged_load.cpu().numpy()
@@ -427,76 +417,3 @@ class MixtureTrainingSAE(
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {}
-
-    @torch.no_grad()
-    def initialize_from_activations(self, batch: torch.Tensor) -> None:
-        """
-        Start from the activations instead of from constants; before training.
-
-        b_dec and b_router become the geometric median of the batch. The router's
-        columns become the centres of a spherical k-means of the centred batch,
-        scaled so that logits have unit spread (those of shared experts, which nobody
-        uses, become zeros). Decoder rows keep their random
-        directions and the encoder becomes the decoder transposed.
-
-        SAELens rescales activations before training if ``normalize_activations`` says
-        so; the batch is rescaled here in the same way, from its own statistics. Whitening
-        it so is refused: whitened coordinates turn with the sample that they are
-        estimated from, and the trainer will estimate its own.
-
-        Args:
-            batch: Raw activations of the language model, ``[tokens, d_in]`` or with
-                more leading dimensions; at least num_experts tokens, without
-                special tokens if training excludes them. A few hundred tokens per
-                expert are enough.
-
-        Raises:
-            ValueError: If the batch has the wrong width, too few tokens, or NaN or
-                infinite values, in norms and once normalised too, or if
-                normalize_activations is "covariance_whitening".
-        """
-        if len(self.b_dec) != self.cfg.d_in:
-            raise ValueError(
-                "initialize_from_activations needs a decoder of width "
-                f"d_in={self.cfg.d_in}, got {len(self.b_dec)}"
-            )
-        if self.cfg.normalize_activations == "covariance_whitening":
-            raise ValueError(
-                "initialize_from_activations cannot foresee the coordinates of "
-                "normalize_activations='covariance_whitening'"
-            )
-        if batch.shape[-1:] != (self.cfg.d_in,):
-            raise ValueError(
-                f"the last dimension of batch must be d_in={self.cfg.d_in}, "
-                f"got shape {tuple(batch.shape)}"
-            )
-        raw = batch.reshape(-1, self.cfg.d_in).to(self.device, torch.float32)
-        if len(raw) < self.cfg.num_experts:
-            raise ValueError(
-                f"batch must hold at least num_experts={self.cfg.num_experts} tokens, "
-                f"got {len(raw)}"
-            )
-        x = self._normalize_like_the_trainer(raw)
-        if not all(t.norm(dim=-1).isfinite().all() for t in (raw, x)):
-            raise ValueError(
-                "batch must be finite, in norms and once normalised too, got NaN or "
-                "infinite values"
-            )
-        median = geometric_median(x)
-        self.b_dec.data.copy_(median)
-        self.b_router.data.copy_(median)
-        shared = self.cfg.num_shared_experts
-        centers = spherical_kmeans(x - median, self.cfg.num_experts - shared)
-        logits = (x - median) @ centers.T
-        # Bessel's correction would make the spread of a single logit NaN.
-        spread = logits.std(correction=min(1, logits.numel() - 1)).clamp(min=1e-8)
-        self.W_router.data.copy_(F.pad(centers.T / spread, (shared, 0)))
-        self.b_enc.data.zero_()
-        self.W_enc.data.copy_(self.W_dec.data.T)
-
-    def _normalize_like_the_trainer(self, x: torch.Tensor) -> torch.Tensor:
-        scaler = ActivationScaler()
-        if self.cfg.normalize_activations == "expected_average_only_in":
-            scaler.estimate_scaling_factor(self.cfg.d_in, iter([x]), 1)
-        with self._keep_run_time_norm_state():
-            return self.run_time_activation_norm_fn_in(scaler(x))
