@@ -2,7 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
+
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.registry import get_sae_training_class
+
+from sae_lens_scale import recommended_config
 
 from .activations import CacheSettings
 from .recipes import RECIPES
@@ -262,6 +268,34 @@ class _Experiment:
             runs.append(self.run("scale", sae, **how))
         return runs
 
+    def defaults(self) -> list[RunSettings]:
+        """
+        What users get: by the recommended recipe; with the architecture's name and sizes alone, and
+        SAELens's defaults; likewise in version 0.1.0.
+        """
+        runs = []
+        for k, architecture in product(self.ks, ("scale", "switch")):
+            sizes = {"d_in": self.d_in, "d_sae": 32 * self.d_in, "k": k}
+            text: dict[str, Any] = {
+                "model_name": self.cache.model,
+                "hook_name": self.cache.hook_name,
+                "dataset_path": self.cache.text,
+                "training_tokens": self.training["training_tokens"],
+                "verbose": False,
+            }
+            recommended = recommended_config(architecture, **sizes, **text)
+            sae_class = get_sae_training_class(architecture)[1]
+            alone = LanguageModelSAERunnerConfig(sae=sae_class(**sizes), **text)
+            stock = RunSettings.of_runner(alone, "SAELens's defaults")
+            old = {**sizes, "normalize_activations": "none"}
+            del old["d_in"]
+            runs += [
+                RunSettings.of_runner(recommended, "recommended"),
+                stock,
+                replace(stock, sae=old, variant="0.1.0, SAELens's defaults"),
+            ]
+        return runs
+
     def redundancy(self) -> list[RunSettings]:
         """Few latents, few of them active, all tokens: where experts would repeat others."""
         starts = {"narrow": {}, "narrow no k-means": {"initialization": "default"}}
@@ -302,7 +336,7 @@ class _Experiment:
 _EXPERIMENTS = (
     _Experiment(
         base="smollm2",
-        cache=CacheSettings(other_text="anarchism"),
+        cache=CacheSettings(other_text="anarchism", unseen_text="debian-handbook"),
         d_in=576,
         ks=(8, 16, 32, 64),
         training={"training_tokens": 1_000_000, "batch_size": 1_024},
@@ -354,5 +388,6 @@ PRESETS: dict[str, Preset] = {
         ("-gates", experiment.gates),
         ("-recipe", experiment.recipe),
         ("-redundancy", experiment.redundancy),
+        ("-defaults", experiment.defaults),
     )
 }

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
@@ -126,6 +127,30 @@ class RunSettings:
                 "lr_warm_up_fraction and lr_decay_fraction must be shares of the steps, "
                 f"got {shares[0]} and {shares[1]}"
             )
+
+    @classmethod
+    def of_runner(
+        cls, cfg: LanguageModelSAERunnerConfig[Any], variant: str
+    ) -> "RunSettings":
+        """The settings of a run that SAELens's runner would do by a config."""
+        steps = cfg.training_tokens // cfg.train_batch_size_tokens
+        run = cls(
+            cfg.sae.architecture(),
+            {"d_sae": cfg.sae.d_sae},
+            lr=cfg.lr,
+            lr_scheduler_name=cfg.lr_scheduler_name,
+            lr_warm_up_fraction=cfg.lr_warm_up_steps / steps,
+            lr_decay_fraction=cfg.lr_decay_steps / steps,
+            adam_beta1=cfg.adam_beta1,
+            adam_beta2=cfg.adam_beta2,
+            batch_size=cfg.train_batch_size_tokens,
+            training_tokens=cfg.training_tokens,
+            dead_after_tokens=cfg.dead_feature_window * cfg.train_batch_size_tokens,
+            initialization="default",
+            variant=variant,
+        )
+        # All of its fields: what the package's defaults are may change.
+        return replace(run, sae={n: getattr(cfg.sae, n) for n in run.sae_fields()})
 
     @property
     def steps(self) -> int:

@@ -15,6 +15,7 @@ from sae_lens.registry import (
     register_sae_training_class,
 )
 
+from .recipes import recommended_config
 from .saes import (
     ScaleSAE,
     ScaleSAEConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "SwitchSAEConfig",
     "SwitchTrainingSAE",
     "SwitchTrainingSAEConfig",
+    "recommended_config",
 ]
 
 

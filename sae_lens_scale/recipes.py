@@ -1,0 +1,247 @@
+"""
+Recipes: training settings by the sizes of a run.
+
+docs/defaults.md says what they were measured on.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.registry import get_sae_training_class
+
+from sae_lens_scale.saes.mixture.config import require_choice
+
+Architecture = Literal["scale", "switch"]
+RecipeName = Literal["recommended", "paper"]
+
+ARCHITECTURES: dict[Architecture, str] = {
+    "scale": "several experts per token",
+    "switch": "one expert per token",
+}
+RECIPES: dict[RecipeName, str] = {
+    "recommended": "the settings that reconstructed best",
+    "paper": "the settings of the architecture's authors",
+}
+
+# A token pays for one latent in so many.
+_SHARE = 32
+_LONG_RUN = 500_000
+_VERY_LONG_RUN = 10_000_000
+_LARGE_K = 64
+# Tokens that SAELens mixes, and that it estimates the activations' norm from.
+_MIXED_TOKENS = 65_536
+_NORM_TOKENS = 16_384
+
+
+class Recipe(NamedTuple):
+    """
+    Settings of a training run.
+
+    Attributes:
+        runner: Fields of the runner's config.
+        sae: Fields of the SAE's config.
+    """
+
+    runner: dict[str, Any]
+    sae: dict[str, Any]
+
+
+def recipe_of(
+    name: RecipeName,
+    architecture: Architecture,
+    *,
+    d_sae: int,
+    k: int,
+    training_tokens: int,
+    context_size: int = 128,
+) -> Recipe:
+    """
+    Choose the settings of a training run by its sizes.
+
+    Args:
+        name: "recommended" (the settings that reconstructed best in short runs on
+            SmolLM2-135M) or "paper" (those of the architecture's authors, from their code).
+        architecture: "scale" or "switch".
+        d_sae: Number of latents.
+        k: Number of latents kept per token.
+        training_tokens: Tokens to train on.
+        context_size: Tokens per prompt.
+
+    Returns:
+        The settings; all others keep their defaults.
+
+    Raises:
+        ValueError: If a name is unknown, a size is no positive integer, or d_sae cannot be
+            divided among experts.
+    """
+    require_choice("recipe", name, RECIPES)
+    require_choice("architecture", architecture, ARCHITECTURES)
+    sizes = {
+        "d_sae": d_sae,
+        "k": k,
+        "training_tokens": training_tokens,
+        "context_size": context_size,
+    }
+    for size, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{size} must be a positive integer, got {value!r}")
+    recipe = (_paper if name == "paper" else _recommended)(
+        architecture, d_sae, k, training_tokens
+    )
+    batch_size = recipe.runner["train_batch_size_tokens"]
+    if training_tokens < batch_size:
+        raise ValueError(
+            f"training_tokens must be at least the {batch_size} of a training step, got "
+            f"{training_tokens}"
+        )
+    # Not of a recipe but of SAELens, whose defaults are for smaller batches.
+    mixed = max(_MIXED_TOKENS, 4 * batch_size)
+    recipe.runner["n_batches_in_buffer"] = -(-mixed // context_size)
+    recipe.runner["exclude_special_tokens"] = True
+    return recipe
+
+
+def _recommended(
+    architecture: Architecture, d_sae: int, k: int, training_tokens: int
+) -> Recipe:
+    batch_size = 1_024 if training_tokens < _VERY_LONG_RUN else 4_096
+    steps = training_tokens // batch_size
+    dead_after_tokens = 8_000 if architecture == "scale" else 20_000
+    runner: dict[str, Any] = {
+        "train_batch_size_tokens": batch_size,
+        "lr": 1.6e-3,
+        "adam_beta2": 0.99,
+        "lr_warm_up_steps": steps // 20,
+        # A rate that falls for longer is better, but not in short runs.
+        "lr_decay_steps": steps // (2 if training_tokens >= _LONG_RUN else 5),
+        # Rare latents, which learn late, get longer to show themselves in longer runs.
+        "dead_feature_window": max(
+            1, dead_after_tokens * max(1, training_tokens // 1_000_000) // batch_size
+        ),
+        "n_batches_for_norm_estimate": -(-_NORM_TOKENS // batch_size),
+    }
+    sae = _experts(architecture, d_sae, k)
+    return Recipe(runner, sae)
+
+
+def _experts(architecture: Architecture, d_sae: int, k: int) -> dict[str, Any]:
+    """Divide the latents: as finely as was measured, but not into experts of a few latents."""
+    most = 256 if architecture == "scale" else _SHARE
+    least_size = 32 if architecture == "scale" else max(32, 2 * k)
+    num_experts = most
+    while num_experts > 1 and (
+        d_sae % num_experts or d_sae // num_experts < least_size
+    ):
+        num_experts //= 2
+    if num_experts == 1:
+        raise ValueError(
+            f"d_sae must be divisible into experts of at least {least_size} latents, got "
+            f"{d_sae}: choose num_experts yourself"
+        )
+    if architecture == "switch":
+        return {"num_experts": num_experts}
+    # Twice as many candidates as are kept, at least.
+    needed = -(-2 * k // (d_sae // num_experts))
+    experts_per_token = min(num_experts, max(2, num_experts // _SHARE, needed))
+    return {"num_experts": num_experts, "experts_per_token": experts_per_token}
+
+
+def _paper(
+    architecture: Architecture, d_sae: int, k: int, training_tokens: int
+) -> Recipe:
+    """
+    Settings of https://github.com/shahinxu/Scale-Sparse-Autoencoder and of the code of Mudide
+    et al.; activations as they are, whose variance their load-balancing weight suits.
+    """
+    batch_size = 8_192
+    steps = training_tokens // batch_size
+    runner: dict[str, Any] = {
+        "train_batch_size_tokens": batch_size,
+        "lr": 2e-4 / (d_sae / 2**14) ** 0.5,
+        "lr_decay_steps": steps // 5,
+        "dead_feature_window": max(1, 10_000_000 // batch_size),
+    }
+    sae: dict[str, Any] = {
+        "normalize_activations": "none",
+        "initialize_from_activations": False,
+        "router_lr_factor": 1.0,
+        "load_balance_coefficient": 3.0,
+        "multi_topk_coefficient": 0.0,
+    }
+    if architecture == "scale":
+        sae |= {
+            "num_experts": 64,
+            "experts_per_token": 2,
+            "num_shared_experts": 0,
+            "gate": "double_softmax",
+            "aux_loss_coefficient": 0.0,
+        }
+    else:
+        sae |= {"num_experts": 32, "gate": "softmax", "aux_loss_coefficient": 1 / 32}
+    return Recipe(runner, sae)
+
+
+def recommended_config(
+    architecture: Architecture = "scale",
+    *,
+    model_name: str,
+    hook_name: str,
+    d_in: int,
+    d_sae: int,
+    k: int,
+    training_tokens: int,
+    dataset_path: str,
+    recipe: RecipeName = "recommended",
+    sae: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> LanguageModelSAERunnerConfig[Any]:
+    """
+    Make a config for SAELens's runner that needs nothing else.
+
+    Measured on SmolLM2-135M, 1,000,000 tokens (docs/defaults.md); long runs on GPUs were
+    not.
+
+    Args:
+        architecture: "scale" or "switch".
+        model_name: Name of the language model.
+        hook_name: Its hook to train on.
+        d_in: Width of the activations there.
+        d_sae: Number of latents.
+        k: Number of latents kept per token.
+        training_tokens: Tokens to train on.
+        dataset_path: Text: a data set on the hub or on disk.
+        recipe: "recommended", or "paper" for the settings of the architecture's authors.
+        sae: Fields of the SAE's config to choose otherwise.
+        **overrides: Fields of the runner's config to choose otherwise.
+
+    Returns:
+        The config, whose fields may be changed as any other's.
+
+    Raises:
+        ValueError: As :func:`recipe_of`, and as the configs.
+    """
+    chosen = recipe_of(
+        recipe,
+        architecture,
+        d_sae=d_sae,
+        k=k,
+        training_tokens=training_tokens,
+        context_size=overrides.get("context_size", 128),
+    )
+    sae_config_class = get_sae_training_class(architecture)[1]
+    sizes = {"d_in": d_in, "d_sae": d_sae, "k": k}
+    # The SAE lives where the runner puts it.
+    where = {n: overrides[n] for n in ("device", "dtype") if n in overrides}
+    runner: dict[str, Any] = {
+        "model_name": model_name,
+        "hook_name": hook_name,
+        "training_tokens": training_tokens,
+        "dataset_path": dataset_path,
+        **chosen.runner,
+        **overrides,
+    }
+    return LanguageModelSAERunnerConfig(
+        sae=sae_config_class(**{**sizes, **where, **chosen.sae, **(sae or {})}),
+        **runner,
+    )
