@@ -55,6 +55,7 @@ def recipe_of(
     k: int,
     training_tokens: int,
     context_size: int = 128,
+    train_batch_size_tokens: int | None = None,
 ) -> Recipe:
     """
     Choose the settings of a training run by its sizes.
@@ -67,6 +68,7 @@ def recipe_of(
         k: Number of latents kept per token.
         training_tokens: Tokens to train on.
         context_size: Tokens per prompt.
+        train_batch_size_tokens: Tokens per training step; None for the recipe's choice.
 
     Returns:
         The settings; all others keep their defaults.
@@ -77,39 +79,54 @@ def recipe_of(
     """
     require_choice("recipe", name, RECIPES)
     require_choice("architecture", architecture, ARCHITECTURES)
+    batch_size = train_batch_size_tokens
+    if batch_size is None:
+        batch_size = _batch_size(name, training_tokens)
     sizes = {
         "d_sae": d_sae,
         "k": k,
         "training_tokens": training_tokens,
         "context_size": context_size,
+        "train_batch_size_tokens": batch_size,
     }
     for size, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{size} must be a positive integer, got {value!r}")
-    recipe = (_paper if name == "paper" else _recommended)(
-        architecture, d_sae, k, training_tokens
-    )
-    batch_size = recipe.runner["train_batch_size_tokens"]
     if training_tokens < batch_size:
         raise ValueError(
             f"training_tokens must be at least the {batch_size} of a training step, got "
             f"{training_tokens}"
         )
-    # Not of a recipe but of SAELens, whose defaults are for smaller batches.
-    mixed = max(_MIXED_TOKENS, 4 * batch_size)
-    recipe.runner["n_batches_in_buffer"] = -(-mixed // context_size)
-    recipe.runner["exclude_special_tokens"] = True
-    return recipe
+    if name == "paper":
+        recipe = _paper(architecture, d_sae, training_tokens, batch_size)
+    else:
+        recipe = _recommended(architecture, d_sae, k, training_tokens, batch_size)
+    runner: dict[str, Any] = {
+        "train_batch_size_tokens": batch_size,
+        # Not of a recipe: SAELens's default mixes 2,560 tokens.
+        "n_batches_in_buffer": -(-max(_MIXED_TOKENS, 4 * batch_size) // context_size),
+        "exclude_special_tokens": True,
+    }
+    return Recipe(runner | recipe.runner, recipe.sae)
+
+
+def _batch_size(name: RecipeName, training_tokens: int) -> int:
+    if name == "paper":
+        return 8_192
+    # Small steps are better while there are few.
+    return 1_024 if training_tokens < _VERY_LONG_RUN else 4_096
 
 
 def _recommended(
-    architecture: Architecture, d_sae: int, k: int, training_tokens: int
+    architecture: Architecture,
+    d_sae: int,
+    k: int,
+    training_tokens: int,
+    batch_size: int,
 ) -> Recipe:
-    batch_size = 1_024 if training_tokens < _VERY_LONG_RUN else 4_096
     steps = training_tokens // batch_size
     dead_after_tokens = 8_000 if architecture == "scale" else 20_000
     runner: dict[str, Any] = {
-        "train_batch_size_tokens": batch_size,
         "lr": 1.6e-3,
         "adam_beta2": 0.99,
         "lr_warm_up_steps": steps // 20,
@@ -121,8 +138,7 @@ def _recommended(
         ),
         "n_batches_for_norm_estimate": -(-_NORM_TOKENS // batch_size),
     }
-    sae = _experts(architecture, d_sae, k)
-    return Recipe(runner, sae)
+    return Recipe(runner, _experts(architecture, d_sae, k))
 
 
 def _experts(architecture: Architecture, d_sae: int, k: int) -> dict[str, Any]:
@@ -148,18 +164,15 @@ def _experts(architecture: Architecture, d_sae: int, k: int) -> dict[str, Any]:
 
 
 def _paper(
-    architecture: Architecture, d_sae: int, k: int, training_tokens: int
+    architecture: Architecture, d_sae: int, training_tokens: int, batch_size: int
 ) -> Recipe:
     """
     Settings of https://github.com/shahinxu/Scale-Sparse-Autoencoder and of the code of Mudide
     et al.; activations as they are, whose variance their load-balancing weight suits.
     """
-    batch_size = 8_192
-    steps = training_tokens // batch_size
     runner: dict[str, Any] = {
-        "train_batch_size_tokens": batch_size,
         "lr": 2e-4 / (d_sae / 2**14) ** 0.5,
-        "lr_decay_steps": steps // 5,
+        "lr_decay_steps": training_tokens // batch_size // 5,
         "dead_feature_window": max(1, 10_000_000 // batch_size),
     }
     sae: dict[str, Any] = {
@@ -228,6 +241,7 @@ def recommended_config(
         k=k,
         training_tokens=training_tokens,
         context_size=overrides.get("context_size", 128),
+        train_batch_size_tokens=overrides.get("train_batch_size_tokens"),
     )
     sae_config_class = get_sae_training_class(architecture)[1]
     sizes = {"d_in": d_in, "d_sae": d_sae, "k": k}

@@ -9,9 +9,19 @@ from typing import Any
 
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
+from sae_lens_scale.recipes import ARCHITECTURES, RECIPES, recipe_of
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 
 from .output import complain, error_text, print_result
+
+# What a recipe depends on, and the defaults of SAELens's command.
+_SIZES = {
+    "d_sae": 1024,
+    "k": 32,
+    "training_tokens": 2_000_000,
+    "context_size": 128,
+    "train_batch_size_tokens": None,
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -25,6 +35,14 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(format_help=parser.format_help)
+    parser.add_argument(
+        "--recipe",
+        choices=[*RECIPES, "none"],
+        help="settings for what the other options leave open, chosen by d_sae, k and "
+        "training_tokens: the ones that reconstructed best (recommended), those of the "
+        "architecture's authors (paper), or SAELens's defaults (none); scale and switch "
+        "have recipes, recommended by default, other architectures none",
+    )
     parser.add_argument(
         "--fused_optimizer",
         action="store_true",
@@ -55,7 +73,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
     # SAELens takes no options at all for a call for help.
     if not arguments or {"-h", "--help"} & set(arguments):
         print_result(options.format_help())
-    cfg = _parse(arguments)
+    cfg = _with_recipe(options.recipe, arguments)
     if cfg.training_tokens < 1:
         raise ValueError(
             f"--training_tokens must be positive, got {cfg.training_tokens}"
@@ -72,6 +90,56 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         # None leaves them to the checkpoint that the run goes on from.
         lr_factors=dict(options.lr_factors) or None,
     ).run()
+
+
+def _with_recipe(name: str | None, arguments: list[str]) -> Any:
+    """
+    Parse the options for SAELens, with those of a recipe in front: what is given overrides it.
+
+    Raises:
+        SystemExit: If SAELens's parser is asked for help or refuses an argument.
+        ValueError: If the recipe cannot be made for these sizes, or the architecture has none.
+    """
+    # A config made of the sizes alone may be invalid: the recipe divides the latents.
+    sizes = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    sizes.add_argument("--architecture", default="standard")
+    for size, default in _SIZES.items():
+        sizes.add_argument(f"--{size}", type=int, default=default)
+    help_wanted = {"-h", "--help"} & set(arguments)
+    try:
+        chosen = vars(sizes.parse_known_args(arguments)[0])
+    except argparse.ArgumentError:
+        # SAELens's parser says it in its own words.
+        return _parse(arguments)
+    architecture = chosen.pop("architecture")
+    if architecture not in ARCHITECTURES and name not in (None, "none"):
+        raise ValueError(
+            f"--recipe {name} is for the architectures {', '.join(ARCHITECTURES)}, got "
+            f"{architecture}"
+        )
+    if name == "none" or architecture not in ARCHITECTURES or help_wanted:
+        return _parse(arguments)
+    recipe = recipe_of(name or "recommended", architecture, **chosen)
+    settings = recipe.runner | recipe.sae
+    chosen["train_batch_size_tokens"] = settings["train_batch_size_tokens"]
+    options = [part for n, v in settings.items() for part in (f"--{n}", str(v))]
+    cfg = _parse([*options, *arguments])
+    found = {n: getattr(cfg if hasattr(cfg, n) else cfg.sae, n) for n in _SIZES}
+    if found != chosen:
+        raise ValueError(
+            f"write the names of {', '.join(f'--{n}' for n in _SIZES)} in full: a recipe "
+            "depends on them"
+        )
+    used = {n: getattr(cfg if hasattr(cfg, n) else cfg.sae, n) for n in settings}
+    lines = [
+        f"  {n} {used[n]}" + ("" if used[n] == v else f" (given; the recipe's is {v})")
+        for n, v in settings.items()
+    ]
+    text = "\n".join(lines)
+    sys.stderr.write(f"Recipe {name or 'recommended'} for {architecture}:\n{text}\n")
+    return cfg
 
 
 def _parse(arguments: list[str]) -> Any:
