@@ -100,8 +100,9 @@ def _require_the_text_of(output: str | Path, cache: ActivationCache) -> None:
         return
     texts = (cache.describe() or {}).get("texts")
     for record in read_records(output):
-        known = (record.cache or {}).get("texts", texts)
-        if texts and known != texts:
+        known = (record.cache or {}).get("texts") or {}
+        # Of texts that one of them has not, nothing can be said.
+        if any((texts or {}).get(name, text) != text for name, text in known.items()):
             raise ValueError(
                 f"{Path(output, record.name)}.json is of other tokens ({known}) than the "
                 f"activations ({texts}): use another folder"
