@@ -24,11 +24,10 @@ RECIPES: dict[RecipeName, str] = {
     "paper": "the settings of the architecture's authors",
 }
 
-# A token pays for one latent in so many.
-_SHARE = 32
+# Latents of an expert.
+_LEAST_SIZE = 32
 _LONG_RUN = 500_000
 _VERY_LONG_RUN = 10_000_000
-_LARGE_K = 64
 # Tokens that SAELens mixes, and that it estimates the activations' norm from.
 _MIXED_TOKENS = 65_536
 _NORM_TOKENS = 16_384
@@ -56,6 +55,7 @@ def recipe_of(
     training_tokens: int,
     context_size: int = 128,
     train_batch_size_tokens: int | None = None,
+    num_experts: int | None = None,
 ) -> Recipe:
     """
     Choose the settings of a training run by its sizes.
@@ -69,6 +69,7 @@ def recipe_of(
         training_tokens: Tokens to train on.
         context_size: Tokens per prompt.
         train_batch_size_tokens: Tokens per training step; None for the recipe's choice.
+        num_experts: Number of experts; None for the recipe's choice. The paper's is fixed.
 
     Returns:
         The settings; all others keep their defaults.
@@ -100,7 +101,9 @@ def recipe_of(
     if name == "paper":
         recipe = _paper(architecture, d_sae, training_tokens, batch_size)
     else:
-        recipe = _recommended(architecture, d_sae, k, training_tokens, batch_size)
+        if num_experts is None:
+            num_experts = _num_experts(architecture, d_sae, k)
+        recipe = _recommended(architecture, training_tokens, batch_size, num_experts)
     runner: dict[str, Any] = {
         "train_batch_size_tokens": batch_size,
         # Not of a recipe: SAELens's default mixes 2,560 tokens.
@@ -118,11 +121,7 @@ def _batch_size(name: RecipeName, training_tokens: int) -> int:
 
 
 def _recommended(
-    architecture: Architecture,
-    d_sae: int,
-    k: int,
-    training_tokens: int,
-    batch_size: int,
+    architecture: Architecture, training_tokens: int, batch_size: int, num_experts: int
 ) -> Recipe:
     steps = training_tokens // batch_size
     dead_after_tokens = 8_000 if architecture == "scale" else 20_000
@@ -138,29 +137,23 @@ def _recommended(
         ),
         "n_batches_for_norm_estimate": -(-_NORM_TOKENS // batch_size),
     }
-    return Recipe(runner, _experts(architecture, d_sae, k))
+    return Recipe(runner, {"num_experts": num_experts})
 
 
-def _experts(architecture: Architecture, d_sae: int, k: int) -> dict[str, Any]:
+def _num_experts(architecture: Architecture, d_sae: int, k: int) -> int:
     """Divide the latents: as finely as was measured, but not into experts of a few latents."""
-    most = 256 if architecture == "scale" else _SHARE
-    least_size = 32 if architecture == "scale" else max(32, 2 * k)
-    num_experts = most
-    while num_experts > 1 and (
-        d_sae % num_experts or d_sae // num_experts < least_size
-    ):
+    num_experts = {"scale": 256, "switch": 32}[architecture]
+    while num_experts > 1:
+        # By default of the SAE's config.
+        e = 1 if architecture == "switch" else max(2, num_experts // 32)
+        size, rest = divmod(d_sae, num_experts)
+        if not rest and size >= _LEAST_SIZE and e * size >= 2 * k:
+            return num_experts
         num_experts //= 2
-    if num_experts == 1:
-        raise ValueError(
-            f"d_sae must be divisible into experts of at least {least_size} latents, got "
-            f"{d_sae}: choose num_experts yourself"
-        )
-    if architecture == "switch":
-        return {"num_experts": num_experts}
-    # Twice as many candidates as are kept, at least.
-    needed = -(-2 * k // (d_sae // num_experts))
-    experts_per_token = min(num_experts, max(2, num_experts // _SHARE, needed))
-    return {"num_experts": num_experts, "experts_per_token": experts_per_token}
+    raise ValueError(
+        f"d_sae must be divisible into experts of at least {_LEAST_SIZE} latents, and those "
+        f"of a token have to be at least 2 k, got d_sae={d_sae} and k={k}: name num_experts"
+    )
 
 
 def _paper(
@@ -242,6 +235,7 @@ def recommended_config(
         training_tokens=training_tokens,
         context_size=overrides.get("context_size", 128),
         train_batch_size_tokens=overrides.get("train_batch_size_tokens"),
+        num_experts=(sae or {}).get("num_experts"),
     )
     sae_config_class = get_sae_training_class(architecture)[1]
     sizes = {"d_in": d_in, "d_sae": d_sae, "k": k}

@@ -21,6 +21,7 @@ _SIZES = {
     "training_tokens": 2_000_000,
     "context_size": 128,
     "train_batch_size_tokens": None,
+    "num_experts": None,
 }
 
 
@@ -123,16 +124,14 @@ def _with_recipe(name: str | None, arguments: list[str]) -> Any:
         return _parse(arguments)
     recipe = recipe_of(name or "recommended", architecture, **chosen)
     settings = recipe.runner | recipe.sae
-    chosen["train_batch_size_tokens"] = settings["train_batch_size_tokens"]
-    options = [part for n, v in settings.items() for part in (f"--{n}", str(v))]
-    cfg = _parse([*options, *arguments])
-    found = {n: getattr(cfg if hasattr(cfg, n) else cfg.sae, n) for n in _SIZES}
-    if found != chosen:
+    given = {n: size for n, size in chosen.items() if size is not None}
+    cfg = _parse([*_flags(settings), *arguments])
+    if any(_field(cfg, n) != {**settings, **given}[n] for n in chosen):
         raise ValueError(
-            f"write the names of {', '.join(f'--{n}' for n in _SIZES)} in full: a recipe "
+            f"write the names of {', '.join(f'--{n}' for n in chosen)} in full: a recipe "
             "depends on them"
         )
-    used = {n: getattr(cfg if hasattr(cfg, n) else cfg.sae, n) for n in settings}
+    used = {n: _field(cfg, n) for n in settings}
     lines = [
         f"  {n} {used[n]}" + ("" if used[n] == v else f" (given; the recipe's is {v})")
         for n, v in settings.items()
@@ -140,6 +139,15 @@ def _with_recipe(name: str | None, arguments: list[str]) -> Any:
     text = "\n".join(lines)
     sys.stderr.write(f"Recipe {name or 'recommended'} for {architecture}:\n{text}\n")
     return cfg
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    return [part for n, v in settings.items() for part in (f"--{n}", str(v))]
+
+
+def _field(cfg: Any, name: str) -> Any:
+    """A field of the runner's config, or of the SAE's."""
+    return getattr(cfg if hasattr(cfg, name) else cfg.sae, name)
 
 
 def _parse(arguments: list[str]) -> Any:

@@ -142,7 +142,8 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
 
     Args:
         num_experts (int): Number of experts (N); divides d_sae.
-        experts_per_token (int): Number of experts that each token selects (e).
+        experts_per_token (int): Number of experts that each token selects (e). None, as by
+            default, is one in 32 of num_experts, but two at least.
         num_shared_experts (int): Number of these that are the same for all tokens: the
             first experts, with gate 1. The router chooses the others. Not in the paper.
             None, as by default, is an eighth of experts_per_token, rounded down.
@@ -197,7 +198,7 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
     """
 
     num_experts: int = 256
-    experts_per_token: int = 8
+    experts_per_token: int = None  # type: ignore[assignment]
     num_shared_experts: int = None  # type: ignore[assignment]
     gate: GateName = "rescaled"
     topk_over: TopKOver = "gated_activations"
@@ -208,10 +209,13 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
+        # What is no integer is refused by name, with all else.
+        N = self.num_experts if isinstance(self.num_experts, int) else 1
+        if self.experts_per_token is None:
+            self.experts_per_token = min(N, max(2, N // 32))
+        e = self.experts_per_token if isinstance(self.experts_per_token, int) else 1
         if self.num_shared_experts is None:
-            # What is no integer is refused by name, with all else.
-            e = self.experts_per_token
-            self.num_shared_experts = e // 8 if isinstance(e, int) else 0
+            self.num_shared_experts = e // 8
         super().__post_init__()
         require_choice("decomposition", self.decomposition, DECOMPOSITIONS)
 
