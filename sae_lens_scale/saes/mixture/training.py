@@ -15,7 +15,6 @@ from sae_lens.saes.sae import (
     TrainingSAE,
     TrainStepInput,
     TrainStepOutput,
-    _disable_hooks,
 )
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError
@@ -30,6 +29,7 @@ from sae_lens_scale.ops import (
     index_select,
     lookup,
 )
+from sae_lens_scale.upstream import _disable_hooks
 
 from .config import MixtureTrainingSAEConfig
 from .dead_latents import dead_latent_loss, dead_offsets, strongest_dead
