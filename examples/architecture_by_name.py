@@ -12,13 +12,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
 from sae_lens.config import LoggingConfig
-from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.saes.sae import TrainingSAEConfig
 from simple_parsing import parse
 
 import sae_lens_scale  # noqa: F401  (makes the names known)
 from sae_lens_scale.loading.docstrings import docstring_corpus
 from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.upstream import _parse_cfg_args, buffer_argument
 
 
 @dataclass
@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
             training_tokens=settings.training_tokens,
             train_batch_size_tokens=1_024,
             store_batch_size_prompts=8,
-            n_batches_in_buffer=8,
+            **buffer_argument(8),
             n_batches_for_norm_estimate=5,
             lr=1.6e-3,
             logger=LoggingConfig(log_to_wandb=False),

@@ -11,6 +11,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from sae_lens.config import LoggingConfig
 
 from sae_lens_scale import ScaleTrainingSAEConfig
+from sae_lens_scale.upstream import buffer_argument
 
 STEPS = 10_000
 BATCH_SIZE = 4_096
@@ -34,7 +35,7 @@ settings = LanguageModelSAERunnerConfig(
     train_batch_size_tokens=BATCH_SIZE,
     n_batches_for_norm_estimate=100,
     # In contexts. SAELens's default, 20, is less than one batch of this size.
-    n_batches_in_buffer=512,
+    **buffer_argument(512),
     lr=1.6e-3,
     lr_warm_up_steps=STEPS // 20,
     lr_decay_steps=STEPS // 5,

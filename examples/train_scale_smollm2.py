@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pandas as pd
 import torch
 from datasets import Dataset, IterableDataset
-from sae_lens import SAE, HookedSAETransformer
+from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
@@ -50,6 +50,7 @@ from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_m
 from sae_lens_scale.loading.text import load_text
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.saes.mixture.initialization import geometric_median
+from sae_lens_scale.upstream import HookedSAETransformer, buffer_argument
 
 # Held-out tokens on which the use of experts is measured.
 USAGE_TOKENS = 4_096
@@ -276,7 +277,7 @@ def runner_config(
         train_batch_size_tokens=cfg.batch_size,
         store_batch_size_prompts=cfg.prompts_per_batch,
         # In contexts, of which training batches are mixed.
-        n_batches_in_buffer=16 * -(-cfg.batch_size // cfg.context_size),
+        **buffer_argument(16 * -(-cfg.batch_size // cfg.context_size)),
         n_batches_for_norm_estimate=min(5, steps),
         lr=recipe.lr if cfg.lr is None else cfg.lr,
         adam_beta2=recipe.adam_beta2,
@@ -303,7 +304,7 @@ def sample_activations(
     # A store fills its whole buffer first, and these few tokens need only a small one.
     batch_size = runner_cfg.train_batch_size_tokens
     contexts = 2 * -(-batch_size // runner_cfg.context_size)
-    small = replace(runner_cfg, n_batches_in_buffer=contexts)
+    small = replace(runner_cfg, **buffer_argument(contexts))
     store = ActivationsStore.from_config(model, small, override_dataset=text)
     n_batches = -(-n_tokens // batch_size)
     return torch.cat([next(store) for _ in range(n_batches)])

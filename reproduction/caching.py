@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from sae_lens import HookedSAETransformer
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from sae_lens_scale.analysis.contexts import excluded_ids
 from sae_lens_scale.files import replacing_files, write_whole
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
+from sae_lens_scale.upstream import HookedSAETransformer, buffer_argument
 
 from .activations import (
     MANIFEST,
@@ -180,7 +180,7 @@ def token_store(
         context_size=context_size,
         d_in=d_in,
         # These concern neither of the two methods.
-        n_batches_in_buffer=1,
+        **buffer_argument(1, ActivationsStore),
         total_training_tokens=1,
         store_batch_size_prompts=1,
         train_batch_size_tokens=context_size,

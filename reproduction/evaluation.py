@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import SAE
 from tqdm.auto import tqdm
 
 from sae_lens_scale.analysis.contexts import excluded_ids
 from sae_lens_scale.analysis.evaluation import LossRecovered, loss_recovered
 from sae_lens_scale.loading.language_model import load_language_model
+from sae_lens_scale.upstream import HookedSAETransformer
 
 from .activations import CacheSettings, Split, SplitSettings, text_hash
 from .caching import token_store

@@ -11,6 +11,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.registry import get_sae_training_class
 
 from sae_lens_scale.saes.mixture.config import require_choice
+from sae_lens_scale.upstream import buffer_argument
 
 Architecture = Literal["scale", "switch"]
 RecipeName = Literal["recommended", "paper"]
@@ -107,7 +108,7 @@ def recipe_of(
     runner: dict[str, Any] = {
         "train_batch_size_tokens": batch_size,
         # Not of a recipe: SAELens's default mixes 2,560 tokens.
-        "n_batches_in_buffer": -(-max(_MIXED_TOKENS, 4 * batch_size) // context_size),
+        **buffer_argument(-(-max(_MIXED_TOKENS, 4 * batch_size) // context_size)),
         "exclude_special_tokens": True,
     }
     return Recipe(runner | recipe.runner, recipe.sae)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
 from sae_lens_scale.files import write_whole
+from sae_lens_scale.upstream import InterruptedException
 
 LR_FACTORS_FILENAME = "lr_factors.json"
 

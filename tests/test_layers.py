@@ -22,6 +22,8 @@ LAYERS = [
         "saes.mixture.dead_latents",
         "saes.mixture.initialization",
     ],
+    # What of SAELens and TransformerLens may vanish.
+    ["upstream"],
     # SAEs as SAELens knows them.
     ["saes"],
     ["loading", "runner", "analysis"],

@@ -14,7 +14,8 @@ from sae_lens.util import (
     get_special_token_ids,
 )
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
+
+from sae_lens_scale.upstream import HookedTransformer
 
 # Source of token ids.
 Tokens = ActivationsStore | Iterable[torch.Tensor]
@@ -275,7 +276,7 @@ def _store_batches(store: ActivationsStore) -> Iterator[torch.Tensor]:
 
 def hook_of(model: HookedTransformer, sae: SAE[Any]) -> str:
     """
-    Find the name of the hook that an SAE was trained on.
+    Find the model's name for the hook that an SAE was trained on.
 
     Raises:
         ValueError: If the SAE's metadata names no hook, or one that the model lacks.
@@ -285,7 +286,9 @@ def hook_of(model: HookedTransformer, sae: SAE[Any]) -> str:
         raise ValueError(
             f"sae.cfg.metadata.hook_name must be a hook of the model, got {hook_name!r}"
         )
-    return hook_name
+    # A bridge may have another name, under which it caches the hooks of a spliced SAE.
+    resolve = getattr(model, "get_sae_hook_name", None)
+    return resolve(sae, "").removesuffix(".") if resolve else hook_name
 
 
 def excluded_ids(

@@ -10,7 +10,8 @@ from sae_lens import SAE
 from sae_lens.evals import get_recons_loss
 from sae_lens.training.activation_scaler import ActivationScaler
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
+
+from sae_lens_scale.upstream import HookedTransformer
 
 from .contexts import Tokens, excluded_ids, heads_are_joined, hook_of, token_batches
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens import SAE, HookedSAETransformer
+from sae_lens import SAE
 
 from sae_lens_scale.saes.mixture import MixtureSAE
+from sae_lens_scale.upstream import HookedSAETransformer
 
 from .contexts import hook_of
 

@@ -8,7 +8,7 @@ known to it; the others evaluate, describe and convert SAEs.
 import argparse
 from collections.abc import Sequence
 
-from sae_lens.training._interruption import InterruptedException
+from sae_lens_scale.upstream import InterruptedException
 
 from . import convert, evaluate, info, train
 from .output import complain, error_text, print_result

@@ -1,9 +1,13 @@
 """A language model by name, and the precision that it runs in."""
 
 import torch
-from sae_lens import HookedSAETransformer
 
 from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.upstream import (
+    HAS_HOOKED_TRANSFORMER,
+    HookedSAETransformer,
+    load_bridge,
+)
 
 
 def load_language_model(name: str, device: str) -> HookedSAETransformer:
@@ -16,10 +20,13 @@ def load_language_model(name: str, device: str) -> HookedSAETransformer:
         device: Device of the model.
 
     Returns:
-        The model, with its tokenizer.
+        The model, with its tokenizer; where TransformerLens has no HookedTransformer, a
+        SAETransformerBridge (see :func:`.load_bridge`).
     """
     if name == "smollm2":
         return load_smollm2(device=device)
+    if not HAS_HOOKED_TRANSFORMER:
+        return load_bridge(name, device)
     return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
 
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 import transformers
-from sae_lens import HookedSAETransformer
 from tokenizers import pre_tokenizers
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from sae_lens_scale import upstream
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 CACHE_VARIABLE = "SAE_LENS_SCALE_CACHE"
@@ -172,7 +171,7 @@ def load_smollm2(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     cache_dir: str | Path | None = None,
-) -> HookedSAETransformer:
+) -> upstream.HookedSAETransformer:
     """
     Load SmolLM2-135M-Instruct, fetching it first if needed.
 
@@ -187,19 +186,22 @@ def load_smollm2(
         cache_dir: Folder of the files (see `fetch_smollm2`).
 
     Returns:
-        The model in evaluation mode, with its tokenizer.
+        The model in evaluation mode, with its tokenizer; where TransformerLens has no
+        HookedTransformer, a SAETransformerBridge (see :func:`.load_bridge`).
 
     Raises:
         ImportError: ``gguf`` or ``accelerate`` is not installed.
         RuntimeError: The GGUF file could not be had (see `fetch_smollm2`).
     """
     folder = smollm2_folder(cache_dir)
+    if not upstream.HAS_HOOKED_TRANSFORMER:
+        return upstream.load_bridge(str(folder), device, dtype)
     hf_model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
     # Each field is optional in the type, none of them in this model.
     hf: Any = hf_model.config
     # transformers 4 and 5 keep it in different places.
     rope = hf.rope_parameters if hasattr(hf, "rope_parameters") else vars(hf)
-    cfg = HookedTransformerConfig(
+    cfg = upstream.HookedTransformerConfig(
         model_name=MODEL_NAME,
         original_architecture="LlamaForCausalLM",
         n_layers=hf.num_hidden_layers,
@@ -223,9 +225,9 @@ def load_smollm2(
         device=device,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = HookedSAETransformer(cfg, tokenizer)
+    model = upstream.HookedSAETransformer(cfg, tokenizer)
     model.load_and_process_state_dict(
-        convert_llama_weights(hf_model, cfg),
+        upstream.convert_llama_weights(hf_model, cfg),
         fold_ln=False,
         center_writing_weights=False,
         center_unembed=False,

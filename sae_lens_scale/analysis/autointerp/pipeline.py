@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
 from sae_lens_scale.analysis.contexts import Tokens, hook_of, latent_activations
+from sae_lens_scale.upstream import HookedTransformer
 
 from .delphi_modules import load_delphi
 from .judges import Judge

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import _disable_hooks
 from typing_extensions import override
 
 from sae_lens_scale.files import replacing_files
 from sae_lens_scale.ops import BufferPool, decode_dense, decoder_norm, sparse_decode
+from sae_lens_scale.upstream import _disable_hooks
 
 from .dispatch import Rows
 from .encoding import (

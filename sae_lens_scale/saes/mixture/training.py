@@ -13,7 +13,6 @@ from sae_lens.saes.sae import (
     TrainCoefficientConfig,
     TrainStepInput,
     TrainStepOutput,
-    _disable_hooks,
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,6 +26,7 @@ from sae_lens_scale.ops import (
     index_select,
     lookup,
 )
+from sae_lens_scale.upstream import _disable_hooks
 
 from .dead_latents import dead_latent_loss, dead_offsets, strongest_dead
 from .encoding import Encoding, is_hooked, is_overridden

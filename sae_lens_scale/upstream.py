@@ -1,0 +1,91 @@
+"""
+What SAELens and TransformerLens may rename, move or drop, and what stands in for it.
+
+Nothing else of the package imports these names (``docs/versions.md`` says why each of them
+may go), which are those that they have there. Where there is no HookedTransformer,
+``HookedTransformer`` and ``HookedSAETransformer`` are SAELens's bridge.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.saes.sae import _disable_hooks
+from sae_lens.training._interruption import InterruptedException
+
+try:
+    from sae_lens import HookedSAETransformer
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions.llama import (
+        convert_llama_weights,
+    )
+
+    HAS_HOOKED_TRANSFORMER = True
+except ImportError:
+    from sae_lens.analysis.sae_transformer_bridge import (
+        SAETransformerBridge as HookedSAETransformer,  # type: ignore[assignment]
+    )
+
+    HookedTransformer = HookedSAETransformer  # type: ignore[misc]
+    HAS_HOOKED_TRANSFORMER = False
+
+__all__ = [
+    "HAS_HOOKED_TRANSFORMER",
+    "HookedSAETransformer",
+    "HookedTransformer",
+    "HookedTransformerConfig",
+    "InterruptedException",
+    "_disable_hooks",
+    "_parse_cfg_args",
+    "buffer_argument",
+    "convert_llama_weights",
+    "load_bridge",
+]
+
+
+def buffer_argument(
+    contexts: int, callee: Callable[..., Any] = LanguageModelSAERunnerConfig
+) -> dict[str, Any]:
+    """
+    Name the argument for the size of SAELens's buffer of activations, as installed.
+
+    Args:
+        contexts: The size, in contexts.
+        callee: The config, or the store, that the argument is for.
+
+    Returns:
+        The one argument, to be unpacked in the call.
+
+    Raises:
+        TypeError: If ``callee`` has an argument of neither name.
+    """
+    names = ("n_sequences_in_buffer", "n_batches_in_buffer")
+    parameters = inspect.signature(callee).parameters
+    for name in names:
+        if name in parameters:
+            return {name: contexts}
+    raise TypeError(f"{callee.__qualname__} must take {' or '.join(names)}")
+
+
+def load_bridge(name: str, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """
+    Load a language model as it is, nothing folded or centred, behind a bridge.
+
+    Args:
+        name: Name on the hub, or a folder.
+        device: Device of the model.
+        dtype: Type of its weights.
+
+    Returns:
+        A SAETransformerBridge, whose hooks have HookedTransformer's names besides its own.
+    """
+    # transformer-lens 2 has none.
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    bridge = SAETransformerBridge.boot_transformers(name, device=device, dtype=dtype)
+    # For the names; without processing the weights stay as they are.
+    bridge.enable_compatibility_mode(no_processing=True)
+    return bridge
