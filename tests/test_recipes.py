@@ -148,7 +148,7 @@ def test_a_config_trains_in_SAELenss_runner_as_it_stands(
         logger=LoggingConfig(log_to_wandb=False),
     )
     assert isinstance(cfg, LanguageModelSAERunnerConfig)
-    trained = LanguageModelSAETrainingRunner(cfg).run()
+    LanguageModelSAETrainingRunner(cfg).run()
     sae: Any = SAE.load_from_disk(tmp_path)
     assert sae.cfg.architecture() == architecture
     assert sae(torch.randn(3, 32)).isfinite().all()

@@ -10,8 +10,6 @@ from typing import Any
 from sae_lens_scale.recipes import ARCHITECTURES, RECIPES, recipe_of
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import _parse_cfg_args
-from sae_lens_scale.runner import InterruptibleTrainingRunner
-from sae_lens_scale.upstream import _parse_cfg_args
 
 from .output import complain, error_text, print_result
 

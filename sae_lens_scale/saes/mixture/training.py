@@ -44,6 +44,7 @@ Metrics: TypeAlias = dict[
     str, torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
 ]
 
+
 class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
     """Training of a mixture-of-experts SAE."""
 
