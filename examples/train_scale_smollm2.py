@@ -15,7 +15,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,12 @@ from datasets import Dataset, IterableDataset
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from simple_parsing import parse
 
-from sae_lens_scale import (
-    ScaleSAE,
-    ScaleTrainingSAE,
-    ScaleTrainingSAEConfig,
-    SwitchSAE,
-    SwitchTrainingSAE,
-    SwitchTrainingSAEConfig,
-)
+from sae_lens_scale import ScaleSAE, SwitchSAE, recommended_config
 from sae_lens_scale.analysis import expert_usage, explain_tokens
 from sae_lens_scale.analysis.plots import plot_token_explanations
 from sae_lens_scale.analysis.tokens import TokenExplanation
@@ -49,53 +41,14 @@ from sae_lens_scale.files import dump_json, write_whole
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
 from sae_lens_scale.loading.text import load_text
 from sae_lens_scale.runner import InterruptibleTrainingRunner
-from sae_lens_scale.saes.mixture.initialization import geometric_median
 from sae_lens_scale.upstream import HookedSAETransformer, buffer_argument
 
 # Held-out tokens on which the use of experts is measured.
 USAGE_TOKENS = 4_096
-# Settings that do not change the weights.
-NOT_FOR_TRAINING = ("output", "sentence", "eval_batches")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """
-    Settings of an architecture: the best that were found at k 32, in runs of a million
-    tokens.
-
-    Args:
-        sae: Fields of the SAE's config.
-        lr: Learning rate.
-        adam_beta2: Adam's second beta.
-        dead_after_tokens: A latent that has not fired for as many is dead.
-        lr_factors: Factors on the learning rates of single parameters.
-    """
-
-    sae: dict[str, Any]
-    lr: float
-    adam_beta2: float = 0.999
-    dead_after_tokens: int = 200_000
-    lr_factors: dict[str, float] = field(default_factory=dict)
-
-
-RECIPES = {
-    "scale": Recipe(
-        sae={"aux_loss_coefficient": 1 / 8},
-        lr=1.6e-3,
-        adam_beta2=0.99,
-        dead_after_tokens=20_000,
-        lr_factors={"W_router": 0.1, "b_router": 0.1},
-    ),
-    "switch": Recipe(
-        sae={"gate": "uniform", "aux_loss_coefficient": 1 / 8},
-        lr=1.6e-3,
-        adam_beta2=0.99,
-        dead_after_tokens=20_000,
-        lr_factors={"W_router": 0.02, "b_router": 0.02},
-    ),
-    "topk": Recipe(sae={"aux_loss_coefficient": 1 / 32}, lr=3.2e-3),
-}
+# Settings of the dense SAE, the best that were found for it.
+TOPK_SAE = {"aux_loss_coefficient": 1 / 32}
+TOPK_LR = 3.2e-3
+TOPK_DEAD_AFTER_TOKENS = 200_000
 
 
 @dataclass
@@ -113,13 +66,12 @@ class DemoConfig:
         output (Path): Folder of the results.
         training_tokens (int): Tokens that each SAE is trained on.
         batch_size (int): Tokens per training step.
-        lr (float | None): Learning rate of all SAEs, by default that of each one's recipe;
-            it decays to 0 over the last fifth.
+        lr (float | None): Learning rate of all SAEs, by default that of each one's recipe.
         expansion (int): d_sae divided by d_in.
-        num_experts (int): Experts of the Scale SAE.
-        experts_per_token (int): Experts that each token selects in the Scale SAE. The
-            Switch SAE has num_experts / experts_per_token experts, and the TopK SAE as
-            many latents as one of those: a token pays for as many in all three.
+        num_experts (int | None): Experts of the Scale SAE, by default the recipe's.
+        experts_per_token (int | None): Experts that each token selects in the Scale SAE, by
+            default one in 32. The Switch SAE has so many experts, and the TopK SAE so many
+            latents, that a token pays for as many in all three.
         k (int): Active latents per token of all SAEs.
         context_size (int): Tokens per prompt.
         prompts_per_batch (int): Prompts that the language model reads at once.
@@ -138,8 +90,8 @@ class DemoConfig:
     batch_size: int = 1_024
     lr: float | None = None
     expansion: int = 32
-    num_experts: int = 64
-    experts_per_token: int = 2
+    num_experts: int | None = None
+    experts_per_token: int | None = None
     k: int = 32
     context_size: int = 128
     prompts_per_batch: int = 16
@@ -157,11 +109,6 @@ class DemoConfig:
                 f"training_tokens must be at least batch_size={self.batch_size}, got "
                 f"{self.training_tokens}"
             )
-        if self.num_experts % self.experts_per_token:
-            raise ValueError(
-                f"num_experts must be divisible by experts_per_token="
-                f"{self.experts_per_token}, got {self.num_experts}"
-            )
 
 
 def run_demo(cfg: DemoConfig) -> dict[str, Any]:
@@ -174,31 +121,19 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     cfg.output.mkdir(parents=True, exist_ok=True)
     model = load_language_model(cfg.model, cfg.device)
     train, test = load_text(cfg.dataset, "train"), load_text(cfg.dataset, "test")
-    sae_cfgs = sae_configs(cfg, model.cfg.d_model)
-    runners = {n: runner_config(cfg, sae_cfg) for n, sae_cfg in sae_cfgs.items()}
+    runners = runner_configs(cfg, model.cfg.d_model)
 
     # All that the weights depend on, to recognise those of an earlier run.
-    training = {k: v for k, v in as_json(cfg).items() if k not in NOT_FOR_TRAINING}
     settings = {
-        name: json.dumps(
-            sae_cfg.to_dict() | training | {"recipe": asdict(RECIPES[name])},
-            sort_keys=True,
-        )
-        for name, sae_cfg in sae_cfgs.items()
+        name: json.dumps(runner_cfg.to_dict(), sort_keys=True, default=str)
+        for name, runner_cfg in runners.items()
     }
     missing = [n for n in runners if not is_finished(cfg.output / n, settings[n])]
     if missing:
         say(f"Training {', '.join(missing)} on {cfg.training_tokens:,} tokens each")
-        # A few hundred tokens per expert. They come from a store of their own, so that
-        # all SAEs train on the same tokens.
-        start = sample_activations(
-            model, runners["scale"], train, 200 * cfg.num_experts
-        )
         for name in missing:
             say(name)
-            train_sae(
-                runners[name], model, train, start, cfg.output / name, settings[name]
-            )
+            train_sae(runners[name], model, train, cfg.output / name, settings[name])
 
     say(f"Reading {USAGE_TOKENS:,} held-out tokens")
     held_out = sample_activations(model, runners["scale"], test, USAGE_TOKENS)
@@ -223,75 +158,60 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     return result
 
 
-def sae_configs(cfg: DemoConfig, d_in: int) -> dict[str, TrainingSAEConfig]:
-    """Configs of the three SAEs, matched in active latents (and so in FLOPs) per token."""
-    shared: dict[str, Any] = {
-        "d_in": d_in,
-        "k": cfg.k,
-        "device": cfg.device,
-        "normalize_activations": "expected_average_only_in",
+def runner_configs(
+    cfg: DemoConfig, d_in: int
+) -> dict[str, LanguageModelSAERunnerConfig[Any]]:
+    """Configs of SAELens's runner for the three SAEs, matched in FLOPs per token."""
+    experts = {
+        "num_experts": cfg.num_experts,
+        "experts_per_token": cfg.experts_per_token,
     }
-    d_sae = cfg.expansion * d_in
-    scale = ScaleTrainingSAEConfig(
-        **shared,
-        **RECIPES["scale"].sae,
-        d_sae=d_sae,
-        num_experts=cfg.num_experts,
-        experts_per_token=cfg.experts_per_token,
+    shared: dict[str, Any] = {
+        "model_name": cfg.model,
+        "model_from_pretrained_kwargs": {},
+        "hook_name": cfg.hook_name,
+        "dataset_path": cfg.dataset,
+        "d_in": d_in,
+        "d_sae": cfg.expansion * d_in,
+        "k": cfg.k,
+        "training_tokens": cfg.training_tokens,
+        "context_size": cfg.context_size,
+        "train_batch_size_tokens": cfg.batch_size,
+        "store_batch_size_prompts": cfg.prompts_per_batch,
+        # A run this short would spend more on filling a larger one.
+        **buffer_argument(16 * -(-cfg.batch_size // cfg.context_size)),
+        # Of activations; losses stay in float32.
+        "autocast_lm": fast_bfloat16(cfg.device),
+        "device": cfg.device,
+        "seed": cfg.seed,
+        "logger": LoggingConfig(log_to_wandb=False),
+        "checkpoint_path": None,
+        "verbose": False,
+    }
+    if cfg.lr is not None:
+        shared["lr"] = cfg.lr
+    scale = recommended_config(
+        sae={n: value for n, value in experts.items() if value is not None}, **shared
     )
-    switch = SwitchTrainingSAEConfig(
-        **shared,
-        **RECIPES["switch"].sae,
-        d_sae=d_sae,
-        num_experts=cfg.num_experts // cfg.experts_per_token,
+    paid = scale.sae.experts_per_token * scale.sae.expert_size
+    switch = recommended_config(
+        "switch", sae={"num_experts": scale.sae.d_sae // paid}, **shared
     )
-    topk = TopKTrainingSAEConfig(
-        **shared, **RECIPES["topk"].sae, d_sae=switch.expert_size
+    topk = replace(
+        scale,
+        sae=TopKTrainingSAEConfig(
+            d_in=d_in,
+            d_sae=paid,
+            k=cfg.k,
+            device=cfg.device,
+            normalize_activations=scale.sae.normalize_activations,
+            **TOPK_SAE,
+        ),
+        lr=TOPK_LR if cfg.lr is None else cfg.lr,
+        adam_beta2=0.999,
+        dead_feature_window=max(1, TOPK_DEAD_AFTER_TOKENS // cfg.batch_size),
     )
     return {"scale": scale, "switch": switch, "topk": topk}
-
-
-def runner_config(
-    cfg: DemoConfig, sae_cfg: TrainingSAEConfig
-) -> LanguageModelSAERunnerConfig[Any]:
-    """Config of SAELens's runner for one of the SAEs."""
-    steps = cfg.training_tokens // cfg.batch_size
-    recipe = RECIPES[sae_cfg.architecture()]
-    # Recipes are for a million tokens. In longer runs rare latents, which learn late, get
-    # longer to show themselves; this was not measured.
-    longer = max(1.0, cfg.training_tokens / 1_000_000)
-    dead_after_tokens = round(recipe.dead_after_tokens * longer)
-    return LanguageModelSAERunnerConfig(
-        sae=sae_cfg,
-        model_name=cfg.model,
-        model_from_pretrained_kwargs={},
-        hook_name=cfg.hook_name,
-        dataset_path=cfg.dataset,
-        is_dataset_tokenized=False,
-        context_size=cfg.context_size,
-        # Of activations; losses stay in float32.
-        autocast_lm=fast_bfloat16(cfg.device),
-        # Language models treat special tokens, the first above all, like no others.
-        exclude_special_tokens=True,
-        training_tokens=cfg.training_tokens,
-        train_batch_size_tokens=cfg.batch_size,
-        store_batch_size_prompts=cfg.prompts_per_batch,
-        # In contexts, of which training batches are mixed.
-        **buffer_argument(16 * -(-cfg.batch_size // cfg.context_size)),
-        n_batches_for_norm_estimate=min(5, steps),
-        lr=recipe.lr if cfg.lr is None else cfg.lr,
-        adam_beta2=recipe.adam_beta2,
-        lr_warm_up_steps=steps // 20,
-        lr_decay_steps=steps // 5,
-        dead_feature_window=max(1, dead_after_tokens // cfg.batch_size),
-        feature_sampling_window=steps + 1,
-        device=cfg.device,
-        seed=cfg.seed,
-        logger=LoggingConfig(log_to_wandb=False),
-        n_checkpoints=0,
-        checkpoint_path=None,
-        verbose=False,
-    )
 
 
 def sample_activations(
@@ -314,7 +234,6 @@ def train_sae(
     runner_cfg: LanguageModelSAERunnerConfig[Any],
     model: HookedSAETransformer,
     train: Dataset | IterableDataset,
-    start: torch.Tensor,
     folder: Path,
     settings: str,
 ) -> None:
@@ -322,25 +241,14 @@ def train_sae(
     partial_folder = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     runner_cfg = replace(runner_cfg, output_path=str(partial_folder))
-    torch.manual_seed(runner_cfg.seed)
-    sae = TrainingSAE.from_dict(runner_cfg.get_training_sae_cfg_dict())
-    if isinstance(sae, (ScaleTrainingSAE, SwitchTrainingSAE)):
-        sae.initialize_from_activations(start)
-    else:
-        # The same start for the bias of the dense SAE, in the trainer's units.
-        scaler = ActivationScaler()
-        scaler.estimate_scaling_factor(sae.cfg.d_in, iter([start]), 1)
-        sae.b_dec.data.copy_(geometric_median(scaler(start)))
     begin = time.perf_counter()
-    # The store shuffles with torch's generator: the same tokens in the same order.
+    # The start of the SAE, and the order of the tokens.
     torch.manual_seed(runner_cfg.seed)
     InterruptibleTrainingRunner(
         runner_cfg,
         override_dataset=train,
         override_model=model,
-        override_sae=sae,
         fused_optimizer=True,
-        lr_factors=RECIPES[sae.cfg.architecture()].lr_factors,
     ).run()
     record = {"settings": settings, "seconds": time.perf_counter() - begin}
     (partial_folder / "demo.json").write_text(json.dumps(record))

@@ -5,12 +5,13 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 from sae_lens.saes.sae import SAE
 
-from examples.train_scale_smollm2 import DemoConfig, runner_config, sae_configs
+from examples.train_scale_smollm2 import DemoConfig, runner_configs
 from sae_lens_scale.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -94,6 +95,9 @@ def test_train_scale_gpt2_has_the_papers_settings():
     sae = settings.sae
     assert (sae.d_in, sae.d_sae) == (768, 24_576)
     assert (sae.num_experts, sae.experts_per_token, sae.k) == (64, 2, 32)
+    assert (sae.gate, sae.num_shared_experts) == ("double_softmax", 0)
+    steps = settings.training_tokens // settings.train_batch_size_tokens
+    assert steps == 10_000
     assert settings.hook_name == "blocks.8.hook_resid_post"
     # SAELens finds this out only when training starts.
     buffer = settings.n_batches_in_buffer * settings.context_size
@@ -110,23 +114,31 @@ def test_DemoConfig_refuses_what_cannot_run(name: str, value: int):
 
 
 def test_demo_trains_each_architecture_by_its_recipe(demo: Path):
-    cfg = DemoConfig(training_tokens=2_000_000, batch_size=1_000)
-    runners = {n: runner_config(cfg, sae) for n, sae in sae_configs(cfg, 576).items()}
+    cfg = DemoConfig(batch_size=1_000)
+    runners = runner_configs(cfg, 576)
     assert {n: r.lr for n, r in runners.items()} == {
         "scale": 1.6e-3,
         "switch": 1.6e-3,
         "topk": 3.2e-3,
     }
-    # Of a run twice as long as those that the recipes are from.
     windows = {n: r.dead_feature_window for n, r in runners.items()}
-    assert windows == {"scale": 40, "switch": 40, "topk": 400}
-    assert runners["scale"].adam_beta2 == 0.99
-    assert runners["scale"].sae.to_dict()["aux_loss_coefficient"] == 1 / 8
-    chosen = replace(cfg, lr=1e-4, training_tokens=1_000)
-    scale = runner_config(chosen, runners["scale"].sae)
-    assert (scale.lr, scale.dead_feature_window) == (1e-4, 20)
+    assert windows == {"scale": 8, "switch": 20, "topk": 200}
+    assert runners["scale"].sae.num_experts == 256
+    chosen = runner_configs(replace(cfg, lr=1e-4, num_experts=64), 576)
+    assert {r.lr for r in chosen.values()} == {1e-4}
+    assert chosen["scale"].sae.experts_per_token == 2
     settings = json.loads((demo / "scale" / "demo.json").read_text())["settings"]
-    assert json.loads(settings)["recipe"]["lr_factors"]["W_router"] == 0.1
+    assert json.loads(settings)["sae"]["initialize_from_activations"]
+
+
+@pytest.mark.parametrize("sizes", [(None, None), (64, 2), (64, 4), (8, 2)])
+def test_a_token_pays_for_as_many_latents_in_all_SAEs_of_the_demo(sizes: Any):
+    cfg = DemoConfig(num_experts=sizes[0], experts_per_token=sizes[1])
+    saes: Any = {n: r.sae for n, r in runner_configs(cfg, 576).items()}
+    paid = {
+        n: saes[n].experts_per_token * saes[n].expert_size for n in ("scale", "switch")
+    }
+    assert set(paid.values()) == {saes["topk"].d_sae}
 
 
 def test_demo_does_not_train_again_what_it_has(
