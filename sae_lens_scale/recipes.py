@@ -27,6 +27,7 @@ RECIPES: dict[RecipeName, str] = {
 
 # Latents of an expert.
 _LEAST_SIZE = 32
+_LARGE_K = 64
 _LONG_RUN = 500_000
 _VERY_LONG_RUN = 10_000_000
 # Tokens that SAELens mixes, and that it estimates the activations' norm from.
@@ -104,7 +105,9 @@ def recipe_of(
     else:
         if num_experts is None:
             num_experts = _num_experts(architecture, d_sae, k)
-        recipe = _recommended(architecture, training_tokens, batch_size, num_experts)
+        recipe = _recommended(
+            architecture, k, training_tokens, batch_size, num_experts
+        )
     runner: dict[str, Any] = {
         "train_batch_size_tokens": batch_size,
         # Not of a recipe: SAELens's default mixes 2,560 tokens.
@@ -122,12 +125,17 @@ def _batch_size(name: RecipeName, training_tokens: int) -> int:
 
 
 def _recommended(
-    architecture: Architecture, training_tokens: int, batch_size: int, num_experts: int
+    architecture: Architecture,
+    k: int,
+    training_tokens: int,
+    batch_size: int,
+    num_experts: int,
 ) -> Recipe:
     steps = training_tokens // batch_size
     dead_after_tokens = 8_000 if architecture == "scale" else 20_000
     runner: dict[str, Any] = {
         "lr": 1.6e-3,
+        "adam_beta1": 0.8 if k >= _LARGE_K else 0.9,
         "adam_beta2": 0.99,
         "lr_warm_up_steps": steps // 20,
         # A rate that falls for longer is better, but not in short runs.
@@ -138,12 +146,18 @@ def _recommended(
         ),
         "n_batches_for_norm_estimate": -(-_NORM_TOKENS // batch_size),
     }
-    return Recipe(runner, {"num_experts": num_experts})
+    sae = {"num_experts": num_experts}
+    if architecture == "scale" and k >= _LARGE_K:
+        # Of a token's experts, one in 32; by default an eighth of these are shared.
+        sae["num_shared_experts"] = 3 * max(2, num_experts // 32) // 8
+    return Recipe(runner, sae)
 
 
 def _num_experts(architecture: Architecture, d_sae: int, k: int) -> int:
     """Divide the latents: as finely as was measured, but not into experts of a few latents."""
-    num_experts = {"scale": 256, "switch": 32}[architecture]
+    num_experts = 32
+    if architecture == "scale":
+        num_experts = 512 if k >= _LARGE_K else 256
     while num_experts > 1:
         # By default of the SAE's config.
         e = 1 if architecture == "switch" else max(2, num_experts // 32)
