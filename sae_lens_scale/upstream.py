@@ -1,9 +1,9 @@
 """
 What SAELens and TransformerLens may rename, move or drop, and what stands in for it.
 
-Nothing else of the package imports these names (``docs/versions.md`` says why each of them
-may go), which are those that they have there. Where there is no HookedTransformer,
-``HookedTransformer`` and ``HookedSAETransformer`` are SAELens's bridge.
+No other module of the package imports these (``docs/versions.md`` says why each of them may
+go). They have their names of there; where there is no HookedTransformer,
+``HookedTransformer`` and ``HookedSAETransformer`` are SAELens's SAETransformerBridge.
 """
 
 import inspect
