@@ -110,10 +110,7 @@ class StartingSAE(
             # Fails later, for its loss.
             return
         if self.cfg.initialize_from_activations and self._is_fresh():
-            with (
-                torch.autocast(self.device.type, enabled=False),
-                self._keep_run_time_norm_state(),
-            ):
+            with self._keep_run_time_norm_state():
                 x = self._inputs(sae_in).x.reshape(-1, self.cfg.d_in).float()
             _require_finite(x)
             missing = self.cfg.num_experts - self.cfg.num_shared_experts - len(x)
@@ -204,21 +201,22 @@ class StartingSAE(
 
     def _start_router(self, x: torch.Tensor) -> torch.Tensor:
         """Start the router from activations as it sees them, ``[tokens, d_in]``; their median."""
-        shared = self.cfg.num_shared_experts
-        median = geometric_median(x)
-        centered = x - median
+        num_shared = self.cfg.num_shared_experts
         # Its own randomness: the order of later batches, which another thread may be drawing,
         # stays as it is without a start.
         generator = torch.Generator(x.device).manual_seed(torch.initial_seed())
-        centers = spherical_kmeans(
-            centered, self.cfg.num_experts - shared, generator=generator
-        )
-        logits = centered @ centers.T
+        with torch.autocast(x.device.type, enabled=False):
+            median = geometric_median(x)
+            centered = x - median
+            centers = spherical_kmeans(
+                centered, self.cfg.num_experts - num_shared, generator=generator
+            )
+            logits = centered @ centers.T
         # Bessel's correction would make the spread of a single logit NaN.
         spread = logits.std(correction=min(1, logits.numel() - 1))
         # Equal tokens have none but that of rounding.
         spread = spread.clamp(min=1e-3 * x.norm(dim=-1).mean() + 1e-8)
-        self._set_router(F.pad(centers.T / spread, (shared, 0)), median)
+        self._set_router(F.pad(centers.T / spread, (num_shared, 0)), median)
         return median
 
 
