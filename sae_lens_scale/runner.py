@@ -99,7 +99,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             (torch's ``fused=True``): several times faster, equal up to rounding. A run that
             goes on from a checkpoint may choose anew.
         lr_factors: Factors on the learning rates of some parameters, such as
-            ``{"W_router": 0.1, "b_router": 0.1}``. They are in the runner's checkpoints: a
+            ``{"W_router": 0.1, "b_router": 0.1}``, which multiply the config's
+            ``router_lr_factor``. They are in the runner's checkpoints: a
             run that goes on from one has them unless it is given others.
         **kwargs: Arguments of SAELens's runner.
 

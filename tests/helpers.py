@@ -44,18 +44,24 @@ def randomize(sae: Any, seed: int = 0) -> None:
         parameter.data.copy_(noise * scale)
 
 
+# Random weights, which tests/saes/test_start.py has otherwise. The router's factor is the
+# default: what tests compare is the router that is applied.
 _SMALL: dict[str, Any] = {
     "d_in": 10,
     "d_sae": 60,
     "num_experts": 5,
     "k": 6,
     "dtype": "float64",
+    "normalize_activations": "none",
+    "aux_loss_coefficient": 1 / 32,
+    "multi_topk_coefficient": 0.0,
+    "initialize_from_activations": False,
 }
 
 
 def scale_sae(seed: int = 0, **overrides: Any) -> ScaleTrainingSAE:
     """A small random Scale SAE in float64: 12 latents per expert, 2 of 5 experts."""
-    settings = {**_SMALL, "experts_per_token": 2, **overrides}
+    settings = {**_SMALL, "experts_per_token": 2, "num_shared_experts": 0, **overrides}
     sae = ScaleTrainingSAE(ScaleTrainingSAEConfig(**settings))
     randomize(sae, seed)
     return sae
@@ -63,7 +69,8 @@ def scale_sae(seed: int = 0, **overrides: Any) -> ScaleTrainingSAE:
 
 def switch_sae(seed: int = 0, **overrides: Any) -> SwitchTrainingSAE:
     """A small random Switch SAE in float64: 12 latents in each of 5 experts."""
-    sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**{**_SMALL, **overrides}))
+    settings = {**_SMALL, "gate": "softmax", **overrides}
+    sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**settings))
     randomize(sae, seed)
     return sae
 
@@ -71,13 +78,14 @@ def switch_sae(seed: int = 0, **overrides: Any) -> SwitchTrainingSAE:
 def reference_of(sae: Any) -> ReferenceSAE:
     """Oracle on the SAE's own parameters, so that gradients can be compared."""
     cfg = sae.cfg
+    W_router, b_router = sae.applied_router()
     return ReferenceSAE(
         W_enc=sae.W_enc,
         b_enc=sae.b_enc,
         W_dec=sae.W_dec,
         b_dec=sae.b_dec,
-        W_router=sae.W_router,
-        b_router=sae.b_router,
+        W_router=W_router,
+        b_router=b_router,
         k=cfg.k,
         experts_per_token=cfg.experts_per_token,
         gate=cfg.gate,

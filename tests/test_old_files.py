@@ -45,6 +45,8 @@ def test_saes_load_and_compute_the_same(
     sae = sae_class.load_from_disk(folder / kind)
     assert sae.cfg.architecture() == folder.name
     assert isinstance(sae, TrainingSAE) == (sae_class is TrainingSAE)
+    # Routers were trained at the rate of all else.
+    assert getattr(sae.cfg, "router_lr_factor", 1.0) == 1.0
     assert expected[f"{kind}_acts"].any()
     assert_same(sae.encode(expected["x"]), expected[f"{kind}_acts"])
     assert_same(sae(expected["x"]), expected[f"{kind}_out"])

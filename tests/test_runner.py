@@ -274,16 +274,16 @@ def test_a_run_that_goes_on_has_its_lr_factors_unless_it_is_given_others(
 ):
     # In its own units to the end: nothing to fold into the weights.
     make = partial(make, normalize_activations="none")
-    frozen = {"b_router": 0.0}
+    frozen = {"b_enc": 0.0}
     runner = make(options={"lr_factors": frozen})
     start = {n: p.detach().clone() for n, p in runner.sae.named_parameters()}
     checkpoint = interrupted(runner)
     before = {n: p.detach().clone() for n, p in runner.sae.named_parameters()}
-    assert torch.equal(before["b_router"], start["b_router"])
+    assert torch.equal(before["b_enc"], start["b_enc"])
     assert not torch.equal(before["W_router"], start["W_router"])
     options = {"lr_factors": others}
     resumed = make(options=options, resume_from_checkpoint=checkpoint).run()
-    for name in ("b_router", "W_router"):
+    for name in ("b_enc", "W_router"):
         stayed = torch.equal(resumed.get_parameter(name), before[name])
         assert stayed == (name in (frozen if others is None else others))
 

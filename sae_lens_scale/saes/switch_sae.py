@@ -95,7 +95,7 @@ class SwitchTrainingSAEConfig(MixtureTrainingSAEConfig):
             training batch, as :meth:`initialize_from_activations` of the SAE describes.
             Turn it off to start from random weights, or from weights that you set.
         router_lr_factor (float): Learning rate of the router, as a multiple of that of
-            all else. In memory, not in files, W_router and b_router are divided by it.
+            all else. The parameters W_router and b_router, not those in files, are divided by it.
         decoder_init_norm (float | None): Norm of the decoder rows at the start of
             training. Use None to disable. Inherited from TrainingSAEConfig.
         d_in (int): Input dimension (dimensionality of the activations being encoded).

@@ -126,7 +126,9 @@ def test_a_store_gives_what_run_evals_gives(
 def test_a_training_SAE_sees_activations_as_its_trainer_scales_them(
     tiny_model: HookedSAETransformer, make_tokens: Any, tmp_path: Path
 ):
-    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=64, num_experts=4, k=6)
+    cfg = ScaleTrainingSAEConfig(
+        d_in=32, d_sae=64, num_experts=4, experts_per_token=2, k=6
+    )
     trained = ScaleTrainingSAE(cfg)
     randomize(trained)
     trained.cfg.metadata.hook_name = HOOK

@@ -31,7 +31,9 @@ X = torch.randn(40, 10, generator=torch.Generator().manual_seed(1), dtype=torch.
 
 def simple_sae() -> ScaleSAE:
     """Each token selects the experts of its two largest coordinates."""
-    sae = ScaleSAE(ScaleSAEConfig(d_in=4, d_sae=16, num_experts=4, k=2))
+    sae = ScaleSAE(
+        ScaleSAEConfig(d_in=4, d_sae=16, num_experts=4, experts_per_token=2, k=2)
+    )
     sae.W_router.data = torch.eye(4)
     sae.b_router.data.zero_()
     return sae

@@ -12,8 +12,9 @@ Run = Callable[..., Any]
 def train_command(
     architecture: str, model: Path, text: Path, output: Path, tokens: int = 12_288
 ) -> str:
+    experts = "--experts_per_token 2 " if architecture == "scale" else ""
     return (
-        f"train --architecture {architecture} --d_in 32 --d_sae 128 --num_experts 4 --k 8 "
+        f"train --architecture {architecture} --d_in 32 --d_sae 128 --num_experts 4 --k 8 {experts}"
         "--normalize_activations expected_average_only_in "
         f"--model_class_name AutoModelForCausalLM --model_name {model} "
         f"--hook_name model.layers.0 --dataset_path {text} --is_dataset_tokenized false "
@@ -21,7 +22,7 @@ def train_command(
         "--n_batches_in_buffer 32 --n_batches_for_norm_estimate 2 --lr 2e-3 "
         f"--training_tokens {tokens} --n_checkpoints 1 --exclude_special_tokens true "
         f"--checkpoint_path {output / 'checkpoints'} --output_path {output / 'sae'} "
-        "--log_to_wandb false --lr_factors b_router=0 W_router=0.5"
+        "--log_to_wandb false --lr_factors b_enc=0 W_router=0.5"
     )
 
 

@@ -23,10 +23,16 @@ def test_train_is_SAELenss_runner_with_our_architectures(trained: Path):
 
 
 def test_train_gives_parameters_learning_rates_of_their_own(trained: Path):
-    # Both start at 0.
+    # It starts at 0, and training would change it.
     sae = SAE.load_from_disk(trained / "sae")
-    assert not sae.get_parameter("b_router").any()
-    assert sae.get_parameter("b_dec").any()
+    assert not sae.get_parameter("b_enc").any()
+
+
+def test_train_starts_from_activations(trained: Path):
+    # It starts at 0 otherwise, and would have moved by far less.
+    sae = SAE.load_from_disk(trained / "sae")
+    router, decoder = sae.get_parameter("b_router"), sae.get_parameter("b_dec")
+    assert torch.cosine_similarity(router, decoder, dim=0) > 0.8
 
 
 def test_lr_factors_of_several_options_add_up(
@@ -92,6 +98,6 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
     again = again.partition("--lr_factors")[0]
     run(f"{again} --resume_from_checkpoint {checkpoint}")
     after = SAE.load_from_disk(tmp_path / "sae")
-    assert not after.get_parameter("b_router").any()
+    assert not after.get_parameter("b_enc").any()
     assert after.cfg.architecture() == before.cfg.architecture()
     assert not torch.equal(after.W_enc, before.W_enc)

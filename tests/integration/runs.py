@@ -38,7 +38,15 @@ def sae_config(architecture: str, **overrides: Any) -> Any:
         "decoder_init_norm": 0.5,
     }
     if architecture in ARCHITECTURES:
-        settings["num_experts"] = 4
+        settings |= {
+            "num_experts": 4,
+            "normalize_activations": "none",
+            "aux_loss_coefficient": 1 / 32,
+            "multi_topk_coefficient": 0.0,
+        }
+        of_one: dict[str, Any] = {"gate": "softmax"}
+        of_more: dict[str, Any] = {"experts_per_token": 2, "num_shared_experts": 0}
+        settings |= of_more if architecture == "scale" else of_one
     return TrainingSAEConfig.from_dict({**settings, **overrides})
 
 

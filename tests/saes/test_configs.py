@@ -28,6 +28,14 @@ TRAINING = [ScaleTrainingSAEConfig, SwitchTrainingSAEConfig]
 SCALE = [ScaleSAEConfig, ScaleTrainingSAEConfig]
 ALL = [*SCALE, SwitchSAEConfig, SwitchTrainingSAEConfig]
 SMALL: dict[str, Any] = {"d_in": 8, "d_sae": 64, "num_experts": 4, "k": 3}
+E_2 = {"experts_per_token": 2}
+
+
+def small(config_class: Any) -> dict[str, Any]:
+    """Settings of a small SAE; of a Scale SAE, two experts to a token."""
+    return SMALL | (E_2 if config_class in SCALE else {})
+
+
 both_training = pytest.mark.parametrize("config_class", TRAINING)
 
 
@@ -57,7 +65,7 @@ def test_command_line_sets_our_fields():
 
 @both_training
 def test_configs_survive_dicts_json_pickle_and_copies(config_class: Any):
-    cfg = config_class(**SMALL, gate="softmax", aux_loss_coefficient=0.5)
+    cfg = config_class(**small(config_class), gate="softmax", aux_loss_coefficient=0.5)
     cfg.metadata.hook_name = "blocks.1.hook_resid_post"
     runner = LanguageModelSAERunnerConfig(
         sae=cfg, model_name="gpt2", hook_name=cfg.metadata.hook_name
@@ -83,10 +91,12 @@ def test_inference_config_survives_a_round_trip_and_tells_how_it_was_trained(
     config_class: Any,
 ):
     cfg = config_class(
-        **SMALL,
+        **small(config_class),
         gate="uniform",
         load_balance_coefficient=0.5,
-        multi_topk_coefficient=0.125,
+        multi_topk_coefficient=0.0,
+        initialize_from_activations=False,
+        router_lr_factor=0.25,
     )
     saved = cfg.get_inference_sae_cfg_dict()
     again = SAEConfig.from_dict(saved)
@@ -98,8 +108,10 @@ def test_inference_config_survives_a_round_trip_and_tells_how_it_was_trained(
         "decoder_init_norm": 0.1,
         "use_sparse_activations": True,
         "load_balance_coefficient": 0.5,
-        "aux_loss_coefficient": 1 / 32,
-        "multi_topk_coefficient": 0.125,
+        "aux_loss_coefficient": 1 / 8,
+        "multi_topk_coefficient": 0.0,
+        "initialize_from_activations": False,
+        "router_lr_factor": 0.25,
     }
     if cfg.architecture() == "scale":
         details |= {"feature_scaling": True, "decomposition": "mean"}
@@ -121,8 +133,11 @@ def test_what_a_sweep_script_hands_over_builds_trains_and_can_be_saved(
         load_balance_coefficient=np.float32(0.5),
         aux_loss_coefficient=np.int64(1),
         decoder_init_norm=np.float32(0.5),
+        router_lr_factor=np.float32(0.5),
+        initialize_from_activations=np.True_,
         dtype=torch.float64,
         device=torch.device("cpu"),
+        **({"experts_per_token": np.int64(2)} if config_class in SCALE else {}),
     )
     assert (cfg.d_in, cfg.k, cfg.load_balance_coefficient) == (10, 6, 0.5)
     assert (cfg.dtype, cfg.device) == ("float64", "cpu")
@@ -152,6 +167,9 @@ BAD_FIELDS: list[tuple[list[Any], str, str, list[Any]]] = [
     (TRAINING, "aux_loss_coefficient", "a finite number", NO_COEFFICIENTS),
     (TRAINING, "aux_loss_coefficient", "a finite number", [torch.tensor(0.1)]),
     (TRAINING, "multi_topk_coefficient", "a finite number", NO_COEFFICIENTS),
+    (TRAINING, "router_lr_factor", "a finite number above 0", NO_COEFFICIENTS),
+    (TRAINING, "router_lr_factor", "a finite number above 0", [0, 0.0]),
+    (TRAINING, "initialize_from_activations", "a bool", NO_BOOLS),
     (TRAINING, "decoder_init_norm", "a finite", [0.0, -1.0, NAN, INF, "0.1", True]),
     (TRAINING, "rescale_acts_by_decoder_norm", "a bool", NO_BOOLS),
     (TRAINING, "use_sparse_activations", "a bool", NO_BOOLS),
@@ -175,7 +193,7 @@ def test_bad_fields_are_refused_by_name_and_value(
 ):
     shown = repr(value.item() if isinstance(value, np.generic) else value)
     message = f"{name} must be {wanted}.* got .*{re.escape(shown)}"
-    settings = {**SMALL, name: value}
+    settings = {**small(config_class), name: value}
     with pytest.raises(ValueError, match=message):
         config_class(**settings)
     base = TrainingSAEConfig if config_class in TRAINING else SAEConfig
@@ -187,17 +205,30 @@ def test_bad_fields_are_refused_by_name_and_value(
 @pytest.mark.parametrize("config_class", ALL)
 def test_values_that_SAELens_refuses_are_refused(config_class: Any):
     with pytest.raises(ValueError, match=r"Invalid dtype: torch\.int8"):
-        config_class(**SMALL, dtype=torch.int8)
+        config_class(**small(config_class), dtype=torch.int8)
     with pytest.raises(ValueError, match="normalize_activations .* l2"):
-        config_class(**SMALL, normalize_activations="l2")
+        config_class(**small(config_class), normalize_activations="l2")
 
 
 @pytest.mark.parametrize("config_class", SCALE)
 def test_k_may_reach_the_candidates_and_no_further(config_class: Any):
-    settings = {**SMALL, "experts_per_token": 2}
+    settings = small(config_class)
     assert config_class(**{**settings, "k": 32}).k == 32
     with pytest.raises(ValueError, match="k must be at most the 32 latents .* got 33"):
         config_class(**{**settings, "k": 33})
+
+
+@pytest.mark.parametrize(
+    ("experts_per_token", "shared"), [(1, 0), (7, 0), (8, 1), (20, 2)]
+)
+def test_an_eighth_of_the_experts_is_shared_unless_a_number_is_given(
+    experts_per_token: int, shared: int
+):
+    settings = {**SMALL, "num_experts": 32, "experts_per_token": experts_per_token}
+    cfg = ScaleTrainingSAEConfig(**settings)
+    assert cfg.num_shared_experts == cfg.to_dict()["num_shared_experts"] == shared
+    settings["num_shared_experts"] = 0
+    assert ScaleTrainingSAEConfig(**settings).num_shared_experts == 0
 
 
 @both_training
@@ -205,13 +236,13 @@ def test_k_may_reach_the_candidates_and_no_further(config_class: Any):
 def test_losses_of_residuals_with_run_time_normalisation_are_refused(
     config_class: Any, norm: Any
 ):
-    settings = {**SMALL, "normalize_activations": norm}
+    settings = {**small(config_class), "normalize_activations": norm}
     with pytest.raises(ValueError, match=f"aux_loss_coefficient must be 0 .*{norm}"):
         config_class(**settings)
     settings["aux_loss_coefficient"] = 0
-    config_class(**settings)
     with pytest.raises(ValueError, match=f"multi_topk_coefficient must be 0 .*{norm}"):
-        config_class(**settings, multi_topk_coefficient=0.125)
+        config_class(**settings)
+    config_class(**settings, multi_topk_coefficient=0)
 
 
 @pytest.mark.parametrize("config_class", ALL)

@@ -143,10 +143,11 @@ def test_initialize_from_activations_centres_biases_and_spreads_the_router(make:
     directions = torch.nn.functional.normalize(draw(8, 16), dim=-1)
     x = 4 * directions[torch.arange(800) % 8] + 0.1 * draw(800, 16, seed=1) + 5.0
     sae.initialize_from_activations(x.view(8, 100, 16))
-    torch.testing.assert_close(sae.b_dec.data, geometric_median(x))
-    assert torch.equal(sae.b_dec, sae.b_router)
+    W_router, median = sae.applied_router()
+    torch.testing.assert_close(median.data, geometric_median(x))
+    assert torch.equal(sae.b_dec, median)
     assert torch.equal(sae.W_enc, sae.W_dec.T)
-    logits = (x - sae.b_router) @ sae.W_router
+    logits = (x - median) @ W_router
     assert logits.std().item() == pytest.approx(1.0, abs=1e-3)
     # Tokens of one cluster share their first expert.
     first = sae.route(x).indices[:, 0].view(100, 8)

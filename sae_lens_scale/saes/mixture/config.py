@@ -172,7 +172,8 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
         metadata = config_dict.get("metadata") or {}
         if metadata.get("training_architecture") == cls.architecture():
             details = metadata.get("training_architecture_details") or {}
-            config_dict = {**details, **config_dict}
+            # Files of 0.1.0 do not say so, but their routers were trained like all else.
+            config_dict = {"router_lr_factor": 1.0, **details, **config_dict}
         return super().from_dict(config_dict)
 
 

@@ -38,26 +38,29 @@ def spherical_kmeans(
     x: Float[torch.Tensor, "tokens d_in"],
     num_clusters: int,
     max_iterations: int = 50,
+    generator: torch.Generator | None = None,
 ) -> Float[torch.Tensor, "num_clusters d_in"]:
     """
     Cluster points by direction: Lloyd's algorithm with cosine similarity.
 
     Centres start at points drawn as in k-means++ (Arthur & Vassilvitskii 2007), and one
     that loses all its points restarts at the point that its own centre explains worst.
-    Randomness is torch's. Of fewer points than clusters, each is a cluster, and the other
+    Of fewer points than clusters, each is a cluster, and the other
     centres have random directions.
 
     Args:
         x: Points, ``[tokens, d_in]``.
         num_clusters: Number of clusters.
         max_iterations: Iterations at most; it stops when no point moves.
+        generator: Randomness, on the device of ``x``; torch's own by default.
 
     Returns:
         Unit-norm centres, ``[num_clusters, d_in]``.
     """
-    missing = x.new_empty(max(0, num_clusters - len(x)), x.shape[1]).normal_()
+    missing = x.new_empty(max(0, num_clusters - len(x)), x.shape[1])
+    missing.normal_(generator=generator)
     directions = torch.nn.functional.normalize(torch.cat([x, missing]), dim=-1)
-    centers = _spread_out_points(directions, num_clusters)
+    centers = _spread_out_points(directions, num_clusters, generator)
     assignment = torch.full((len(directions),), -1, device=x.device)
     for _ in range(max_iterations):
         similarity, nearest = (directions @ centers.T).max(dim=-1)
@@ -72,13 +75,16 @@ def spherical_kmeans(
     return centers
 
 
-def _spread_out_points(directions: torch.Tensor, count: int) -> torch.Tensor:
+def _spread_out_points(
+    directions: torch.Tensor, count: int, generator: torch.Generator | None
+) -> torch.Tensor:
     """Draw points with probability proportional to the distance from those drawn."""
     distance = torch.ones_like(directions[:, 0])
     chosen = []
     for _ in range(count):
         # The floor keeps a draw possible when all that is left are duplicates.
-        chosen.append(int(torch.multinomial(distance.clamp(min=1e-12), 1)))
+        weights = distance.clamp(min=1e-12)
+        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
         distance = distance.minimum(1 - directions @ directions[chosen[-1]])
         distance[chosen[-1]] = 0
     return directions[chosen]

@@ -11,6 +11,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from typing_extensions import override
 
 from .config import MixtureTrainingSAEConfig
+from .encoding import is_overridden
 from .inference import MixtureSAE
 from .initialization import geometric_median, spherical_kmeans
 
@@ -18,9 +19,7 @@ T_MIXTURE_TRAINING_CONFIG = TypeVar(
     "T_MIXTURE_TRAINING_CONFIG", bound=MixtureTrainingSAEConfig
 )
 
-
-def _has_weights(sae: "StartingSAE[Any]", _: Any) -> None:
-    sae._is_fresh = False
+_ROUTER = ("W_router", "b_router")
 
 
 class StartingSAE(
@@ -29,71 +28,90 @@ class StartingSAE(
     """
     A training SAE that starts from activations, and whose router learns at its own pace.
 
-    In memory W_router and b_router are divided by ``cfg.router_lr_factor``. Adam changes
-    every parameter by about its learning rate, whatever the gradient's size, so the router
-    that is applied, and that files hold, changes by that factor times the learning rate.
-    ``applied_router`` returns it.
+    The parameters W_router and b_router are those that are applied divided by
+    ``cfg.router_lr_factor``. Adam changes every parameter by about its learning rate,
+    whatever the gradient's size, so the applied router changes by that factor times the
+    learning rate. ``applied_router``, state dicts and files hold what is applied.
     """
 
-    # Whether the weights are those of __init__ still.
-    _is_fresh: bool = False
+    # W_router as __init__ made it; None once the SAE has started or got weights.
+    _fresh_router: torch.Tensor | None
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        self._set_router(self.W_router.data, self.b_router.data)
-        self._is_fresh = True
-        self.register_load_state_dict_post_hook(_has_weights)
+        # A change of the config later on must not change the router.
+        self._router_lr_factor = self.cfg.router_lr_factor
+        self.W_router.data /= self._router_lr_factor
+        # A buffer goes to other devices and dtypes along with the parameters.
+        router = self.W_router.data.clone()
+        self.register_buffer("_fresh_router", router, persistent=False)
 
     @override
     def applied_router(self) -> tuple[torch.Tensor, torch.Tensor]:
-        factor = self.cfg.router_lr_factor
+        factor = self._router_lr_factor
         # Rounded once, after the product.
-        dtype = torch.promote_types(self.dtype, torch.float32)
+        dtype = torch.promote_types(self.W_router.dtype, torch.float32)
         return self.W_router.to(dtype) * factor, self.b_router.to(dtype) * factor
 
     @override
     @torch.no_grad()
     def _set_router(self, W_router: torch.Tensor, b_router: torch.Tensor) -> None:
-        factor = self.cfg.router_lr_factor
-        super()._set_router(W_router / factor, b_router / factor)
+        super()._set_router(self._as_parameter(W_router), self._as_parameter(b_router))
+
+    def _as_parameter(self, applied: torch.Tensor) -> torch.Tensor:
+        """The value of a router's parameter, given what is applied."""
+        dtype = torch.promote_types(applied.dtype, torch.float32)
+        value = (applied.to(dtype) / self._router_lr_factor).to(self.W_router.dtype)
+        # The other dtypes reach much further.
+        if value.dtype == torch.float16 and (value.isinf() & applied.isfinite()).any():
+            raise ValueError(
+                "float16 is too small for the router divided by router_lr_factor="
+                f"{self._router_lr_factor}: use bfloat16 or float32, or a larger factor"
+            )
+        return value
 
     @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        for name in ("W_router", "b_router"):
-            state_dict[name] = state_dict[name] * self.cfg.router_lr_factor
-        super().process_state_dict_for_saving(state_dict)
+    def _save_to_state_dict(
+        self, destination: Any, prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _ROUTER:
+            # Not in place: the entries share memory with the parameters.
+            applied = destination[prefix + name] * self._router_lr_factor
+            destination[prefix + name] = applied
 
     @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        for name in ("W_router", "b_router"):
-            state_dict[name] = state_dict[name] / self.cfg.router_lr_factor
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        for name in _ROUTER:
+            if (applied := state_dict.get(prefix + name)) is not None:
+                state_dict[prefix + name] = self._as_parameter(applied)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._fresh_router = None
 
     @torch.compiler.disable
     @torch.no_grad()
     def _start_from_first_batch(self, sae_in: torch.Tensor) -> None:
         """
-        Start from the first training batch, unless weights were loaded or set before.
+        Start from the first training batch, unless the router was loaded or set before.
 
-        Of fewer tokens than routed experts, each gets an expert, and the others random
-        directions; a warning says so.
+        A b_dec that was set before stays. Of fewer tokens than routed experts, each gets an
+        expert, and the others random directions; a warning says so.
 
         Args:
             sae_in: The batch, in the trainer's units.
+
+        Raises:
+            ValueError: If the batch has the wrong width, or NaN or infinite values.
         """
-        wanted, self._is_fresh = self._is_fresh, False
-        # A router that was set by hand, or by initialize_from_activations, has a centre.
-        if not (wanted and self.cfg.initialize_from_activations) or self.b_router.any():
+        if not sae_in.numel():
+            # Fails later, for its loss.
             return
-        with (
-            torch.autocast(self.device.type, enabled=False),
-            self._keep_run_time_norm_state(),
-            # What is drawn after this, such as the order of tokens, is as it would be without.
-            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
-        ):
-            x = self.reshape_fn_in(sae_in.to(self.device, torch.float32))
-            x = self.run_time_activation_norm_fn_in(x).reshape(-1, self.cfg.d_in)
+        if self.cfg.initialize_from_activations and self._is_fresh():
+            with self._keep_run_time_norm_state():
+                x = self._inputs(sae_in).x.reshape(-1, self.cfg.d_in).float()
             _require_finite(x)
             missing = self.cfg.num_experts - self.cfg.num_shared_experts - len(x)
             if missing > 0:
@@ -104,7 +122,21 @@ class StartingSAE(
                     "from activations",
                     stacklevel=2,
                 )
-            self._start_from(x)
+            median = self._start_router(x)
+            if self._reconstructs_its_input() and not self.b_dec.any():
+                self.b_dec.data.copy_(median)
+        self._fresh_router = None
+
+    def _is_fresh(self) -> bool:
+        """Say whether the router is as __init__ made it."""
+        fresh = self._fresh_router
+        return fresh is not None and bool(
+            torch.equal(self.W_router, fresh) and not self.b_router.any()
+        )
+
+    def _reconstructs_its_input(self) -> bool:
+        same_width = self.W_dec.shape[1] == self.cfg.d_in
+        return same_width and not is_overridden(self, "target")
 
     @torch.no_grad()
     def initialize_from_activations(self, batch: torch.Tensor) -> None:
@@ -118,8 +150,8 @@ class StartingSAE(
         columns become the centres of a spherical k-means of the centred batch,
         scaled so that logits have unit spread (those of shared experts, which nobody
         uses, become zeros). Decoder rows keep their random
-        directions and the encoder becomes the decoder transposed. An SAE whose decoder
-        has another width than d_in keeps b_dec and the encoder.
+        directions and the encoder becomes the decoder transposed. An SAE that reconstructs
+        something else than its input (``target``) keeps b_dec and the encoder.
 
         SAELens rescales activations before training if ``normalize_activations`` says
         so; the batch is rescaled here in the same way, from its own statistics. Whitening
@@ -160,23 +192,32 @@ class StartingSAE(
         with self._keep_run_time_norm_state():
             x = self.run_time_activation_norm_fn_in(scaler(raw))
         _require_finite(x)
-        self._start_from(x)
-        self._is_fresh = False
-
-    def _start_from(self, x: torch.Tensor) -> None:
-        """Start from activations as router and encoder see them, ``[tokens, d_in]``."""
-        shared = self.cfg.num_shared_experts
-        median = geometric_median(x)
-        centered = x - median
-        centers = spherical_kmeans(centered, self.cfg.num_experts - shared)
-        logits = centered @ centers.T
-        # Bessel's correction would make the spread of a single logit NaN.
-        spread = logits.std(correction=min(1, logits.numel() - 1)).clamp(min=1e-8)
-        self._set_router(F.pad(centers.T / spread, (shared, 0)), median)
-        self.b_enc.data.zero_()
-        if self.W_dec.shape[1] == self.cfg.d_in:
+        median = self._start_router(x)
+        if self._reconstructs_its_input():
             self.b_dec.data.copy_(median)
+            self.b_enc.data.zero_()
             self.W_enc.data.copy_(self.W_dec.data.T)
+        self._fresh_router = None
+
+    def _start_router(self, x: torch.Tensor) -> torch.Tensor:
+        """Start the router from activations as it sees them, ``[tokens, d_in]``; their median."""
+        num_shared = self.cfg.num_shared_experts
+        # Its own randomness: the order of later batches, which another thread may be drawing,
+        # stays as it is without a start.
+        generator = torch.Generator(x.device).manual_seed(torch.initial_seed())
+        with torch.autocast(x.device.type, enabled=False):
+            median = geometric_median(x)
+            centered = x - median
+            centers = spherical_kmeans(
+                centered, self.cfg.num_experts - num_shared, generator=generator
+            )
+            logits = centered @ centers.T
+        # Bessel's correction would make the spread of a single logit NaN.
+        spread = logits.std(correction=min(1, logits.numel() - 1))
+        # Equal tokens have none but that of rounding.
+        spread = spread.clamp(min=1e-3 * x.norm(dim=-1).mean() + 1e-8)
+        self._set_router(F.pad(centers.T / spread, (num_shared, 0)), median)
+        return median
 
 
 def _require_finite(x: torch.Tensor) -> None:

@@ -59,8 +59,8 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
 
         All losses that compare with an input compare with this. Its width is that of W_dec
         and b_dec, which a subclass may make another than d_in (a transcoder's, say) where
-        ``apply_b_dec_to_input`` is off. Initialisation from activations and the error term
-        need width d_in.
+        ``apply_b_dec_to_input`` is off. The error term needs width d_in, and
+        what starts from activations is the router alone.
 
         Args:
             step_input: The batch, ``sae_in`` of shape ``[tokens, d_in]``.
@@ -124,11 +124,11 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             ``[tokens, k]``.
 
         Raises:
-            ValueError: If the loss is not finite. One such step would turn every
-                weight into NaN, without an error.
+            ValueError: If the loss is not finite, or what an SAE starts from. One such step
+                would turn every weight into NaN, without an error.
         """
         x = step_input.sae_in
-        if self._is_fresh:
+        if self._fresh_router is not None:
             self._start_from_first_batch(x)
         if is_overridden(self, "encode_with_hidden_pre"):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
