@@ -37,6 +37,13 @@ _SHARED_AT_LARGE_K = 6
 _BETA1_AT_LARGE_K = 0.8
 # The coefficient of Gao et al.
 _MULTI_TOPK = 1 / 8
+# What users get: by the recommended recipe; by the architecture's name and sizes alone, with
+# SAELens's defaults; and likewise in version 0.1.0.
+VARIANTS_OF_DEFAULTS = (
+    "recommended",
+    "SAELens's defaults",
+    "SAELens's defaults, 0.1.0",
+)
 _L1_COEFFICIENTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
@@ -269,10 +276,8 @@ class _Experiment:
         return runs
 
     def defaults(self) -> list[RunSettings]:
-        """
-        What users get: by the recommended recipe; with the architecture's name and sizes alone, and
-        SAELens's defaults; likewise in version 0.1.0.
-        """
+        """What users get, the best that was found, and a dense SAE of the same cost."""
+        by_recipe, stock, old = VARIANTS_OF_DEFAULTS
         runs = []
         for k, architecture in product(self.ks, ("scale", "switch")):
             sizes = {"d_in": self.d_in, "d_sae": 32 * self.d_in, "k": k}
@@ -286,13 +291,22 @@ class _Experiment:
             recommended = recommended_config(architecture, **sizes, **text)
             sae_class = get_sae_training_class(architecture)[1]
             alone = LanguageModelSAERunnerConfig(sae=sae_class(**sizes), **text)
-            stock = RunSettings.of_runner(alone, "SAELens's defaults")
-            old = {**sizes, "normalize_activations": "none"}
-            del old["d_in"]
+            run = RunSettings.of_runner(alone, stock)
+            # SAELens's own default, which the SAEs had then.
+            then = {**sizes, "normalize_activations": "none"}
+            del then["d_in"]
             runs += [
-                RunSettings.of_runner(recommended, "recommended"),
-                stock,
-                replace(stock, sae=old, variant="0.1.0, SAELens's defaults"),
+                RunSettings.of_runner(recommended, by_recipe),
+                run,
+                replace(run, sae=then, variant=old),
+            ]
+        for k in self.ks:
+            switch = self.run("switch", {"k": k, "num_experts": 32})
+            runs += [
+                self.fine_scale(k),
+                _with_multi_topk(self.best(k)),
+                _with_multi_topk(switch),
+                self.run("topk", {"k": k, "d_sae": self.d_in}),
             ]
         return runs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from .columns import COLUMNS
-from .presets import PRESETS
+from .presets import PRESETS, VARIANTS_OF_DEFAULTS
 from .records import held_out_variances, read, read_curves, require_one_text
 from .tables import (
     OURS,
@@ -37,6 +37,8 @@ _ABLATIONS: dict[str, tuple[str, list[str]]] = {
     "recipe": ("fvu", []),
     "redundancy": ("redundancy", []),
 }
+# Rows of the short table of what users get.
+_HEADLINE = ("Scale, recommended", "Switch, recommended", "Scale, SAELens's defaults")
 _WORDS = {True: "with scaling", False: "without scaling"}
 
 
@@ -130,6 +132,22 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         if len(set(runs["row"])) > 1 and not set(runs["name"]) <= main:
             table = markdown(cells(runs, metric, "row"), forms[metric])
             found[f"ablation-{ablation}"] = table
+    runs = _of_preset(everything, f"{base}-defaults")
+    if len(runs):
+        runs = runs.assign(row=_by_variant(runs))
+        for name, metric in (
+            ("defaults", "fvu"),
+            ("defaults-other-domain", "fvu_other_domain"),
+            ("defaults-unseen-text", "fvu_unseen_text"),
+        ):
+            measured = measured_runs(runs, metric)
+            if len(measured):
+                found[name] = markdown(cells(measured, metric, "row"), forms[metric])
+        short = runs.loc[runs["row"].isin(_HEADLINE) | (runs["label"] == "TopK 576")]
+        measured = measured_runs(short, "fvu_unseen_text")
+        if len(measured):
+            table = cells(measured, "fvu_unseen_text", "row")
+            found["headline"] = markdown(table, forms["fvu_unseen_text"])
     runs = _of_preset(everything, f"{base}-length")
     if not set(runs["name"]) <= main:
         for name, metric in (("length", "fvu"), ("length-redundancy", "redundancy")):
@@ -140,6 +158,17 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         if _first(runs, OURS):
             found["length-comparison"] = comparison(runs, columns=TOKENS)
     return found
+
+
+def _by_variant(runs: pd.DataFrame) -> list[str]:
+    """Names of rows: the variant of a run whose sizes differ from k to k, else the label."""
+    columns = runs[["label", "settings.architecture", "settings.variant"]]
+    return [
+        f"{architecture.capitalize()}, {variant}"
+        if variant in VARIANTS_OF_DEFAULTS
+        else label
+        for label, architecture, variant in columns.itertuples(index=False)
+    ]
 
 
 def _first(runs: pd.DataFrame, start: str) -> str:

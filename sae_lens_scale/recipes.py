@@ -105,9 +105,7 @@ def recipe_of(
     else:
         if num_experts is None:
             num_experts = _num_experts(architecture, d_sae, k)
-        recipe = _recommended(
-            architecture, k, training_tokens, batch_size, num_experts
-        )
+        recipe = _recommended(architecture, k, training_tokens, batch_size, num_experts)
     runner: dict[str, Any] = {
         "train_batch_size_tokens": batch_size,
         # Not of a recipe: SAELens's default mixes 2,560 tokens.

@@ -6,6 +6,7 @@ Autoencoder"; the authors' code is https://github.com/shahinxu/Scale-Sparse-Auto
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -209,11 +210,15 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
-        # What is no integer is refused by name, with all else.
-        N = self.num_experts if isinstance(self.num_experts, int) else 1
+        # Numpy's integers are welcome; what is no integer is refused by name, with all else.
+        N = self.num_experts if isinstance(self.num_experts, Integral) else 1
         if self.experts_per_token is None:
             self.experts_per_token = min(N, max(2, N // 32))
-        e = self.experts_per_token if isinstance(self.experts_per_token, int) else 1
+        e = (
+            self.experts_per_token
+            if isinstance(self.experts_per_token, Integral)
+            else 1
+        )
         if self.num_shared_experts is None:
             self.num_shared_experts = e // 8
         super().__post_init__()
