@@ -130,14 +130,15 @@ def _recommended(
     num_experts: int,
 ) -> Recipe:
     steps = training_tokens // batch_size
+    early_decay = architecture == "scale" and training_tokens >= _LONG_RUN
     dead_after_tokens = 8_000 if architecture == "scale" else 20_000
     runner: dict[str, Any] = {
         "lr": 1.6e-3,
         "adam_beta1": 0.8 if k >= _LARGE_K else 0.9,
         "adam_beta2": 0.99,
         "lr_warm_up_steps": steps // 20,
-        # A rate that falls for longer is better, but not in short runs.
-        "lr_decay_steps": steps // (2 if training_tokens >= _LONG_RUN else 5),
+        # Where it was tried, a rate that falls for longer was better, but not in short runs.
+        "lr_decay_steps": steps // (2 if early_decay else 5),
         # Rare latents, which learn late, get longer to show themselves in longer runs.
         "dead_feature_window": max(
             1, dead_after_tokens * max(1, training_tokens // 1_000_000) // batch_size
