@@ -224,7 +224,8 @@ def test_k_may_reach_the_candidates_and_no_further(config_class: Any):
 def test_an_eighth_of_the_experts_is_shared_unless_a_number_is_given(
     experts_per_token: int, shared: int
 ):
-    settings = {**SMALL, "num_experts": 32, "experts_per_token": experts_per_token}
+    settings = {**SMALL, "num_experts": 32, "k": 1}
+    settings["experts_per_token"] = experts_per_token
     cfg = ScaleTrainingSAEConfig(**settings)
     assert cfg.num_shared_experts == cfg.to_dict()["num_shared_experts"] == shared
     settings["num_shared_experts"] = 0

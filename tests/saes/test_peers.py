@@ -145,8 +145,10 @@ def test_loading_takes_the_tensors_of_the_file_without_another_copy(
 
     loaded = base_of(sae).load_from_disk(tmp_path, converter=converter)
     assert read.keys() == loaded.state_dict().keys()
+    # The router's tensors, which are small, are divided where the SAE trains.
+    own = {"W_router", "b_router"} if isinstance(loaded, TrainingSAE) else set()
     for name, parameter in loaded.named_parameters():
-        assert parameter.data_ptr() == read[name].data_ptr()
+        assert (parameter.data_ptr() != read[name].data_ptr()) == (name in own)
 
 
 def test_a_compiled_sae_computes_the_same_for_batches_of_any_size():

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, _disable_hooks
 from sae_lens.training.activation_scaler import ActivationScaler
 from typing_extensions import override
 
@@ -110,7 +110,8 @@ class StartingSAE(
             # Fails later, for its loss.
             return
         if self.cfg.initialize_from_activations and self._is_fresh():
-            with self._keep_run_time_norm_state():
+            # Hooks see the step itself, once.
+            with _disable_hooks(self), self._keep_run_time_norm_state():
                 x = self._inputs(sae_in).x.reshape(-1, self.cfg.d_in).float()
             _require_finite(x)
             missing = self.cfg.num_experts - self.cfg.num_shared_experts - len(x)
