@@ -27,7 +27,7 @@ RECIPES: dict[RecipeName, str] = {
 
 # Latents of an expert.
 _LEAST_SIZE = 32
-_LARGE_K = 64
+_SMALL_K, _LARGE_K = 8, 64
 _LONG_RUN = 500_000
 _VERY_LONG_RUN = 10_000_000
 # Tokens that SAELens mixes, and that it estimates the activations' norm from.
@@ -131,7 +131,9 @@ def _recommended(
 ) -> Recipe:
     steps = training_tokens // batch_size
     early_decay = architecture == "scale" and training_tokens >= _LONG_RUN
-    dead_after_tokens = 8_000 if architecture == "scale" else 20_000
+    # Of few active latents each fires rarely, and the dead-latent loss would take living ones.
+    soon = architecture == "scale" and k > _SMALL_K
+    dead_after_tokens = 8_000 if soon else 20_000
     runner: dict[str, Any] = {
         "lr": 1.6e-3,
         "adam_beta1": 0.8 if k >= _LARGE_K else 0.9,
@@ -145,7 +147,10 @@ def _recommended(
         ),
         "n_batches_for_norm_estimate": -(-_NORM_TOKENS // batch_size),
     }
-    sae = {"num_experts": num_experts}
+    sae: dict[str, Any] = {
+        "num_experts": num_experts,
+        "aux_loss_coefficient": 1 / 4 if soon else 1 / 8,
+    }
     if architecture == "scale" and k >= _LARGE_K:
         # Of a token's experts, one in 32; by default an eighth of these are shared.
         sae["num_shared_experts"] = 3 * max(2, num_experts // 32) // 8

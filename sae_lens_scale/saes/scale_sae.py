@@ -203,8 +203,6 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
     num_shared_experts: int = None  # type: ignore[assignment]
     gate: GateName = "rescaled"
     topk_over: TopKOver = "gated_activations"
-    # With an eye on latents dead for 8,000 tokens, as by the recommended recipe.
-    aux_loss_coefficient: float = 1 / 4
     feature_scaling: bool = True
     decomposition: DecompositionName = "mean"
 
