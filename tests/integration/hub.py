@@ -114,13 +114,10 @@ class Hub:
             case None | "revision":
                 return self._info(repo)
             case "tree":
-                under = f"{folder}/" if folder else ""
-                return self._tree(
-                    repo, [p for p in self.repos[repo] if p.startswith(under)]
-                )
+                return self._tree(repo, folder)
             case "paths-info":
-                paths = parse_qs(body.decode())["paths"]
-                return self._tree(repo, [p for p in self.repos[repo] if p in paths])
+                asked = parse_qs(body.decode())["paths"]
+                return _json([self._entry(repo, path) for path in asked])
         if refused := _refused(repo.split("/")[0], token):
             return refused
         if verb == "preupload":
@@ -160,19 +157,22 @@ class Hub:
             {"id": name, "sha": self._sha(repo), "siblings": files, "private": private}
         )
 
-    def _tree(self, repo: str, paths: list[str]) -> Answer:
-        files = self.repos[repo]
-        return _json(
-            [
-                {
-                    "type": "file",
-                    "path": p,
-                    "size": len(files[p]),
-                    "oid": _oid(files[p]),
-                }
-                for p in paths
-            ]
-        )
+    def _tree(self, repo: str, folder: str | None) -> Answer:
+        """The entries of a folder, without those of its subfolders."""
+        start = f"{folder}/" if folder else ""
+        names = {
+            path[len(start) :].split("/")[0]
+            for path in self.repos[repo]
+            if path.startswith(start)
+        }
+        return _json([self._entry(repo, start + name) for name in sorted(names)])
+
+    def _entry(self, repo: str, path: str) -> dict[str, Any]:
+        content = self.repos[repo].get(path)
+        if content is None:
+            return {"type": "directory", "path": path, "oid": _oid(path.encode())}
+        oid = _oid(content)
+        return {"type": "file", "path": path, "size": len(content), "oid": oid}
 
     def _create(self, asked: dict[str, Any], token: str) -> Answer:
         if refused := _refused(asked["organization"], token):
