@@ -67,9 +67,10 @@ def test_train_scale_gpt2(hub: Hub, tmp_path: Path):
 def test_the_demo_on_GPT2(hub: Hub, tmp_path: Path):
     example = ROOT / "examples" / "train_scale_smollm2.py"
     arguments = (
-        f"--model gpt2 --dataset {gpt2.DATASET} --output demo --training_tokens 512 "
-        "--batch_size 256 --expansion 2 --num_experts 4 --k 8 --context_size 64 "
-        "--eval_batches 1 --prompts_per_batch 4"
+        f"--model gpt2 --dataset {gpt2.DATASET} --output demo --training_tokens 256 "
+        "--batch_size 128 --expansion 2 --num_experts 4 --k 8 --context_size 64 "
+        # For which only one of the model's blocks has to run.
+        "--eval_batches 1 --hook_name blocks.0.hook_resid_post"
     )
     out = run(tmp_path, str(example), *arguments.split())
     assert "Everything is in demo" in out

@@ -32,7 +32,12 @@ def publish(hub: Hub, folder: Path) -> None:
     texts = (texts * (N_DOCUMENTS // len(texts) + 1))[:N_DOCUMENTS]
     dataset = "plain_text/train-00000-of-00001.parquet"
     Dataset.from_dict({"text": texts}).to_parquet(folder / "text.parquet")
-    configs = [{"config_name": "plain_text", "data_files": [{"split": "train", "path": "plain_text/train-*"}]}]
+    configs = [
+        {
+            "config_name": "plain_text",
+            "data_files": [{"split": "train", "path": "plain_text/train-*"}],
+        }
+    ]
     hub.repos[f"datasets/{DATASET}"] = {
         dataset: (folder / "text.parquet").read_bytes(),
         # JSON is YAML.

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -101,7 +101,7 @@ class Hub:
             return missing or self._file(method, repo, file)
         match = re.fullmatch(
             r"/api/(models|datasets)/(.+?)"
-            r"(?:/(revision|tree|paths-info|preupload|commit)/([^/]+)(?:/(.*))?)?",
+            r"(?:/(revision|tree|preupload|commit)/([^/]+)(?:/(.*))?)?",
             path,
         )
         if not match:
@@ -115,9 +115,6 @@ class Hub:
                 return self._info(repo)
             case "tree":
                 return self._tree(repo, folder)
-            case "paths-info":
-                asked = parse_qs(body.decode())["paths"]
-                return _json([self._entry(repo, path) for path in asked])
         if refused := _refused(repo.split("/")[0], token):
             return refused
         if verb == "preupload":
