@@ -19,7 +19,7 @@ NOBODY = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+def hub_with_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A hub with GPT-2 and OpenWebText, and a cache of its own."""
     with running_hub(tmp_path_factory.mktemp("client")) as hub:
         gpt2.publish(hub, tmp_path_factory.mktemp("published"))
@@ -44,7 +44,7 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_the_READMEs_code_trains_and_splices_GPT2(hub: Hub, tmp_path: Path):
+def test_the_READMEs_code_trains_and_splices_GPT2(hub_with_gpt2: Hub, tmp_path: Path):
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     blocks = [block for block in blocks if '"gpt2"' in block]
@@ -57,14 +57,14 @@ def test_the_READMEs_code_trains_and_splices_GPT2(hub: Hub, tmp_path: Path):
     assert sae.cfg.metadata.dataset_path == gpt2.DATASET
 
 
-def test_train_scale_gpt2(hub: Hub, tmp_path: Path):
+def test_train_scale_gpt2(hub_with_gpt2: Hub, tmp_path: Path):
     example = ROOT / "examples" / "train_scale_gpt2.py"
     run(tmp_path, str(ROOT / "tests" / "short_run.py"), str(example))
     sae = SAE.load_from_disk(tmp_path / "outputs" / "scale-gpt2")
     assert (sae.cfg.architecture(), sae.cfg.d_sae) == ("scale", 24_576)
 
 
-def test_the_demo_on_GPT2(hub: Hub, tmp_path: Path):
+def test_the_demo_on_GPT2(hub_with_gpt2: Hub, tmp_path: Path):
     example = ROOT / "examples" / "train_scale_smollm2.py"
     arguments = (
         f"--model gpt2 --dataset {gpt2.DATASET} --output demo --training_tokens 256 "

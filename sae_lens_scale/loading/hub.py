@@ -13,6 +13,7 @@ from sae_lens import SAE, upload_saes_to_huggingface
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.registry import get_sae_training_class
 
+from sae_lens_scale.files import dump_json
 from sae_lens_scale.saes.mixture import MixtureSAE
 
 METRICS_FILENAME = "metrics.json"
@@ -83,7 +84,7 @@ def upload(
     api.whoami()
     card = _card(repo_id)
     _insert(card, sae_id, section)
-    card.data.library_name = "saelens"
+    card.data.library_name = card.data.library_name or "saelens"
     tags = {"sparse-autoencoder", "sae-lens-scale", sae.cfg.architecture()}
     card.data.tags = sorted(tags.union(card.data.tags or ()))
     try:
@@ -161,7 +162,7 @@ def _metrics(
 
 def _comparable(cfg: dict[str, Any]) -> dict[str, Any]:
     # As JSON holds it, and where and how precisely the SAE was evaluated aside.
-    cfg = json.loads(json.dumps(cfg))
+    cfg = json.loads(dump_json(cfg))
     return {name: v for name, v in cfg.items() if name not in ("device", "dtype")}
 
 
@@ -172,7 +173,7 @@ def _card(repo_id: str) -> ModelCard:
     except (EntryNotFoundError, RepositoryNotFoundError):
         title = f"# {repo_id.split('/')[1]}"
         intro = "Sparse autoencoders for [SAELens](https://github.com/decoderesearch/SAELens)."
-        return ModelCard(f"---\n---\n{title}\n\n{intro}\n")
+        return ModelCard(f"---\nlibrary_name: saelens\n---\n{title}\n\n{intro}\n")
 
 
 def _insert(card: ModelCard, sae_id: str, section: str) -> None:
