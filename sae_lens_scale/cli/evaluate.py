@@ -119,7 +119,6 @@ def _run(options: argparse.Namespace) -> str:
             "sae": options.sae,
             "sae_id": options.sae_id,
             "sae_cfg": sae.cfg.to_dict(),
-            "dataset": dataset,
             "metrics": by_group,
             "feature_metrics": by_latent,
         }

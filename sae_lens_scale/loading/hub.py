@@ -60,8 +60,8 @@ def upload(
         folder: Folder of the export, such as a runner's ``output_path``.
         repo_id: The repository, "owner/name", which is made if there is none.
         sae_id: Name of the SAE in it; by default that of the folder.
-        metrics: What ``sae-lens-scale evaluate --output`` wrote about this SAE; by default
-            ``metrics.json`` in the folder, if there is one.
+        metrics: What ``sae-lens-scale evaluate --output`` wrote about this SAE, and maybe
+            others; by default ``metrics.json`` in the folder, if there is one.
         private: Make the repository private.
 
     Returns:
@@ -141,23 +141,28 @@ def _load_export(folder: Path) -> MixtureSAE[Any]:
 
 def _metrics(
     sae: MixtureSAE[Any], folder: Path, path: str | Path | None
-) -> dict[str, Any] | None:
-    """What ``evaluate`` wrote about the SAE, if it did."""
+) -> list[dict[str, Any]]:
+    """What ``evaluate`` wrote about the SAE: a result for each evaluation."""
     if path is None:
         path = folder / METRICS_FILENAME
         if not path.exists():
-            return None
+            return []
     path = Path(path)
     try:
-        result = json.loads(path.read_text())
-        evaluated, _ = result["sae_cfg"], result["metrics"].items()
+        content = json.loads(path.read_text())
+        results = content if isinstance(content, list) else [content]
+        evaluated = [_comparable(result["sae_cfg"]) for result in results]
+        for result in results:
+            dict(result["metrics"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"metrics: {path} was not written by sae-lens-scale evaluate --output"
         ) from error
-    if _comparable(evaluated) != _comparable(sae.cfg.to_dict()):
+    ours = _comparable(sae.cfg.to_dict())
+    matching = [r for r, cfg in zip(results, evaluated, strict=True) if cfg == ours]
+    if not matching:
         raise ValueError(f"metrics: {path} is about another SAE than {folder}")
-    return result
+    return matching
 
 
 def _comparable(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +197,7 @@ def _section(
     folder: Path,
     repo_id: str,
     sae_id: str,
-    metrics: dict[str, Any] | None,
+    metrics: list[dict[str, Any]],
 ) -> str:
     cfg, metadata = sae.cfg, sae.cfg.metadata
     architecture = cfg.architecture()
@@ -229,14 +234,15 @@ sae = SAE.from_pretrained("{repo_id}", "{sae_id}")
     ]
     if trained:
         paragraphs.append(_table("trained with", trained))
-    if metrics is not None:
-        text = f", on `{metrics['dataset']}`" if "dataset" in metrics else ""
+    for result in metrics:
+        text = result.get("eval_cfg", {}).get("dataset")
         values = {
             name: f"{value:.6g}" if isinstance(value, float) else value
-            for group in metrics["metrics"].values()
+            for group in result["metrics"].values()
             for name, value in group.items()
         }
-        paragraphs.append(_table(f"measured by SAELens's evaluation{text}", values))
+        on_text = f" on `{text}`" if text else ""
+        paragraphs.append(_table(f"measured by SAELens's evaluation{on_text}", values))
     return "\n\n".join(paragraphs)
 
 

@@ -33,7 +33,8 @@ def evaluation_of(export: Path, **changes: Any) -> str:
     """What ``evaluate --output`` writes, with few metrics."""
     cfg = SAE.load_from_disk(export).cfg.to_dict()
     groups = {"sparsity": {"l0": 3.25}, "token_stats": {"total_tokens": 512}}
-    result = {"sae_cfg": cfg, "dataset": "some/text", "metrics": groups}
+    texts = {"dataset": "some/text"}
+    result = {"sae_cfg": cfg, "eval_cfg": texts, "metrics": groups}
     return dump_json({**result, **changes})
 
 
@@ -120,15 +121,29 @@ def test_metrics_come_from_a_file_or_the_folder(hub: Hub, tmp_path: Path):
     assert "| l0 | 2.5 |" in readme(hub)
 
 
+def test_of_several_evaluations_those_of_the_SAE_count(hub: Hub, tmp_path: Path):
+    results = [
+        evaluation_of(SWITCH, eval_cfg={"dataset": "not/ours"}),
+        evaluation_of(SCALE, eval_cfg={"dataset": "first/text"}),
+        evaluation_of(SCALE, eval_cfg={"dataset": "second/text"}),
+    ]
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(f"[{', '.join(results)}]")
+    upload(SCALE, REPO, metrics=metrics)
+    texts = re.findall(r"evaluation on `(.*)`", readme(hub))
+    assert texts == ["first/text", "second/text"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "was not written by sae-lens-scale evaluate"),
-        ("[]", "was not written by sae-lens-scale evaluate"),
+        ("[3]", "was not written by sae-lens-scale evaluate"),
+        ("[]", "is about another SAE"),
         ('{"saes": {}}', "was not written by sae-lens-scale evaluate"),
         (evaluation_of(SWITCH), "is about another SAE"),
     ],
-    ids=["no JSON", "a list", "other metrics", "another SAE"],
+    ids=["no JSON", "numbers", "nothing", "other metrics", "another SAE"],
 )
 def test_foreign_metrics_are_refused(
     content: str, message: str, hub: Hub, tmp_path: Path
