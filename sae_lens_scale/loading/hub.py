@@ -205,12 +205,14 @@ def _section(
     run = json.loads(runner_cfg.read_text()) if runner_cfg.exists() else {}
     trained = {name: run[name] for name in _RUN if name in run}
     trained |= metadata.training_architecture_details or {}
+    hook, model, text = (
+        f"`{metadata[name]}`" if metadata[name] else f"unknown ({name})"
+        for name in ("hook_name", "model_name", "dataset_path")
+    )
     paragraphs = [
         f"## {sae_id}",
-        f"A {architecture.title()} SAE (mixture of experts) for "
-        f"`{metadata.hook_name or 'unknown hook'}` of "
-        f"`{metadata.model_name or 'unknown model'}`, trained on "
-        f"`{metadata.dataset_path or 'unknown text'}`. Paper: {_PAPERS[architecture]}.",
+        f"A {architecture.title()} SAE (mixture of experts) for {hook} of {model}, trained "
+        f"on {text}. Paper: {_PAPERS[architecture]}.",
         "With the package `sae-lens-scale` installed, which makes the architecture known to "
         "SAELens:",
         f"""```python
@@ -235,13 +237,13 @@ sae = SAE.from_pretrained("{repo_id}", "{sae_id}")
     if trained:
         paragraphs.append(_table("trained with", trained))
     for result in metrics:
-        text = result.get("eval_cfg", {}).get("dataset")
+        evaluated_on = result.get("eval_cfg", {}).get("dataset")
         values = {
             name: f"{value:.6g}" if isinstance(value, float) else value
             for group in result["metrics"].values()
             for name, value in group.items()
         }
-        on_text = f" on `{text}`" if text else ""
+        on_text = f" on `{evaluated_on}`" if evaluated_on else ""
         paragraphs.append(_table(f"measured by SAELens's evaluation{on_text}", values))
     return "\n\n".join(paragraphs)
 
