@@ -84,9 +84,9 @@ def upload(
     api.whoami()
     card = _card(repo_id)
     _insert(card, sae_id, section)
-    card.data.library_name = card.data.library_name or "saelens"
+    card.data["library_name"] = card.data.get("library_name") or "saelens"
     tags = {"sparse-autoencoder", "sae-lens-scale", sae.cfg.architecture()}
-    card.data.tags = sorted(tags.union(card.data.tags or ()))
+    card.data["tags"] = sorted(tags.union(card.data.get("tags") or ()))
     try:
         is_private = api.repo_info(repo_id).private
     except RepositoryNotFoundError:

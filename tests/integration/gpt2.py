@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -51,14 +52,15 @@ def publish(hub: Hub, folder: Path) -> None:
     )
     torch.manual_seed(0)
     end_of_text = tokenizer.token_to_id(_END_OF_TEXT)
-    config = GPT2Config(
-        n_layer=9,
-        n_ctx=1024,  # which the real config.json has, and transformers no longer writes
-        vocab_size=tokenizer.get_vocab_size(),
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-    )
-    GPT2LMHeadModel(config).half().save_pretrained(model)
+    settings: dict[str, Any] = {
+        "n_layer": 9,
+        # TransformerLens reads it in the real config.json; transformers no longer writes it.
+        "n_ctx": 1024,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+    }
+    GPT2LMHeadModel(GPT2Config(**settings)).half().save_pretrained(model)
     tokenizer.save(str(model / "tokenizer.json"))
     tokenizer.save_model(str(model))  # vocab.json and merges.txt
     (model / "tokenizer_config.json").write_text('{"model_max_length": 1024}')

@@ -57,8 +57,8 @@ def test_the_card_states_sizes_training_and_paper(export: Path, hub: Hub):
     upload(export, REPO)
     card = ModelCard(readme(hub))
     architecture = export.parent.name
-    assert card.data.library_name == "saelens"
-    assert {"sae-lens-scale", architecture} <= set(card.data.tags or ())
+    assert card.data["library_name"] == "saelens"
+    assert {"sae-lens-scale", architecture} <= set(card.data["tags"])
     text = card.text
     assert text.startswith("# saes\n")
     # By default an SAE is called as its folder.
