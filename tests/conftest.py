@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Threads that spin while they wait starve each other on a machine with few cores. This has to be
@@ -10,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from helpers import random_transformer, small_corpus
+from integration.hub import Hub, running_hub
 from sae_lens import HookedSAETransformer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +19,13 @@ from sae_lens_scale.loading.smollm2 import load_smollm2
 
 # The files that take longest come first: one that began last would run alone. With several
 # processes, only --no-loadscope-reorder keeps this order.
-_FIRST = ("test_examples", "test_end_to_end", "test_benchmarks", "test_docs")
+_FIRST = (
+    "test_examples",
+    "test_hub_path",
+    "test_end_to_end",
+    "test_benchmarks",
+    "test_docs",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,3 +76,10 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     small_corpus().to_json(folder / "train.jsonl")
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """An empty hub that ``huggingface_hub`` uses during the test."""
+    with running_hub(tmp_path / "client") as hub:
+        yield hub

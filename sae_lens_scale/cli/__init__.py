@@ -1,8 +1,8 @@
 """
-The command line: ``sae-lens-scale train | evaluate | info | convert``.
+The command line: ``sae-lens-scale train | evaluate | info | upload | convert``.
 
 ``train`` is SAELens's own training command with the architectures of this package
-known to it; the others evaluate, describe and convert SAEs.
+known to it; the others evaluate, describe, upload and convert SAEs.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sae_lens_scale.upstream import InterruptedException
 
-from . import convert, evaluate, info, train
+from . import convert, evaluate, info, train, upload
 from .output import complain, error_text, print_result
 
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="show where an error came from (before the command)",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (train, evaluate, info, convert):
+    for module in (train, evaluate, info, upload, convert):
         module.add_parser(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "train":

@@ -1,19 +1,8 @@
 """Fixtures of the integration tests."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-from integration.hub import Hub, running_hub
 from integration.runs import ARCHITECTURES, TrainingRun, train_tiny_sae
 from sae_lens import HookedSAETransformer
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    """An empty hub that ``huggingface_hub`` uses during the test."""
-    with running_hub(tmp_path / "client") as hub:
-        yield hub
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)
