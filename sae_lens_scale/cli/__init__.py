@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from sae_lens.training._interruption import InterruptedException
 
+from sae_lens_scale._version import __version__
+
 from . import convert, evaluate, info, train
 from .output import complain, error_text, print_result
 
@@ -23,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with 2, as argparse does.
     """
     parser = argparse.ArgumentParser(prog="sae-lens-scale", description=__doc__)
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {__version__}"
+    )
     parser.add_argument(
         "--traceback",
         action="store_true",

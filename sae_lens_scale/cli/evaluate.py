@@ -188,8 +188,9 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             text = docstring_corpus("test") if dataset == "docstrings" else dataset
             for size in sizes:
                 note(
-                    f"evaluation {next(numbers)} of {total}: {name} {sae_id or ''} on "
-                    f"{dataset}, {_cost(cfg, size)}"
+                    f"evaluation {next(numbers)} of {total}: "
+                    f"{' '.join(filter(None, (name, sae_id)))} on {dataset}, "
+                    f"{_cost(cfg, size)}"
                 )
                 with naming_text("--dataset", dataset):
                     store = _store(sae, model, text, size, cfg)

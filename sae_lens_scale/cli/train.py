@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 
-from .output import complain, error_text, print_result
+from .output import complain, error_text, note, print_result
 
 
 def add_parser(commands: Any) -> None:
@@ -72,6 +73,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         # None leaves them to the checkpoint that the run goes on from.
         lr_factors=dict(options.lr_factors) or None,
     ).run()
+    if cfg.output_path is not None:
+        note(f"next: sae-lens-scale evaluate {shlex.quote(str(cfg.output_path))}")
 
 
 def _parse(arguments: list[str]) -> Any:
