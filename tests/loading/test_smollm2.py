@@ -1,4 +1,5 @@
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
