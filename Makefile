@@ -16,7 +16,7 @@ FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-matrix lint bench bench-training reproduce clean
+.PHONY: install demo test test-matrix lint bench bench-training reproduce release clean
 
 install: $(INSTALLED)
 
@@ -77,5 +77,18 @@ reproduce: $(REPRODUCTION)/.installed
 	preset=$(firstword $(PRESETS)); $(LABORATORY) report --preset $$preset $(FOLDER_OF) \
 		--images outputs/reproduction/$${preset%%-*}/figures $(ARGS)
 
+# The checklist is in CONTRIBUTING.md. With -I Python sees nothing of the checkout but the smoke test.
+RELEASE := .venv-release
+
+release:
+	rm -rf dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) build twine
+	$(RELEASE)/tools/bin/python -m build
+	$(RELEASE)/tools/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(RELEASE)/clean
+	$(RELEASE)/clean/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	OMP_WAIT_POLICY=PASSIVE $(RELEASE)/clean/bin/python -I tests/smoke.py
+
 clean:
-	rm -rf $(VENV) .venv-matrix $(REPRODUCTION) outputs
+	rm -rf $(VENV) .venv-matrix $(RELEASE) $(REPRODUCTION) dist outputs

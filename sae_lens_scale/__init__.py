@@ -15,6 +15,7 @@ from sae_lens.registry import (
     register_sae_training_class,
 )
 
+from ._version import __version__ as __version__
 from .recipes import recommended_config
 from .saes import (
     ScaleSAE,
@@ -27,8 +28,6 @@ from .saes import (
     SwitchTrainingSAEConfig,
 )
 from .saes.mixture.routing import Routing
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Routing",

@@ -17,6 +17,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
 from sae_lens_scale.files import write_whole
+from sae_lens_scale.loading.errors import naming_model, naming_text
 from sae_lens_scale.upstream import InterruptedException
 
 LR_FACTORS_FILENAME = "lr_factors.json"
@@ -105,7 +106,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         **kwargs: Arguments of SAELens's runner.
 
     Raises:
-        ValueError: As :func:`require_lr_factors`.
+        ValueError: If the model or the text cannot be loaded, and as
+            :func:`require_lr_factors`.
     """
 
     _interrupted = False
@@ -117,7 +119,17 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         lr_factors: Mapping[str, float] | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except Exception:
+            # SAELens loads the model, then the text, and its errors name neither.
+            if not hasattr(self, "model"):
+                with naming_model("model_name", self.cfg.model_name):
+                    raise
+            if not hasattr(self, "activations_store"):
+                with naming_text("dataset_path", self.cfg.dataset_path):
+                    raise
+            raise
         self.fused_optimizer = fused_optimizer
         if lr_factors is None and self.cfg.resume_from_checkpoint is not None:
             saved = Path(self.cfg.resume_from_checkpoint, LR_FACTORS_FILENAME)

@@ -11,8 +11,8 @@ PACKAGE = "sae_lens_scale"
 # From the bottom up, each named by its deepest module or folder. Modules of one layer may
 # use each other.
 LAYERS = [
-    # Files and sparse products.
-    ["files", "ops"],
+    # The version, files, packages of extras, and sparse products.
+    ["_version", "files", "extras", "ops"],
     # Functions over tensors.
     [
         "saes.mixture.routing",
@@ -26,7 +26,7 @@ LAYERS = [
     ["upstream"],
     # SAEs as SAELens knows them.
     ["saes"],
-    ["loading", "runner", "analysis"],
+    ["recipes", "loading", "runner", "analysis"],
     ["cli", "__main__"],
     # The public names.
     [""],

@@ -1,14 +1,18 @@
-"""The wheel that pyproject.toml builds holds the package alone and works on its own."""
+"""What pyproject.toml builds: a wheel of the package alone, a source archive; the citation."""
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import requires
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from sae_lens_scale import __version__
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sae_lens_scale"
@@ -23,12 +27,12 @@ def test_the_wheel_imports_registers_is_typed_and_holds_the_package_alone(
         + ["--wheel-dir", str(tmp_path)],
         check=True,
     )
-    (wheel,) = tmp_path.glob("sae_lens_scale-0.1.0-*.whl")
+    (wheel,) = tmp_path.glob(f"sae_lens_scale-{__version__}-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "sae_lens_scale/py.typed" in names
     # No laboratory, tests, examples or benchmarks.
     folders = {name.partition("/")[0] for name in names}
-    assert folders == {"sae_lens_scale", "sae_lens_scale-0.1.0.dist-info"}
+    assert folders == {"sae_lens_scale", f"sae_lens_scale-{__version__}.dist-info"}
     modules = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     site = tmp_path / "site"
@@ -48,6 +52,41 @@ for registry in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY):
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(site)},
     )
+
+
+def test_the_source_archive_holds_all_that_a_checkout_needs(tmp_path: Path):
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist"]
+    subprocess.run([*command, "--directory", str(tmp_path)], check=True, cwd=ROOT)
+    root = f"sae_lens_scale-{__version__}"
+    with tarfile.open(tmp_path / f"{root}.tar.gz") as archive:
+        names = {name.removeprefix(f"{root}/") for name in archive.getnames()}
+        metadata = archive.extractfile(f"{root}/PKG-INFO")
+        assert metadata is not None
+        assert f"\nVersion: {__version__}\n" in metadata.read().decode()
+    assert {
+        *("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"),
+        *("Makefile", "constraints.txt", "pyproject.toml", "tests/smoke.py"),
+        *("sae_lens_scale/__init__.py", "reproduction/__main__.py", "docs/code.md"),
+    } <= names
+    assert not [name for name in names if name.startswith(("outputs", ".venv"))]
+
+
+def test_the_changelog_has_the_version():
+    assert f"\n## [{__version__}] - 20" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_citation_has_what_its_format_requires():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    papers = citation["references"]
+    for entry in (citation, *papers):
+        assert entry["title"] and entry["type"]
+        assert all(author["name"] for author in entry["authors"])
+    assert citation["message"]
+    # Of the names that the README has for the papers.
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert papers[0]["title"] in readme
+    assert papers[1]["url"] in readme
 
 
 def test_the_environment_of_make_reproduce_has_every_requirement():

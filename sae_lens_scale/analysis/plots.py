@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-
 from sae_lens_scale.analysis.tokens import TokenExplanation
+from sae_lens_scale.extras import require
+
+require("matplotlib", "plots")
+
+from matplotlib import colormaps  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 
 def plot_token_explanations(

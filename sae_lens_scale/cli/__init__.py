@@ -8,6 +8,7 @@ known to it; the others evaluate, describe, upload and convert SAEs.
 import argparse
 from collections.abc import Sequence
 
+from sae_lens_scale._version import __version__
 from sae_lens_scale.upstream import InterruptedException
 
 from . import convert, evaluate, info, train, upload
@@ -23,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with 2, as argparse does.
     """
     parser = argparse.ArgumentParser(prog="sae-lens-scale", description=__doc__)
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {__version__}"
+    )
     parser.add_argument(
         "--traceback",
         action="store_true",

@@ -1,11 +1,14 @@
 """``sae-lens-scale convert``: checkpoints of other code in SAELens's format."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
 from sae_lens_scale.loading import convert_authors_checkpoint
 from sae_lens_scale.loading.formats import FORMATS
+
+from .output import note
 
 
 def add_parser(commands: Any) -> None:
@@ -48,4 +51,5 @@ def _run(options: argparse.Namespace) -> str:
         model_name=options.model_name,
         hook_name=options.hook_name,
     )
+    note(f"next: sae-lens-scale info {shlex.quote(str(folder))}")
     return str(folder)

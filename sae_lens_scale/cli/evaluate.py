@@ -1,31 +1,52 @@
-"""``sae-lens-scale evaluate``: SAELens's evaluation of an SAE."""
+"""``sae-lens-scale evaluate``: SAELens's evaluation of SAEs."""
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from sae_lens import SAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
-from sae_lens.evals import get_eval_everything_config, run_evals
+from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import load_model
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
 from sae_lens_scale.files import dump_json, write_whole
 from sae_lens_scale.loading.docstrings import docstring_corpus
+from sae_lens_scale.loading.errors import naming_model, naming_text, require_text
 from sae_lens_scale.loading.smollm2 import load_smollm2
 
-from .output import table
-from .sae_argument import add_sae, load_sae
+from .output import note, table
+from .sae_argument import find_saes, load_sae
 
 _SCALED_BY_THE_TRAINER = ("expected_average_only_in", "covariance_whitening")
+_SWITCHES = [f.name for f in fields(EvalConfig) if f.name.startswith("compute_")]
+# Those of metrics that are measured with the SAE spliced into the language model.
+_RECONSTRUCTION = {"compute_kl", "compute_ce_loss"}
+# Computed from the weights alone.
+_WEIGHTS = {"compute_featurewise_weight_based_metrics"}
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of an argparse parser."""
-    parser = commands.add_parser("evaluate", help="run SAELens's evaluation on an SAE")
-    add_sae(parser)
+    parser = commands.add_parser(
+        "evaluate",
+        help="run SAELens's evaluation on SAEs",
+        description="Run SAELens's evaluation on each SAE, each text and each context "
+        "size. With any --compute_ options, only the metrics that these name.",
+    )
+    parser.add_argument(
+        "saes",
+        nargs="+",
+        metavar="sae",
+        help="folders on disk; or a release of SAELens and an SAE of it, each a name or "
+        "a regular expression; or a repository on the hub and an SAE in it",
+    )
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -42,12 +63,35 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--model_class_name", help="SAELens's model class, such as AutoModelForCausalLM"
     )
+    # An option with several values would take the SAE that follows it for one.
     parser.add_argument(
         "--dataset",
+        action="append",
         help="text, by default what the SAE was trained on: a name or folder that "
         'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
     )
-    parser.add_argument("--context_size", type=_positive, help="tokens per prompt")
+    parser.add_argument(
+        "--datasets", dest="dataset", nargs="+", action="extend", help="several texts"
+    )
+    parser.add_argument(
+        "--context_size",
+        type=_positive,
+        action="append",
+        help="tokens per prompt, by default as in training",
+    )
+    parser.add_argument(
+        "--ctx_lens",
+        dest="context_size",
+        type=_positive,
+        nargs="+",
+        action="extend",
+        help="several context sizes",
+    )
+    parser.add_argument(
+        "--prepend_bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether prompts begin with the BOS token, by default as in training",
+    )
     parser.add_argument(
         "--batch_size_prompts", type=_positive, default=16, help="default: %(default)s"
     )
@@ -63,11 +107,21 @@ def add_parser(commands: Any) -> None:
         default=10,
         help="batches for all else (default: %(default)s)",
     )
+    for name in _SWITCHES:
+        of_each_latent = " of each latent, for --output" * ("feature" in name)
+        parser.add_argument(
+            f"--{name}",
+            action="append_const",
+            const=name,
+            dest="compute",
+            help=name.removeprefix("compute_").replace("_", " ") + of_each_latent,
+        )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--output",
         type=Path,
-        help="also write JSON with all metrics, those of each latent included, here",
+        help="also write JSON with all metrics, those of each latent included, here; or, "
+        "if it ends in .csv, a table with a row for each evaluation",
     )
     parser.set_defaults(run=_run)
 
@@ -79,51 +133,191 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> str:
-    if options.output is not None:
-        if not options.output.parent.is_dir():
-            raise FileNotFoundError(f"--output: {options.output.parent} is no folder")
-        if options.output.is_dir():
-            raise IsADirectoryError(f"--output: {options.output} is a folder")
-    sae = load_sae(options, options.device, options.dtype)
-    if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
-        _fold_scaler(sae, Path(options.sae, ACTIVATION_SCALER_CFG_FILENAME))
+    output: Path | None = options.output
+    if output is not None:
+        if not output.parent.is_dir():
+            raise FileNotFoundError(f"--output: {output.parent} is no folder")
+        if output.is_dir():
+            raise IsADirectoryError(f"--output: {output} is a folder")
+    results = list(_results(options))
+    summaries = [_summary(result) for result in results]
+    if output is None:
+        note("--output FILE keeps the metrics, in JSON those of each latent too")
+    else:
+        if output.suffix == ".csv":
+            text = pd.json_normalize(summaries).to_csv(index=False)
+        else:
+            text = dump_json(results if len(results) > 1 else results[0])
+        write_whole(output, text)
+        note(f"the metrics are in {output}")
+    if len(results) == 1:
+        summaries = [results[0]["metrics"]]
+    if not options.json:
+        return table(*summaries)
+    return dump_json(summaries if len(results) > 1 else summaries[0])
+
+
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    """What a result is of, and its metrics without those of each latent."""
+    names = ("sae", "sae_id")
+    cfg = {name: result["eval_cfg"][name] for name in ("dataset", "context_size")}
+    return {name: result[name] for name in names} | cfg | result["metrics"]
+
+
+def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Evaluate each SAE on each text with each context size."""
+    saes = find_saes(options.saes)
+    # A wrong name is an error now, not after hours.
+    for dataset in options.dataset or ():
+        _require_text(dataset)
+    cfg = _eval_config(options)
+    numbers = count(1)
+    total = len(saes) * len(options.dataset or "1") * len(options.context_size or "1")
+    model, loaded = None, None
+    for name, sae_id in saes:
+        sae = load_sae(name, sae_id, options.device, options.dtype)
+        if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
+            _fold_scaler(sae, Path(name, ACTIVATION_SCALER_CFG_FILENAME))
+        datasets, sizes, wanted = _settings(options, sae)
+        if wanted != loaded:
+            # Released first: there may be no memory for two.
+            model = None
+            model, loaded = _load_model(*wanted, options.device), wanted
+        _require_hook(model, wanted[0], sae)
+        for dataset in datasets:
+            text = docstring_corpus("test") if dataset == "docstrings" else dataset
+            for size in sizes:
+                note(
+                    f"evaluation {next(numbers)} of {total}: "
+                    f"{' '.join(filter(None, (name, sae_id)))} on {dataset}, "
+                    f"{_cost(cfg, size)}"
+                )
+                with naming_text("--dataset", dataset):
+                    store = _store(sae, model, text, size, cfg)
+                by_group, by_latent = _evaluate(sae, model, store, dataset, cfg)
+                yield {
+                    "sae": name,
+                    "sae_id": sae_id,
+                    "sae_cfg": sae.cfg.to_dict(),
+                    "eval_cfg": {"dataset": dataset, "context_size": size, **vars(cfg)},
+                    "metrics": by_group,
+                    "feature_metrics": by_latent,
+                }
+
+
+def _eval_config(options: argparse.Namespace) -> EvalConfig:
+    switches = set(options.compute or _SWITCHES)
+    # No batches where nothing is measured on them: SAELens reports how many tokens were.
+    reconstruction = switches & _RECONSTRUCTION
+    others = switches - _RECONSTRUCTION - _WEIGHTS
+    cfg = EvalConfig(batch_size_prompts=options.batch_size_prompts)
+    cfg.n_eval_reconstruction_batches = (
+        options.n_eval_reconstruction_batches if reconstruction else 0
+    )
+    cfg.n_eval_sparsity_variance_batches = (
+        options.n_eval_sparsity_variance_batches if others else 0
+    )
+    for name in switches:
+        setattr(cfg, name, True)
+    return cfg
+
+
+def _cost(cfg: EvalConfig, context_size: int) -> str:
+    batches = cfg.n_eval_reconstruction_batches + cfg.n_eval_sparsity_variance_batches
+    prompts = cfg.batch_size_prompts or 0
+    return (
+        f"{batches} batches of {prompts} prompts of {context_size} tokens, "
+        f"{batches * prompts * context_size:,} tokens"
+    )
+
+
+def _settings(
+    options: argparse.Namespace, sae: SAE[Any]
+) -> tuple[list[str], list[int], tuple[Any, ...]]:
+    """Texts, context sizes and what makes the model: as given or as in the metadata."""
     metadata = sae.cfg.metadata
-    dataset = _given_or_recorded(options.dataset, metadata.dataset_path, "dataset")
-    model = _load_model(options, sae)
-    store = ActivationsStore.from_sae(
+    datasets = options.dataset
+    if datasets is None:
+        datasets = [_recorded(sae, "dataset_path", str, "dataset")]
+        _require_text(datasets[0])
+    sizes = options.context_size or [_recorded(sae, "context_size", int)]
+    if options.prepend_bos is not None:
+        metadata.prepend_bos = options.prepend_bos
+    _recorded(sae, "prepend_bos", bool)
+    if not metadata.hook_name:
+        raise ValueError("the SAE's metadata name no hook")
+    model = (
+        options.model or _recorded(sae, "model_name", str, "model"),
+        options.model_class_name or metadata.model_class_name or "HookedTransformer",
+        metadata.model_from_pretrained_kwargs,
+    )
+    return datasets, sizes, model
+
+
+def _recorded(sae: SAE[Any], name: str, kind: type, option: str | None = None) -> Any:
+    """Take a value from the SAE's metadata for which no option was given."""
+    value = sae.cfg.metadata[name]
+    if value is None or value == "":
+        raise ValueError(f"--{option or name} is needed: the SAE's metadata name none")
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"--{option or name} is needed: {name} must be of type {kind.__name__} in "
+            f"the SAE's metadata, got {value!r}"
+        )
+    return value
+
+
+def _store(
+    sae: SAE[Any], model: Any, text: Any, context_size: int, cfg: EvalConfig
+) -> ActivationsStore:
+    metadata = sae.cfg.metadata
+    return ActivationsStore.from_sae(
         model,
         sae,
-        dataset=docstring_corpus("test") if dataset == "docstrings" else dataset,
-        context_size=options.context_size,
-        store_batch_size_prompts=options.batch_size_prompts,
-        device=options.device,
+        dataset=text,
+        context_size=context_size,
+        store_batch_size_prompts=cfg.batch_size_prompts or 1,
+        # Against a warning that a training run would need more.
+        total_tokens=0,
+        device=str(sae.device),
         disable_concat_sequences=bool(metadata.disable_concat_sequences),
         sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
     )
-    exclude = metadata.exclude_special_tokens
-    by_group, by_latent = run_evals(
-        sae,
-        store,
-        model,
-        ActivationScaler(),
-        get_eval_everything_config(
-            options.batch_size_prompts,
-            options.n_eval_reconstruction_batches,
-            options.n_eval_sparsity_variance_batches,
-        ),
-        exclude_special_tokens=True if exclude is None else exclude,
-        verbose=True,
-    )
-    if options.output is not None:
-        result = {
-            "sae": options.sae,
-            "sae_id": options.sae_id,
-            "sae_cfg": sae.cfg.to_dict(),
-            "metrics": by_group,
-            "feature_metrics": by_latent,
-        }
-        write_whole(options.output, dump_json(result))
-    return dump_json(by_group) if options.json else table(by_group)
+
+
+def _evaluate(
+    sae: SAE[Any], model: Any, store: ActivationsStore, dataset: str, cfg: EvalConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run SAELens's evaluation: metrics by group, and those of each latent."""
+    first_reading = store.iterable_sequences
+    exclude = sae.cfg.metadata.exclude_special_tokens
+    try:
+        by_group, by_latent = run_evals(
+            sae,
+            store,
+            model,
+            ActivationScaler(),
+            cfg,
+            exclude_special_tokens=True if exclude is None else exclude,
+            verbose=True,
+        )
+    except StopIteration as stop:
+        raise ValueError(
+            f"--dataset {dataset} must hold a prompt of {store.context_size} tokens at "
+            "least, got less"
+        ) from stop
+    if store.iterable_sequences is not first_reading:
+        note(f"{dataset} has less text than that: some was read more than once")
+    if not cfg.compute_featurewise_density_statistics:
+        # SAELens leaves quotients of zeros.
+        for name in ("feature_density", "consistent_activation_heuristic"):
+            by_latent.pop(name, None)
+    return by_group, by_latent
+
+
+def _require_text(dataset: str) -> None:
+    if dataset != "docstrings":
+        require_text("--dataset", dataset)
 
 
 def _fold_scaler(sae: SAE[Any], path: Path) -> None:
@@ -147,30 +341,25 @@ def _fold_scaler(sae: SAE[Any], path: Path) -> None:
         )
 
 
-def _load_model(options: argparse.Namespace, sae: SAE[Any]) -> Any:
-    metadata = sae.cfg.metadata
-    name = _given_or_recorded(options.model, metadata.model_name, "model")
-    if not metadata.hook_name:
-        raise ValueError("the SAE's metadata name no hook")
+def _load_model(
+    name: str, class_name: str, settings: dict[str, Any] | None, device: str
+) -> Any:
     if name == "smollm2":
-        model: Any = load_smollm2(device=options.device)
-    else:
-        model = load_model(
-            options.model_class_name
-            or metadata.model_class_name
-            or "HookedTransformer",
-            name,
-            device=options.device,
-            model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
-            hook_names=[metadata.hook_name],
+        return load_smollm2(device=device)
+    with naming_model("--model", name):
+        return load_model(
+            class_name, name, device=device, model_from_pretrained_kwargs=settings
         )
-    if metadata.hook_name not in model.hook_dict:
-        raise ValueError(f"{name} has no hook {metadata.hook_name!r}, the SAE's")
-    return model
 
 
-def _given_or_recorded(given: str | None, recorded: str | None, name: str) -> str:
-    value = given or recorded
-    if not value:
-        raise ValueError(f"--{name} is needed: the SAE's metadata name none")
-    return value
+def _require_hook(model: Any, name: str, sae: SAE[Any]) -> None:
+    hook, head = sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_head_index
+    if hook not in model.hook_dict:
+        raise ValueError(f"{name} has no hook {hook!r}, the SAE's")
+    token = torch.zeros(1, 1, dtype=torch.long, device=sae.device)
+    activation = model.run_with_cache(token, names_filter=[hook])[1][hook][0, 0]
+    width = (activation if head is None else activation[head]).numel()
+    if width != sae.cfg.d_in:
+        raise ValueError(
+            f"{name} must be {sae.cfg.d_in} wide at {hook}, as the SAE, got {width}"
+        )

@@ -9,7 +9,7 @@ from sae_lens_scale.files import dump_json
 from sae_lens_scale.saes.mixture import MixtureSAE
 
 from .output import table
-from .sae_argument import add_sae, load_sae
+from .sae_argument import load_sae
 
 _METADATA = (
     "model_name",
@@ -25,13 +25,18 @@ _METADATA = (
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of an argparse parser."""
     parser = commands.add_parser("info", help="describe an SAE")
-    add_sae(parser)
+    parser.add_argument(
+        "sae", help="folder on disk, release of SAELens or repository on the hub"
+    )
+    parser.add_argument(
+        "sae_id", nargs="?", help="the SAE in the release or repository"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> str:
-    sae = load_sae(options, device="cpu", dtype=None)
+    sae = load_sae(options.sae, options.sae_id, device="cpu", dtype=None)
     metadata = sae.cfg.metadata
     facts: dict[str, Any] = {
         name: value

@@ -41,6 +41,11 @@ def complain(text: str) -> None:
     print(f"sae-lens-scale: error: {text}", file=sys.stderr)  # noqa: T201
 
 
+def note(text: str) -> None:
+    """Print what a reader of the terminal wants to know, beside the result."""
+    print(f"sae-lens-scale: {text}", file=sys.stderr)  # noqa: T201
+
+
 def error_text(error: BaseException) -> str:
     """Return an error's text in one line, after its type where that is needed."""
     text = " ".join(str(error).split())
@@ -49,17 +54,31 @@ def error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def table(values: dict[str, Any]) -> str:
-    """Format values by name as a text table; a dictionary is a group of values."""
-    rows: list[tuple[str, str]] = []
+def table(*columns: dict[str, Any]) -> str:
+    """
+    Format values by name as a text table, a row for each name.
+
+    Args:
+        columns: The values of each column, by the same names in each; a dictionary is a
+            group of values.
+    """
+    flat = [_flatten(values) for values in columns]
+    rows = [(name, *(_cell(values[name]) for values in flat)) for name in flat[0]]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _flatten(values: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            rows += [(f"{name}.{key}", _cell(entry)) for key, entry in value.items()]
+            flat |= {f"{name}.{key}": entry for key, entry in value.items()}
         else:
-            rows.append((name, _cell(value)))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {cell}" for name, cell in rows)
+            flat[name] = value
+    return flat
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)

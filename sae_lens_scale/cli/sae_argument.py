@@ -1,50 +1,91 @@
-"""The arguments of ``evaluate`` and ``info`` that name an SAE."""
+"""SAEs named on the command line."""
 
-import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from .output import error_text
 
 
-def add_sae(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments to a command's parser."""
-    parser.add_argument(
-        "sae", help="folder on disk, release of SAELens or repository on the hub"
-    )
-    parser.add_argument(
-        "sae_id", nargs="?", help="the SAE in the release or repository"
-    )
-
-
-def load_sae(options: argparse.Namespace, device: str, dtype: str | None) -> SAE[Any]:
+def find_saes(names: Sequence[str]) -> Sequence[tuple[str, str | None]]:
     """
-    Load the SAE that the arguments name, as it was saved.
+    Find the SAEs that the arguments of a command name.
 
     Args:
-        options: The parsed options.
+        names: Folders on disk; or a release of SAELens and an SAE of it, each a name or a
+            regular expression that matches whole names; or a repository on the hub and
+            an SAE in it.
+
+    Returns:
+        Folder, release or repository of each, with its id in the last two.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If a regular expression is none.
+    """
+    if len(names) != 2 or all(Path(name).is_dir() for name in names):
+        for name in names:
+            _require_folder(name)
+        return [(name, None) for name in names]
+    release, sae_id = names
+    releases = get_pretrained_saes_directory()
+    # Names of releases have no slash, those of repositories do.
+    if "/" in release or (release in releases and sae_id in releases[release].saes_map):
+        return [(release, sae_id)]
+    for pattern in names:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{pattern} is no release or SAE, nor a regular expression: {error}"
+            ) from error
+    matches = [
+        (name, one)
+        for name, lookup in releases.items()
+        if re.fullmatch(release, name)
+        for one in lookup.saes_map
+        if re.fullmatch(sae_id, one)
+    ]
+    # SAELens says what there is instead of a name that matches nothing.
+    return matches or [(release, sae_id)]
+
+
+def load_sae(name: str, sae_id: str | None, device: str, dtype: str | None) -> SAE[Any]:
+    """
+    Load an SAE as it was saved.
+
+    Args:
+        name: Folder on disk, release or repository.
+        sae_id: The SAE in the release or repository.
         device: Device of the SAE.
         dtype: Type of its weights; None for its own on disk, float32 from the hub.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If the folder holds no SAE that can be loaded.
+        ValueError: If it cannot be loaded.
     """
+    if sae_id is None:
+        _require_folder(name)
     # SAELens's own message for a device that is not there is about pinned memory.
     torch.empty(0, device=device)
-    folder = Path(options.sae)
-    if options.sae_id is not None:
-        given: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-        return SAE.from_pretrained(options.sae, options.sae_id, device=device, **given)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{options.sae} is no folder; of a release or repository, name the SAE too"
-        )
     try:
-        return SAE.load_from_disk(folder, device=device, dtype=dtype)
+        if sae_id is None:
+            return SAE.load_from_disk(name, device=device, dtype=dtype)
+        given: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        return SAE.from_pretrained(name, sae_id, device=device, **given)
     except Exception as error:
-        # Few of these name the file.
-        raise ValueError(f"{folder} cannot be loaded: {error_text(error)}") from error
+        # Few of these say which.
+        whole = name if sae_id is None else f"{name} {sae_id}"
+        raise ValueError(f"{whole} cannot be loaded: {error_text(error)}") from error
+
+
+def _require_folder(name: str) -> None:
+    if not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"{name} is no folder; of a release or repository, name the SAE too"
+        )

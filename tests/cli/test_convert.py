@@ -26,7 +26,9 @@ def test_convert_writes_a_folder_that_SAELens_loads(tmp_path: Path, run: Run):
     assert not target.exists()
     command += " --k 3 --no-heaviside --model_name gpt2"
     command += " --hook_name blocks.8.hook_resid_post"
-    assert run(command).out == f"{target}\n"
+    captured = run(command)
+    assert captured.out == f"{target}\n"
+    assert captured.err == f"sae-lens-scale: next: sae-lens-scale info {target}\n"
     facts = json.loads(run(f"info {target} --json").out)
     assert (facts["architecture"], facts["k"]) == ("switch", 3)
     assert facts["gate"] == "softmax"

@@ -5,9 +5,20 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import pandas as pd
+import pytest
 from cli.runs import Run, checkpoint_of
+from integration.hub import running_hub
+from sae_lens.loading.pretrained_saes_directory import (
+    PretrainedSAELookup,
+    get_pretrained_saes_directory,
+)
 from sae_lens.saes.sae import SAE
+
+from sae_lens_scale.cli import evaluate
+from sae_lens_scale.cli.sae_argument import find_saes
 
 SHORT = (
     "--n_eval_reconstruction_batches 2 --n_eval_sparsity_variance_batches 2 "
@@ -82,3 +93,158 @@ def test_output_is_written_whole_or_not_at_all(trained: Path, tmp_path: Path, ru
     os.close(reader)
     assert pipe.is_fifo()
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_every_sae_meets_every_text_and_context_size_and_one_model(
+    trained: Path,
+    text_folder: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    load = Mock(side_effect=evaluate.load_model)
+    monkeypatch.setattr(evaluate, "load_model", load)
+    other_text = shutil.copytree(text_folder, tmp_path / "other")
+    saes = [str(trained / "sae"), str(checkpoint_of(trained))]
+    texts = [str(text_folder), str(other_text)]
+    switch = "--compute_sparsity_metrics --compute_variance_metrics"
+    command = f"evaluate {' '.join(saes)} {SHORT} {switch} --ctx_lens 8 16"
+    command += f" --datasets {' '.join(texts)} --output"
+    captured = run(f"{command} {tmp_path / 'metrics.csv'}")
+    assert load.call_count == 1
+    # 2 batches of 4 prompts of 16 tokens.
+    assert f"evaluation 8 of 8: {saes[1]} on {texts[1]}, 2 batches" in captured.err
+    assert "16 tokens, 128 tokens" in captured.err
+
+    rows = pd.read_csv(tmp_path / "metrics.csv")
+    combinations = [(s, t, c) for s in saes for t in texts for c in (8, 16)]
+    of = ["sae", "dataset", "context_size"]
+    assert list(rows[of].itertuples(index=False, name=None)) == combinations
+    first = metrics_of(
+        run, trained / "sae", f"{switch} --context_size 8 --dataset {text_folder}"
+    )
+    assert rows["sparsity.l1"][0] == first["sparsity"]["l1"]
+    assert rows["sparsity.l1"].nunique() > 2
+
+    table = [line.split() for line in captured.out.splitlines()]
+    assert ["context_size", *["8", "16"] * 4] in table
+    l1 = next(cells[1:] for cells in table if cells[0] == "sparsity.l1")
+    assert [float(cell) for cell in l1] == pytest.approx(rows["sparsity.l1"], rel=1e-5)
+
+    results = json.loads(run(f"{command} {tmp_path / 'metrics.json'} --json").out)
+    assert [result["dataset"] for result in results] == [t for _, t, _ in combinations]
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert [result["metrics"]["sparsity"]["l1"] for result in written] == list(
+        rows["sparsity.l1"]
+    )
+
+
+def test_only_the_metrics_that_are_asked_for_are_computed(
+    trained: Path, text_folder: Path, tmp_path: Path, run: Run
+):
+    output = tmp_path / "metrics.json"
+    # The SAE may follow an option.
+    command = f"evaluate --dataset {text_folder} {trained / 'sae'} {SHORT} --json"
+    command += f" --output {output}"
+    metrics = json.loads(run(f"{command} --compute_ce_loss").out)
+    assert metrics.keys() == {"model_performance_preservation", "token_stats"}
+    assert metrics["token_stats"] == {
+        "total_tokens_eval_reconstruction": 2 * 4 * 32,
+        "total_tokens_eval_sparsity_variance": 0,
+    }
+    run(f"{command} --compute_l2_norms --compute_featurewise_weight_based_metrics")
+    written = json.loads(output.read_text())
+    assert written["metrics"].keys() == {"shrinkage", "token_stats"}
+    # Not the densities, which SAELens has without measuring them.
+    assert written["feature_metrics"].keys() == {
+        "encoder_norm",
+        "encoder_bias",
+        "encoder_decoder_cosine_sim",
+    }
+
+
+def test_patterns_choose_SAEs_of_releases(
+    trained: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    ids = ["layer_0/small", "layer_0/large", "layer_1/small"]
+    release = PretrainedSAELookup(
+        release="tiny-release",
+        repo_id="owner/tiny",
+        model="tiny",
+        conversion_func=None,
+        saes_map={sae_id: sae_id for sae_id in ids},
+        expected_var_explained={},
+        expected_l0={},
+        neuronpedia_id={},
+        norm_scaling_factor={},
+        config_overrides=None,
+    )
+    monkeypatch.setitem(get_pretrained_saes_directory(), "tiny-release", release)
+    matching = [("tiny-release", "layer_0/small"), ("tiny-release", "layer_0/large")]
+    assert find_saes(["tiny-.*", "layer_0/.*"]) == matching
+    # Whole names only.
+    assert find_saes(["tiny", "layer_0"]) == [("tiny", "layer_0")]
+    assert find_saes(["owner/tiny", "layer_.*"]) == [("owner/tiny", "layer_.*")]
+    with running_hub(tmp_path / "cache") as hub:
+        for sae_id in ids:
+            hub.put("owner/tiny", trained / "sae", sae_id)
+        command = f"evaluate tiny-.* layer_0/.* {SHORT} --compute_l2_norms --json"
+        results = json.loads(run(command).out)
+    assert [(result["sae"], result["sae_id"]) for result in results] == matching
+
+
+def write_text(folder: Path, row: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps(row))
+    return folder
+
+
+def test_what_cannot_be_loaded_is_named_before_anything_is_evaluated(
+    trained: Path, text_folder: Path, tmp_path: Path, run: Run
+):
+    other = write_text(tmp_path / "other", {"body": "no text"})
+    nothing = tmp_path / "nothing"
+    for options, message in (
+        (
+            f"--datasets {text_folder} {nothing}",
+            f"--dataset {nothing} cannot be loaded",
+        ),
+        (f"--dataset {other}", "it has none, but ['body']; name a data set"),
+        (f"--model {nothing}", f"--model {nothing} cannot be loaded"),
+        # The names that TransformerLens knows are not all listed.
+        (
+            "--model x --model_class_name HookedTransformer",
+            "--model x cannot be loaded",
+        ),
+    ):
+        captured = run(f"evaluate {trained / 'sae'} {SHORT} {options}", 1)
+        assert message in captured.err.splitlines()[-1]
+        assert "evaluation 1" not in captured.err
+        assert len(captured.err.splitlines()[-1]) < 500
+    missing = f"evaluate {trained / 'sae'} {trained / 'sae'} {nothing}"
+    assert f"{nothing} is no folder" in run(missing, 1).err
+
+
+def test_text_that_is_too_short_is_no_silent_result(
+    trained: Path, tmp_path: Path, run: Run
+):
+    one_word = write_text(tmp_path / "word", {"text": "hello"})
+    command = f"evaluate {trained / 'sae'} {SHORT} --compute_l2_norms --dataset"
+    err = run(f"{command} {one_word}", 1).err
+    assert f"--dataset {one_word} must hold a prompt of 32 tokens" in err
+    few = write_text(tmp_path / "few", {"text": "hello " * 100})
+    assert f"{few} has less text than that" in run(f"{command} {few}").err
+
+
+def test_a_model_of_another_width_is_refused(trained: Path, tmp_path: Path, run: Run):
+    narrow = shutil.copytree(trained / "sae", tmp_path / "sae")
+    cfg = json.loads((narrow / "cfg.json").read_text())
+    cfg["metadata"]["hook_name"] = "model.layers.0.mlp.up_proj"
+    (narrow / "cfg.json").write_text(json.dumps(cfg))
+    err = run(f"evaluate {narrow} {SHORT}", 1).err
+    assert "must be 32 wide at model.layers.0.mlp.up_proj, as the SAE, got 64" in err
+    cfg["metadata"]["prepend_bos"] = None
+    (narrow / "cfg.json").write_text(json.dumps(cfg))
+    err = run(f"evaluate {narrow} {SHORT}", 1).err
+    assert "--prepend_bos is needed: the SAE's metadata name none" in err
+    assert "wide at" in run(f"evaluate {narrow} {SHORT} --no-prepend_bos", 1).err

@@ -62,7 +62,11 @@ def test_an_SAE_that_cannot_be_loaded_is_named(
     [
         ("info", {"omega": "abc"}, "TypeError: "),
         ("evaluate", {"hook_name": None}, "metadata name no hook"),
-        ("evaluate", {"context_size": "32"}, "TypeError: "),
+        (
+            "evaluate",
+            {"context_size": "32"},
+            "must be of type int in the SAE's metadata",
+        ),
         ("info", {"omega": []}, None),
     ],
 )

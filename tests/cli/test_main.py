@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cli.runs import Run
 
+from sae_lens_scale import __version__
 from sae_lens_scale.cli import main
 
 
@@ -22,6 +23,11 @@ from sae_lens_scale.cli import main
         ("train --architecture switch --k 1000", 1, "k must be at most"),
         ("evaluate nowhere", 1, "nowhere is no folder"),
         ("evaluate nowhere some-id", 1, "nowhere not found"),
+        (
+            "evaluate some-id nowhere( ",
+            1,
+            "nowhere( is no release or SAE, nor a regular",
+        ),
         ("info .", 1, "cfg.json"),
         ("convert nowhere target", 1, "nowhere"),
         ("evaluate . --output nowhere/metrics.json", 1, "nowhere is no folder"),
@@ -66,6 +72,10 @@ def test_wrong_usage_exits_with_2(command: str, message: str, run: Run):
     err = run(command, 2).err
     assert err.startswith("usage: sae-lens-scale")
     assert message in err
+
+
+def test_version_is_the_packages(run: Run):
+    assert run("--version").out == f"sae-lens-scale {__version__}\n"
 
 
 def test_a_traceback_is_there_for_the_asking():

@@ -73,6 +73,16 @@ def test_train_refuses_what_would_cost_the_result(
     assert message.format(file=file) in captured.err
 
 
+def test_train_names_the_model_or_the_text_that_cannot_be_loaded(
+    tiny_llama: Path, tmp_path: Path, run: Run
+):
+    nothing = tmp_path / "nothing"
+    for model, setting in ((nothing, "model_name"), (tiny_llama, "dataset_path")):
+        err = run(train_command("scale", model, nothing, tmp_path), 1).err
+        message = f"error: {setting} {nothing} cannot be loaded: "
+        assert message in err.splitlines()[-1]
+
+
 def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
     tiny_llama: Path, text_folder: Path, tmp_path: Path, run: Run
 ):
@@ -96,7 +106,8 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
     again = train_command("scale", tiny_llama, text_folder, tmp_path, seen + 512)
     # The checkpoint has the factors.
     again = again.partition("--lr_factors")[0]
-    run(f"{again} --resume_from_checkpoint {checkpoint}")
+    err = run(f"{again} --resume_from_checkpoint {checkpoint}").err
+    assert f"next: sae-lens-scale evaluate {tmp_path / 'sae'}\n" in err
     after = SAE.load_from_disk(tmp_path / "sae")
     assert not after.get_parameter("b_enc").any()
     assert after.cfg.architecture() == before.cfg.architecture()

@@ -1,4 +1,5 @@
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def test_fetch_smollm2_rejects_a_file_in_the_cache_that_is_not_the_model(
 def test_load_smollm2_names_the_extra_unless_this_transformers_saved_the_model(
     smollm2: HookedSAETransformer, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr("transformers.__version__", "0.1")
     with pytest.raises(ImportError, match=r"sae-lens-scale\[demo\]"):
         load_smollm2()

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
+from sae_lens_scale.extras import require
+
 # From chat messages, each with a "role" and a "content", to the reply.
 Judge = Callable[[list[dict[str, str]]], str]
 
@@ -31,9 +33,11 @@ def openai_judge(
         fail for reasons that may pass, and raises the ``openai`` package's exceptions.
 
     Raises:
+        ImportError: If the package ``openai`` is not installed.
         openai.OpenAIError: If there is no key.
     """
-    # Here and not above: the extra that brings it is for this module only.
+    # Here and not above: other judges do without the extra that brings it.
+    require("openai", "autointerp")
     from openai import OpenAI
 
     client = OpenAI(base_url=base_url, api_key=api_key, max_retries=5)

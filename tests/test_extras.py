@@ -1,0 +1,21 @@
+"""Packages that are not installed: the error says what to type."""
+
+import sys
+from importlib import import_module
+
+import pytest
+
+from sae_lens_scale.analysis.autointerp import openai_judge
+
+
+def test_plots_without_matplotlib_name_the_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "sae_lens_scale.analysis.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "sae-lens-scale\[plots\]"'):
+        import_module("sae_lens_scale.analysis.plots")
+
+
+def test_a_judge_without_openai_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r'"sae-lens-scale\[autointerp\]"'):
+        openai_judge("model")
