@@ -14,15 +14,12 @@ class Roles(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Rewrite the docstrings of a package."""
-        objects = list(_objects(pkg))
-        paths: dict[str, list[str]] = {}
-        for found in objects:
-            paths.setdefault(found.name, []).append(found.path)
-        for found in objects:
-            if found.docstring is not None:
-                found.docstring.value = _REFERENCE.sub(
-                    lambda match, own=found: _link(match[1], own, paths),
-                    found.docstring.value,
+        known = list(_objects(pkg))
+        for own in known:
+            if own.docstring is not None:
+                own.docstring.value = _REFERENCE.sub(
+                    lambda match, own=own: _link(match[1], own, known),
+                    own.docstring.value,
                 )
 
 
@@ -33,12 +30,16 @@ def _objects(parent: griffe.Object) -> Iterator[griffe.Object]:
             yield from _objects(member)
 
 
-def _link(target: str, own: griffe.Object, paths: dict[str, list[str]]) -> str:
-    name = target.rpartition(".")[2]
-    ends = [p for p in paths.get(name, ()) if f".{p}".endswith(f".{target}")]
+def _link(target: str, own: griffe.Object, known: list[griffe.Object]) -> str:
+    name = f"<code>{target}</code>"
+    found = [each for each in known if f".{each.path}".endswith(f".{target}")]
+    if not found:
+        return name
     # Of several, the one nearest to the docstring.
-    path = max(ends, key=lambda p: _shared(p, own.path), default=target)
-    return f'<autoref identifier="{path}" optional><code>{target}</code></autoref>'
+    nearest = max(found, key=lambda each: _shared(each.path, own.path))
+    # What has no docstring is not on the site, but its module may be.
+    at = nearest if nearest.docstring or nearest.parent is None else nearest.parent
+    return f'<autoref identifier="{at.path}" optional>{name}</autoref>'
 
 
 def _shared(path: str, other: str) -> int:
