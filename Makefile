@@ -16,7 +16,7 @@ FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-matrix lint bench bench-training reproduce release clean
+.PHONY: install demo test test-matrix lint docs bench bench-training reproduce release clean
 
 install: $(INSTALLED)
 
@@ -56,6 +56,14 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+# Into site/, offline.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
+	touch $@
+
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[bench]"
 	$(RUN) benchmarks/speed.py $(ARGS)
@@ -91,4 +99,4 @@ release:
 	OMP_WAIT_POLICY=PASSIVE $(RELEASE)/clean/bin/python -I tests/smoke.py
 
 clean:
-	rm -rf $(VENV) .venv-matrix $(RELEASE) $(REPRODUCTION) dist outputs
+	rm -rf $(VENV) .venv-matrix $(RELEASE) $(REPRODUCTION) dist outputs site

@@ -1,47 +1,127 @@
-"""The snippets of docs/saelens.md run, from its top to its bottom."""
+"""The code of docs/ runs, its tables state what is so, and links lead somewhere."""
 
 import os
 import re
 import shlex
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from integration.hub import running_hub
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainingSAEConfig
 
+from sae_lens_scale import ScaleTrainingSAEConfig, SwitchTrainingSAEConfig
 from sae_lens_scale.cli import main
 from sae_lens_scale.loading.smollm2 import smollm2_folder
+from sae_lens_scale.ops import torch_backend
+from sae_lens_scale.saes.mixture.routing import GATES
 
 HAS_BRIDGE = find_spec("transformer_lens.model_bridge") is not None
-PAGE = Path(__file__).parents[1] / "docs" / "saelens.md"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
-def snippets(language: str) -> list[tuple[int, str]]:
+def run_python(page: Path, namespace: dict[str, Any]) -> None:
+    """Run each Python snippet of a page, from its top to its bottom."""
+    for line, source in snippets(page, "python"):
+        # Comes with transformer-lens 3.
+        if "TransformerBridge" in source and not HAS_BRIDGE:
+            continue
+        # Tracebacks show the line of the page.
+        exec(compile("\n" * line + source, page, "exec"), namespace)
+
+
+def snippets(page: Path, language: str) -> list[tuple[int, str]]:
     """Each snippet with the number of its first line."""
-    text = PAGE.read_text()
+    text = page.read_text()
     return [
         (text[: match.start(1)].count("\n"), match[1])
         for match in re.finditer(rf"```{language}\n(.*?)```", text, re.DOTALL)
     ]
 
 
-def test_every_snippet_and_command_of_the_page_runs(
+def test_every_snippet_and_command_of_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MODEL_FOLDER", str(smollm2_folder()))
+    pages = [DOCS / f"{n}.md" for n in ("train", "load-and-splice", "analysis")]
     namespace: dict[str, Any] = {}
     with running_hub(tmp_path / "hub-cache"):
-        for line, source in snippets("python"):
-            # Comes with transformer-lens 3.
-            if "TransformerBridge" in source and not HAS_BRIDGE:
-                continue
-            # Tracebacks show the line of the page.
-            exec(compile("\n" * line + source, PAGE, "exec"), namespace)
-
-    monkeypatch.setenv("MODEL_FOLDER", str(smollm2_folder()))
-    ((_, commands),) = snippets("bash")
+        for page in pages:
+            run_python(page, namespace)
+    commands = "".join(text for page in pages for _, text in snippets(page, "bash"))
+    ran = set()
     for command in commands.replace("\\\n", " ").splitlines():
-        program, *arguments = shlex.split(os.path.expandvars(command))
-        assert program == "sae-lens-scale"
-        assert main(arguments) == 0, command
+        program, *arguments = shlex.split(os.path.expandvars(command), comments=True)
+        if program == "sae-lens-scale":
+            assert main(arguments) == 0, command
+            ran.add(arguments[0])
+    assert ran == {"train", "info", "convert", "evaluate"}
+
+
+@pytest.mark.parametrize("name", ["gate", "selection", "architecture", "kernel"])
+def test_code_that_extends_the_package_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    # What the pages add or replace is theirs alone.
+    monkeypatch.setattr(torch_backend, "sparse_decode", torch_backend.sparse_decode)
+    with (
+        mock.patch.dict(GATES),
+        mock.patch.dict(SAE_CLASS_REGISTRY),
+        mock.patch.dict(SAE_TRAINING_CLASS_REGISTRY),
+    ):
+        run_python(DOCS / "extend" / f"{name}.md", {})
+
+
+def test_table_of_config_fields_states_the_defaults():
+    page = (DOCS / "config.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", page, re.MULTILINE))
+    scale = ScaleTrainingSAEConfig(d_in=512, d_sae=1024)
+    switch = SwitchTrainingSAEConfig(d_in=512, d_sae=1024)
+    assert set(rows) == names(ScaleTrainingSAEConfig) - names(TrainingSAEConfig)
+    for name, text in rows.items():
+        stated = re.findall(r"[\w.]+", text)
+        assert stated[0] == str(getattr(scale, name)), name
+        if "switch: `" in text:
+            assert stated[-1] == str(getattr(switch, name)), name
+
+
+def names(config_class: Any) -> set[str]:
+    return {field.name for field in fields(config_class)}
+
+
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", "reproduction/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_files_and_headings_of_the_repository(name: str):
+    page = ROOT / name
+    links = re.findall(r"\]\(([^()\s]+)\)", without_code(page))
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if ":" in target:
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), link
+        if anchor:
+            assert anchor in anchors(path), link
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors that GitHub, and the site, give a page's headings."""
+    headings = re.findall(r"^#+ (.*)", without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
