@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Files outside docs/ that are pages of the site.
 PAGES = {
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
     "reproduction/README.md": "laboratory.md",
     "reproduction/LOG.md": "log.md",
 }

@@ -20,6 +20,7 @@ from .tables import (
     l1_table,
     markdown,
     measured_runs,
+    recipe_table,
 )
 
 # Starts of the labels between which the comparison puts the others.
@@ -93,7 +94,7 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
     Raises:
         ValueError: As :func:`preset_runs` does.
     """
-    found: dict[str, str] = {}
+    found = {"recipe": recipe_table(24_576)}
     everything = _read_comparable(folder)
     runs = _of_preset(everything, base)
     main = set(runs["name"])

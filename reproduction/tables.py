@@ -5,9 +5,13 @@ In Markdown a single run, or seed, is marked with an asterisk.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from sae_lens.registry import get_sae_training_class
+
+from sae_lens_scale.recipes import Architecture, recipe_of
 
 # Start of the labels of our SAEs.
 OURS = "Scale"
@@ -21,6 +25,28 @@ _L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("L0", "l0", "{:.1f}".format),
     ("FVU", "fvu", "{:.4f}".format),
     ("loss recovered", "loss_recovered", "{:.4f}".format),
+)
+
+# Architecture, k and training tokens of the runs whose recipes are listed.
+_RECIPE_RUNS: tuple[tuple[Architecture, int, int], ...] = (
+    ("scale", 8, 1_000_000),
+    ("scale", 32, 1_000_000),
+    ("scale", 64, 1_000_000),
+    ("switch", 32, 1_000_000),
+    ("scale", 32, 200_000),
+    ("scale", 32, 40_000_000),
+)
+# What the SAE's config says, by the recipe or by default.
+_RECIPE_FIELDS = (
+    "num_experts",
+    "experts_per_token",
+    "num_shared_experts",
+    "gate",
+    "aux_loss_coefficient",
+    "multi_topk_coefficient",
+    "router_lr_factor",
+    "load_balance_coefficient",
+    "normalize_activations",
 )
 
 
@@ -122,6 +148,31 @@ def _written(row: pd.Series, form: Callable[[float], str]) -> list[str]:
         return f"{form(mean)}*" if size == 1 else f"{form(mean)} ± {form(std)}"
 
     return [write(cell) for cell in row]
+
+
+def recipe_table(d_sae: int) -> str:
+    """List what the recommended recipe chooses for d_sae latents, in Markdown."""
+    columns: dict[str, dict[str, Any]] = {}
+    for architecture, k, tokens in _RECIPE_RUNS:
+        recipe = recipe_of(
+            "recommended", architecture, d_sae=d_sae, k=k, training_tokens=tokens
+        )
+        cfg: Any = get_sae_training_class(architecture)[1](
+            d_in=1, d_sae=d_sae, k=k, **recipe.sae
+        )
+        settings = recipe.runner | {n: getattr(cfg, n) for n in _RECIPE_FIELDS}
+        name = f"{architecture.capitalize()}, k = {k}"
+        columns[f"{name}, {tokens:,} tokens"] = settings
+    names = next(iter(columns.values()))
+    rows = [
+        [f"`{name}`", *(_setting(settings[name]) for settings in columns.values())]
+        for name in names
+    ]
+    return _lines(["", *columns], rows)
+
+
+def _setting(value: Any) -> str:
+    return f"`{value}`" if isinstance(value, (str, bool)) else f"{value:,}"
 
 
 def l1_table(runs: pd.DataFrame) -> str:

@@ -44,15 +44,25 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_the_READMEs_code_trains_and_splices_GPT2(hub_with_gpt2: Hub, tmp_path: Path):
+def test_the_READMEs_code_with_a_model_and_a_dataset_of_the_hub(
+    hub_with_gpt2: Hub, tmp_path: Path
+):
     text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    blocks = [block for block in blocks if '"gpt2"' in block]
-    assert any(gpt2.DATASET in block for block in blocks)
-    given = "import torch\nactivations = torch.randn(3, 768)\n"
-    (tmp_path / "readme.py").write_text(given + "".join(blocks))
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    load = 'HookedSAETransformer.from_pretrained_no_processing("gpt2")'
+    for there, here in {
+        "from sae_lens import ": "from sae_lens import HookedSAETransformer, ",
+        "load_smollm2()": load,
+        '"smollm2"': '"gpt2"',
+        "d_in=576": "d_in=768",
+        '"docstrings"': repr(gpt2.DATASET),
+        'override_model=model, override_dataset=docstring_corpus("train")': "",
+    }.items():
+        assert there in code
+        code = code.replace(there, here)
+    (tmp_path / "readme.py").write_text(code)
     run(tmp_path, str(ROOT / "tests" / "short_run.py"), "readme.py")
-    sae = SAE.load_from_disk(tmp_path / "output")
+    sae = SAE.load_from_disk(tmp_path / "my-sae")
     assert (sae.cfg.architecture(), sae.cfg.d_in) == ("scale", 768)
     assert sae.cfg.metadata.dataset_path == gpt2.DATASET
 
