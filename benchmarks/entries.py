@@ -67,7 +67,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Entry:
-    """An SAE to measure; ``dead`` is the share of its latents that count as dead."""
+    """
+    An SAE to measure.
+
+    ``dead`` is the share of its latents that count as dead; ``multi_topk`` is whether it has the
+    Multi-TopK loss, as by default.
+    """
 
     name: str
     kind: Kind
@@ -77,6 +82,7 @@ class Entry:
     num_experts: int = 1
     experts_per_token: int = 1
     dead: float = 0.0
+    multi_topk: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -143,6 +149,11 @@ class Entry:
 
     def training_config(self, place: Placement) -> TrainingSAEConfig:
         config = self.config(place)
+        if self.is_ours:
+            # The start is no part of a step.
+            config["initialize_from_activations"] = False
+            if not self.multi_topk:
+                config["multi_topk_coefficient"] = 0.0
         if self.kind == "topk sparse":
             # Rescaling fails in SAELens's sparse backward pass.
             config["rescale_acts_by_decoder_norm"] = False
@@ -163,6 +174,7 @@ def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]
         reference,
         scale(64, 8),
         scale(256, 8),
+        replace(scale(256, 8), name="scale 256/8, Multi-TopK", multi_topk=True),
         Entry("switch 32", "switch", d_in, d_sae, k, 32),
         small,
         *(replace(e, name=f"{e.name}, 5% dead", dead=0.05) for e in (reference, small)),

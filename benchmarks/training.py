@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from machine import context, markdown, read_json, write_json
-from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.saes.sae import TrainingSAE
 from simple_parsing import parse
 
-from examples.train_scale_smollm2 import DemoConfig, runner_config, sae_configs
+from examples.train_scale_smollm2 import DemoConfig, runner_configs
 from sae_lens_scale.loading.language_model import load_language_model
 from sae_lens_scale.loading.text import load_text
 from sae_lens_scale.runner import InterruptibleTrainingRunner
@@ -73,10 +74,10 @@ def seconds(profiler: cProfile.Profile, part: tuple[str, str]) -> float:
 
 
 def measure(
-    cfg: DemoConfig, sae_cfg: TrainingSAEConfig, fused: bool, steps: int, **real: Any
+    runner_cfg: LanguageModelSAERunnerConfig[Any], fused: bool, steps: int, **real: Any
 ) -> dict[str, float]:
     """Train, and measure the milliseconds per step of each part."""
-    runner_cfg = replace(runner_config(cfg, sae_cfg), dead_feature_window=steps // 2)
+    runner_cfg = replace(runner_cfg, dead_feature_window=steps // 2)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         runner = InterruptibleTrainingRunner(
@@ -106,7 +107,7 @@ def main() -> None:
         "override_model": model,
         "override_dataset": load_text("docstrings", "train"),
     }
-    sae_cfgs = sae_configs(cfg, model.cfg.d_model)
+    runners = runner_configs(cfg, model.cfg.d_model)
     record: dict[str, Any] = {
         **read_json(args.output),
         "settings": {"steps": args.steps, "batch_size": args.batch_size},
@@ -115,7 +116,7 @@ def main() -> None:
     for name in args.saes:
         for fused in (False, True):
             label = f"{name}, fused Adam" if fused else name
-            parts = measure(cfg, sae_cfgs[name], fused, args.steps, **real)
+            parts = measure(runners[name], fused, args.steps, **real)
             record[label] = parts
             rows.append(
                 {"ms per step": label} | {p: f"{v:.0f}" for p, v in parts.items()}

@@ -1,6 +1,5 @@
 """Start of a training SAE from activations, and the pace of its router."""
 
-import warnings
 from abc import ABC
 from typing import Any, TypeVar
 
@@ -20,6 +19,10 @@ T_MIXTURE_TRAINING_CONFIG = TypeVar(
 )
 
 _ROUTER = ("W_router", "b_router")
+# Clusters of fewer tokens fit these and no others: of 4 per expert, held-out tokens had a cosine
+# of 0.66 with their centre, of 50 one of 0.73, of 200 one of 0.74.
+_TOKENS_PER_EXPERT = 50
+_LEAST_TOKENS, _MOST_TOKENS = 12_800, 65_536
 
 
 class StartingSAE(
@@ -34,8 +37,10 @@ class StartingSAE(
     learning rate. ``applied_router``, state dicts and files hold what is applied.
     """
 
-    # W_router as __init__ made it; None once the SAE has started or got weights.
+    # W_router as __init__ made it; None once the SAE has begun to start or got weights.
     _fresh_router: torch.Tensor | None
+    # The batches that it starts from; None once it has started or got weights.
+    _first_batches: list[torch.Tensor] | None
 
     @override
     def initialize_weights(self) -> None:
@@ -46,6 +51,7 @@ class StartingSAE(
         # A buffer goes to other devices and dtypes along with the parameters.
         router = self.W_router.data.clone()
         self.register_buffer("_fresh_router", router, persistent=False)
+        self._first_batches = []
 
     @override
     def applied_router(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,44 +95,54 @@ class StartingSAE(
             if (applied := state_dict.get(prefix + name)) is not None:
                 state_dict[prefix + name] = self._as_parameter(applied)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._fresh_router = None
+        self._end_start()
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _start_from_first_batch(self, sae_in: torch.Tensor) -> None:
+    def _start_from_first_batches(self, sae_in: torch.Tensor) -> None:
         """
-        Start from the first training batch, unless the router was loaded or set before.
+        Start from the first training batches, unless the router was loaded or set before.
 
-        A b_dec that was set before stays. Of fewer tokens than routed experts, each gets an
-        expert, and the others random directions; a warning says so.
+        The router starts from the first batch, and anew from all batches so far after the 2nd,
+        4th, 8th, …, until they hold enough tokens. A b_dec that was set before stays. Of fewer
+        tokens than routed experts, each gets an expert, and the others random directions.
 
         Args:
-            sae_in: The batch, in the trainer's units.
+            sae_in: A batch, in the trainer's units.
 
         Raises:
             ValueError: If the batch has the wrong width, or NaN or infinite values.
         """
-        if not sae_in.numel():
-            # Fails later, for its loss.
+        seen = self._first_batches
+        if seen is None or not sae_in.numel():
+            # The latter fails later, for its loss.
             return
-        if self.cfg.initialize_from_activations and self._is_fresh():
-            # Hooks see the step itself, once.
-            with _disable_hooks(self), self._keep_run_time_norm_state():
-                x = self._inputs(sae_in).x.reshape(-1, self.cfg.d_in).float()
-            _require_finite(x)
-            missing = self.cfg.num_experts - self.cfg.num_shared_experts - len(x)
-            if missing > 0:
-                warnings.warn(
-                    f"the first training batch holds {len(x)} tokens: {missing} of the "
-                    "experts start from random directions. A larger batch, or "
-                    "initialize_from_activations before training, starts all of them "
-                    "from activations",
-                    stacklevel=2,
-                )
+        if not seen and not (self.cfg.initialize_from_activations and self._is_fresh()):
+            self._end_start()
+            return
+        with self._keep_run_time_norm_state():
+            x = self._inputs(sae_in).x.reshape(-1, self.cfg.d_in).float()
+        _require_finite(x)
+        seen.append(x)
+        x = torch.cat([batch.to(x.device) for batch in seen])
+        num_routed = self.cfg.num_experts - self.cfg.num_shared_experts
+        wanted = max(_LEAST_TOKENS, _TOKENS_PER_EXPERT * num_routed)
+        # Clustering takes time and memory in proportion to tokens and experts.
+        enough = len(x) >= min(wanted, _MOST_TOKENS)
+        if enough or len(seen).bit_count() == 1:
             median = self._start_router(x)
-            if self._reconstructs_its_input() and not self.b_dec.any():
+            if (
+                self._fresh_router is not None
+                and self._reconstructs_its_input()
+                and not self.b_dec.any()
+            ):
                 self.b_dec.data.copy_(median)
-        self._fresh_router = None
+            self._fresh_router = None
+        if enough:
+            self._end_start()
+
+    def _end_start(self) -> None:
+        self._fresh_router = self._first_batches = None
 
     def _is_fresh(self) -> bool:
         """Say whether the router is as __init__ made it."""
@@ -145,7 +161,7 @@ class StartingSAE(
         Start from activations of your choice; before training.
 
         With ``cfg.initialize_from_activations``, as by default, a fresh SAE starts from its
-        first training batch in the same way, unless this was called.
+        first training batches in the same way, unless this was called.
 
         b_dec and b_router become the geometric median of the batch. The router's
         columns become the centres of a spherical k-means of the centred batch,
@@ -198,7 +214,7 @@ class StartingSAE(
             self.b_dec.data.copy_(median)
             self.b_enc.data.zero_()
             self.W_enc.data.copy_(self.W_dec.data.T)
-        self._fresh_router = None
+        self._end_start()
 
     def _start_router(self, x: torch.Tensor) -> torch.Tensor:
         """Start the router from activations as it sees them, ``[tokens, d_in]``; their median."""

@@ -128,8 +128,8 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 would turn every weight into NaN, without an error.
         """
         x = step_input.sae_in
-        if self._fresh_router is not None:
-            self._start_from_first_batch(x)
+        if self._first_batches is not None:
+            self._start_from_first_batches(x)
         if is_overridden(self, "encode_with_hidden_pre"):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
             sae_out = self.decode(feature_acts)
