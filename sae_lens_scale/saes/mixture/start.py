@@ -5,9 +5,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from sae_lens.saes.sae import TrainingSAE, _disable_hooks
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from typing_extensions import override
+
+from sae_lens_scale.upstream import _disable_hooks
 
 from .config import MixtureTrainingSAEConfig
 from .encoding import is_overridden
@@ -120,7 +122,8 @@ class StartingSAE(
         if not seen and not (self.cfg.initialize_from_activations and self._is_fresh()):
             self._end_start()
             return
-        with self._keep_run_time_norm_state():
+        # Hooks see the step itself, once.
+        with _disable_hooks(self), self._keep_run_time_norm_state():
             x = self._inputs(sae_in).x.reshape(-1, self.cfg.d_in).float()
         _require_finite(x)
         seen.append(x)
