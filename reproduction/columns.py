@@ -53,6 +53,7 @@ COLUMNS = (
     Column("activation_similarity", "measures.activation_similarity.similarity", _FVU),
     Column("intra_expert_similarity", "measures.expert_similarity.intra.mean_cosine"),
     Column("inter_expert_similarity", "measures.expert_similarity.inter.mean_cosine"),
+    Column("training_flops", "measures.flops_per_token.training.total"),
     # Runs may have shared the machine with others, which wall time would show.
     Column("cpu_seconds", "seconds.training_cpu", "{:.0f}".format),
     Column("expert_counts", "measures.expert_usage.counts"),

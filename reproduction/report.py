@@ -209,6 +209,7 @@ def draw(
     order = main["name"].loc[main["name"].isin(curves["name"])]
     sources = {
         # One point makes no line.
+        "grid": main,
         "main": main.loc[~main["label"].str.startswith(_SAME_WIDTH)],
         "experts": _of_preset(everything, f"{base}-experts"),
         "decompositions": _of_preset(everything, f"{base}-decompositions"),

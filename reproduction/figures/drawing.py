@@ -31,6 +31,7 @@ _NAMES = {
     "quantile": "activation quantile",
     "cpu_seconds": "training time, seconds",
     "tokens": "training tokens",
+    "training_flops": "FLOPs of a training step per token",
 }
 # Okabe and Ito's colours, which colour-blind readers tell apart, and some of Tol's, each with a
 # marker.

@@ -1,7 +1,7 @@
 """
 Kinds of figures: an entry of the table, and the functions that draw one.
 
-Each of ``lines``, ``cells``, ``usage``, ``overlaps`` and ``curves`` takes the entry, the panels
+Each of ``lines``, ``costs``, ``cells``, ``usage``, ``overlaps`` and ``curves`` takes the entry, the panels
 (measured numbers, and beside them the paper's if they are asked for) and a title.
 """
 
@@ -69,8 +69,8 @@ class Plot:
         where: Columns, and the value that runs must have, as in :func:`.points.select`.
         paper: The paper's figure to draw beside, see :func:`~reproduction.paper.paper_figure`;
             None if the authors' scripts hold no numbers of it.
-        source: Runs of which the report draws it: the "main" grid, its "curves", or an
-            ablation's ("experts", "decompositions"). It draws none of "scores".
+        source: Runs of which the report draws it: the "main" grid without dense SAEs of full
+            width, the whole "grid", its "curves", or an ablation's ("experts", "decompositions"). It draws none of "scores".
         needs: Columns that it is drawn of, if these are not the line, x and the metric.
         prepare: Function that computes the metric from these.
         title: Title, with the names of ``where`` in braces.
@@ -112,6 +112,31 @@ def lines(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
         equalize_ratios(all_axes)
     add_legend(figure, plot.line)
     set_caption(figure, seeds_caption(points[0], "bars are standard deviations"))
+    return figure
+
+
+def costs(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
+    """A point for each line, with its name beside it, on logarithmic axes; one panel."""
+    runs, metric = panels[0].runs, panels[0].metric
+    points = over_seeds(runs, plot.line, plot.x, metric.column)
+    figure, (axes,) = panel_figure(1, title)
+    draw_lines(axes, points, plot.line)
+    for point in points:
+        axes.annotate(
+            str(point.line),
+            (point.x, point.mean),
+            xytext=(8, 5),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    axes.set_xscale("log")
+    axes.set_ylabel(metric.label)
+    finish_axes(axes, plot.x, metric.scale)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    # Room for the names.
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 1.3, 3 * high)
+    set_caption(figure, seeds_caption(points, "bars are standard deviations"))
     return figure
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from reproduction.paper import paper_figure
 
-from .kinds import Metric, Panel, Plot, cells, curves, lines, overlaps, usage
+from .kinds import Metric, Panel, Plot, cells, costs, curves, lines, overlaps, usage
 from .points import over_seeds, require_positive, select, with_mean_decomposition
 
 
@@ -39,6 +39,19 @@ def _similarity_reduction(runs: pd.DataFrame) -> pd.DataFrame:
     return pairs.assign(
         activation_similarity_reduction=100 * (1 - pairs[metric] / without)
     )
+
+
+def _best_of_each(runs: pd.DataFrame) -> pd.DataFrame:
+    """The best of each architecture, by names for people who do not know the others."""
+    names = {
+        "Scale 256/8 1 shared early decay revival": "Scale SAE 256/8",
+        "Scale 512/16 Multi-TopK": "Scale SAE 512/16",
+        "Switch 32 Multi-TopK": "Switch SAE",
+        "TopK 576": "dense, 576 latents",
+        "Full TopK 18432": "dense, 18,432 latents",
+    }
+    runs = runs.loc[runs["label"].isin([*names])]
+    return runs.assign(label=runs["label"].map(names))
 
 
 def _both_similarities(runs: pd.DataFrame) -> pd.DataFrame:
@@ -189,6 +202,15 @@ FIGURES: dict[str, Plot] = {
         needs=("experts_per_token", "k", "feature_scaling", "overlap_histogram"),
     ),
     "loss-recovered": Plot(lines, _LOSS),
+    "quality-and-cost": Plot(
+        costs,
+        Metric("fvu", "fraction of variance unexplained", "log"),
+        x="training_flops",
+        where={"k": 32},
+        prepare=_best_of_each,
+        source="grid",
+        title="SmolLM2-135M, layer 8, k = {k}",
+    ),
     "learning-curves": Plot(
         curves,
         Metric("fvu", "fraction of variance unexplained", "log"),
