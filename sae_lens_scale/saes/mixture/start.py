@@ -105,7 +105,7 @@ class StartingSAE(
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._end_start()
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     @torch.no_grad()
     def _start_from_first_batches(self, sae_in: torch.Tensor) -> None:
         """
@@ -147,6 +147,7 @@ class StartingSAE(
             median = self._start_router(tokens[:_MOST_TOKENS])
             if is_first and self._reconstructs_its_input() and not self.b_dec.any():
                 self.b_dec.data.copy_(median)
+        # Setting the router has ended the start.
         if not is_last:
             self._is_starting, self._first_batches = True, batches
 
