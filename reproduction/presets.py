@@ -9,6 +9,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.registry import get_sae_training_class
 
 from sae_lens_scale import recommended_config
+from sae_lens_scale.recipes import ARCHITECTURES
 
 from .activations import CacheSettings
 from .recipes import RECIPES
@@ -279,8 +280,12 @@ class _Experiment:
         """What users get, the best that was found, and a dense SAE of the same cost."""
         by_recipe, stock, old = VARIANTS_OF_DEFAULTS
         runs = []
-        for k, architecture in product(self.ks, ("scale", "switch")):
-            sizes = {"d_in": self.d_in, "d_sae": 32 * self.d_in, "k": k}
+        for k, architecture in product(self.ks, ARCHITECTURES):
+            sizes: dict[str, Any] = {
+                "d_in": self.d_in,
+                "d_sae": 32 * self.d_in,
+                "k": k,
+            }
             text: dict[str, Any] = {
                 "model_name": self.cache.model,
                 "hook_name": self.cache.hook_name,

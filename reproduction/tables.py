@@ -157,9 +157,8 @@ def recipe_table(d_sae: int) -> str:
         recipe = recipe_of(
             "recommended", architecture, d_sae=d_sae, k=k, training_tokens=tokens
         )
-        cfg: Any = get_sae_training_class(architecture)[1](
-            d_in=1, d_sae=d_sae, k=k, **recipe.sae
-        )
+        config_class: Any = get_sae_training_class(architecture)[1]
+        cfg = config_class(d_in=1, d_sae=d_sae, k=k, **recipe.sae)
         settings = recipe.runner | {n: getattr(cfg, n) for n in _RECIPE_FIELDS}
         name = f"{architecture.capitalize()}, k = {k}"
         columns[f"{name}, {tokens:,} tokens"] = settings

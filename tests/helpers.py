@@ -44,7 +44,7 @@ def randomize(sae: Any, seed: int = 0) -> None:
         parameter.data.copy_(noise * scale)
 
 
-# Random weights, which tests/saes/test_start.py has otherwise. The router's factor is the
+# Random weights, which tests/saes/mixture/test_start.py has otherwise. The router's factor is the
 # default: what tests compare is the router that is applied.
 _SMALL: dict[str, Any] = {
     "d_in": 10,

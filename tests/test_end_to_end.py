@@ -64,11 +64,7 @@ def run(
         dead_feature_window=10,
         seed=0,
     )
-    torch.manual_seed(0)
-    sae: Any = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
-    store = ActivationsStore.from_config(smollm2, cfg, override_dataset=small_corpus())
-    sae.initialize_from_activations(torch.cat([next(store) for _ in range(4)]))
-    trained = make_runner(cfg, smollm2, override_sae=sae).run()
+    trained = make_runner(cfg, smollm2).run()
     return Run(cfg, trained, SAE.load_from_disk(output))
 
 

@@ -182,7 +182,7 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if wanted != loaded:
             # Released first: there may be no memory for two.
             model = None
-            model, loaded = _load_model(*wanted, options.device), wanted
+            model, loaded = _load_model(options.device, *wanted), wanted
         _require_hook(model, wanted[0], sae)
         for dataset in datasets:
             text = docstring_corpus("test") if dataset == "docstrings" else dataset
@@ -342,7 +342,7 @@ def _fold_scaler(sae: SAE[Any], path: Path) -> None:
 
 
 def _load_model(
-    name: str, class_name: str, settings: dict[str, Any] | None, device: str
+    device: str, name: str, class_name: str, settings: dict[str, Any] | None
 ) -> Any:
     if name == "smollm2":
         return load_smollm2(device=device)

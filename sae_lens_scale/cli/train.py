@@ -95,7 +95,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         note(f"next: sae-lens-scale evaluate {shlex.quote(str(cfg.output_path))}")
 
 
-def _with_recipe(name: str | None, arguments: list[str]) -> Any:
+def _with_recipe(name: Any, arguments: list[str]) -> Any:
     """
     Parse the options for SAELens, with those of a recipe in front: what is given overrides it.
 

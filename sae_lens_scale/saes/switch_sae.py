@@ -92,7 +92,7 @@ class SwitchTrainingSAEConfig(MixtureTrainingSAEConfig):
             latents, or as many as there are. More latents learn from each token. 0 turns it
             off.
         initialize_from_activations (bool): Whether a fresh SAE starts from its first
-            training batch, as :meth:`initialize_from_activations` of the SAE describes.
+            training batches, as :meth:`initialize_from_activations` of the SAE describes.
             Turn it off to start from random weights, or from weights that you set.
         router_lr_factor (float): Learning rate of the router, as a multiple of that of
             all else. The parameters W_router and b_router, not those in files, are divided by it.

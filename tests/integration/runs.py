@@ -102,6 +102,8 @@ IN_STEP: dict[str, Any] = {
     "lr_decay_steps": 6,
     "dead_feature_window": 0,
 }
+# Nor in the first batches, which the SAE does not save.
+WITHOUT_START = {"initialize_from_activations": False}
 
 
 def no_wandb() -> LoggingConfig:
@@ -223,7 +225,10 @@ def multi_runner(
     """
     torch.manual_seed(0)
     cfg = MultiSAETrainingRunnerConfig(
-        saes={name: sae_config(name, **NORMALIZED) for name in ARCHITECTURES},
+        saes={
+            name: sae_config(name, **NORMALIZED, **WITHOUT_START)
+            for name in ARCHITECTURES
+        },
         hook_names="model.layers.0",
         model_class_name="AutoModelForCausalLM",
         **{**IN_STEP, "model_name": model, "checkpoint_path": checkpoints},

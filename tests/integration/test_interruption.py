@@ -19,6 +19,7 @@ from helpers import files_no_larger_than, small_corpus, step_input
 from integration.runs import (
     ARCHITECTURES,
     IN_STEP,
+    WITHOUT_START,
     assert_same_weights,
     both_architectures,
     make_runner,
@@ -100,7 +101,8 @@ def test_a_run_stopped_by_a_signal_continues_bit_equal(
     tokens: Dataset,
     tmp_path: Path,
 ):
-    cfg = sae_config(architecture, normalize_activations=normalization)
+    norm = {"normalize_activations": normalization}
+    cfg = sae_config(architecture, **norm, **WITHOUT_START)
     runner = partial(in_step_runner, cfg, tiny_model, tokens)
     whole = runner()
     want_losses = record_losses(whole.sae)

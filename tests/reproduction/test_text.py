@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from reproduction import text as module
-from reproduction.text import fetch_anarchism, load_text
+from reproduction.text import fetch_debian, load_text
 
 
 def texts(name: str, split: Any) -> list[str]:
@@ -47,20 +47,20 @@ def test_Debians_package_is_fetched_once(
 ):
     monkeypatch.setenv("SAE_LENS_SCALE_CACHE", str(tmp_path / "cache"))
     inside = Path("usr/share/doc/anarchism/html-of-a-test")
-    monkeypatch.setattr(module, "_ANARCHISM", inside)
+    monkeypatch.setitem(module._DEBIAN, "anarchism", inside)
     commands = []
 
     def run(command: list[str], cwd: str, **_: Any) -> None:
         commands.append(command[-1])
         if command[-1].startswith("dpkg"):
-            folder = Path(cwd, "anarchism", inside)
+            folder = Path(cwd, "unpacked", inside)
             folder.mkdir(parents=True)
             (folder / "a.html").write_text("<p>Text.</p>")
 
     monkeypatch.setattr(subprocess, "run", run)
     assert texts("anarchism", "all") == ["Text."]
     assert [c.split()[0] for c in commands] == ["apt-get", "dpkg"]
-    assert fetch_anarchism() == tmp_path / "cache" / "anarchism" / inside
+    assert fetch_debian("anarchism") == tmp_path / "cache" / "anarchism" / inside
     assert len(commands) == 2
 
 
@@ -68,12 +68,12 @@ def test_a_failed_download_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SAE_LENS_SCALE_CACHE", str(tmp_path))
-    monkeypatch.setattr(module, "_ANARCHISM", Path("html-of-a-test"))
+    monkeypatch.setitem(module._DEBIAN, "anarchism", Path("html-of-a-test"))
 
     def run(*_: Any, **__: Any) -> None:
         raise subprocess.CalledProcessError(100, "apt-get", stderr="E: no network\n")
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RuntimeError, match=r"\(E: no network\). Install it, or unpack"):
-        fetch_anarchism()
+        fetch_debian("anarchism")
     assert not list(tmp_path.iterdir())

@@ -117,7 +117,7 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
         aux_loss_coefficient (float): Weight of the dead-latent loss.
         multi_topk_coefficient (float): Weight of the Multi-TopK loss.
         initialize_from_activations (bool): Whether a fresh SAE starts from its first
-            training batch.
+            training batches.
         router_lr_factor (float): Learning rate of the router, as a multiple of the rest's.
     """
 

@@ -21,9 +21,10 @@ T_MIXTURE_TRAINING_CONFIG = TypeVar(
 )
 
 _ROUTER = ("W_router", "b_router")
-# Clusters of fewer tokens fit these and no others: of 4 per expert, held-out tokens had a cosine
-# of 0.66 with their centre, of 50 one of 0.73, of 200 one of 0.74.
+# Clusters of too few tokens fit these and no others: of 4 per expert, held-out tokens had a mean
+# cosine of 0.66 with their centre, of 50 one of 0.73, of 200 one of 0.74 (255 experts).
 _TOKENS_PER_EXPERT = 50
+# The most bounds clustering, whose time and memory are proportional to tokens and experts.
 _LEAST_TOKENS, _MOST_TOKENS = 12_800, 65_536
 
 
@@ -39,10 +40,13 @@ class StartingSAE(
     learning rate. ``applied_router``, state dicts and files hold what is applied.
     """
 
-    # W_router as __init__ made it; None once the SAE has begun to start or got weights.
+    # W_router as __init__ made it; None once the router has been set.
     _fresh_router: torch.Tensor | None
-    # The batches that it starts from; None once it has started or got weights.
-    _first_batches: list[torch.Tensor] | None
+    # Whether training batches still decide the start. A compiled step depends on this alone:
+    # it would be compiled anew for each length of a list.
+    _is_starting: bool
+    # The batches so far, as the router sees them; none once the start is over.
+    _first_batches: list[torch.Tensor]
 
     @override
     def initialize_weights(self) -> None:
@@ -53,7 +57,7 @@ class StartingSAE(
         # A buffer goes to other devices and dtypes along with the parameters.
         router = self.W_router.data.clone()
         self.register_buffer("_fresh_router", router, persistent=False)
-        self._first_batches = []
+        self._is_starting, self._first_batches = True, []
 
     @override
     def applied_router(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +70,8 @@ class StartingSAE(
     @torch.no_grad()
     def _set_router(self, W_router: torch.Tensor, b_router: torch.Tensor) -> None:
         super()._set_router(self._as_parameter(W_router), self._as_parameter(b_router))
+        # Batches in other units (folds), or other activations, would undo it.
+        self._end_start()
 
     def _as_parameter(self, applied: torch.Tensor) -> torch.Tensor:
         """The value of a router's parameter, given what is applied."""
@@ -99,53 +105,55 @@ class StartingSAE(
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._end_start()
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     @torch.no_grad()
     def _start_from_first_batches(self, sae_in: torch.Tensor) -> None:
         """
         Start from the first training batches, unless the router was loaded or set before.
 
         The router starts from the first batch, and anew from all batches so far after the 2nd,
-        4th, 8th, …, until they hold enough tokens. A b_dec that was set before stays. Of fewer
-        tokens than routed experts, each gets an expert, and the others random directions.
+        4th, 8th, …, until they hold enough tokens; of more than enough, the first count. b_dec
+        starts from the first batch, unless it was set before. Of fewer tokens than routed
+        experts, each gets an expert, and the other experts random directions.
 
         Args:
             sae_in: A batch, in the trainer's units.
 
         Raises:
-            ValueError: If the batch has the wrong width, or NaN or infinite values.
+            ValueError: If the batch has the wrong width, or NaN or infinite values; the start
+                then goes on with the next one.
         """
-        seen = self._first_batches
-        if seen is None or not sae_in.numel():
-            # The latter fails later, for its loss.
+        if not sae_in.numel():
+            # Fails later, for its loss.
             return
-        if not seen and not (self.cfg.initialize_from_activations and self._is_fresh()):
+        is_first = not self._first_batches
+        if not self.cfg.initialize_from_activations or (
+            is_first and not self._is_fresh()
+        ):
             self._end_start()
             return
         # Hooks see the step itself, once.
         with _disable_hooks(self), self._keep_run_time_norm_state():
-            x = self._inputs(sae_in).x.reshape(-1, self.cfg.d_in).float()
+            x = self._inputs(sae_in).x.reshape(-1, self.cfg.d_in)[:_MOST_TOKENS]
+        # Copied: a view would keep the trainer's whole buffer in memory.
+        x = x.to(torch.float32, copy=True)
         _require_finite(x)
-        seen.append(x)
-        x = torch.cat([batch.to(x.device) for batch in seen])
+        batches = [*self._first_batches, x]
         num_routed = self.cfg.num_experts - self.cfg.num_shared_experts
-        wanted = max(_LEAST_TOKENS, _TOKENS_PER_EXPERT * num_routed)
-        # Clustering takes time and memory in proportion to tokens and experts.
-        enough = len(x) >= min(wanted, _MOST_TOKENS)
-        if enough or len(seen).bit_count() == 1:
-            median = self._start_router(x)
-            if (
-                self._fresh_router is not None
-                and self._reconstructs_its_input()
-                and not self.b_dec.any()
-            ):
+        enough = min(max(_LEAST_TOKENS, _TOKENS_PER_EXPERT * num_routed), _MOST_TOKENS)
+        is_last = sum(map(len, batches)) >= enough
+        if is_last or len(batches).bit_count() == 1:
+            tokens = torch.cat([batch.to(x.device) for batch in batches])
+            median = self._start_router(tokens[:_MOST_TOKENS])
+            if is_first and self._reconstructs_its_input() and not self.b_dec.any():
                 self.b_dec.data.copy_(median)
-            self._fresh_router = None
-        if enough:
-            self._end_start()
+        # Setting the router has ended the start.
+        if not is_last:
+            self._is_starting, self._first_batches = True, batches
 
     def _end_start(self) -> None:
-        self._fresh_router = self._first_batches = None
+        self._fresh_router = None
+        self._is_starting, self._first_batches = False, []
 
     def _is_fresh(self) -> bool:
         """Say whether the router is as __init__ made it."""
@@ -181,7 +189,7 @@ class StartingSAE(
         Args:
             batch: Raw activations of the language model, ``[tokens, d_in]`` or with
                 more leading dimensions; at least num_experts tokens, without
-                special tokens if training excludes them. A few tokens per expert are
+                special tokens if training excludes them. Fifty tokens per expert are
                 enough.
 
         Raises:
@@ -217,7 +225,6 @@ class StartingSAE(
             self.b_dec.data.copy_(median)
             self.b_enc.data.zero_()
             self.W_enc.data.copy_(self.W_dec.data.T)
-        self._end_start()
 
     def _start_router(self, x: torch.Tensor) -> torch.Tensor:
         """Start the router from activations as it sees them, ``[tokens, d_in]``; their median."""

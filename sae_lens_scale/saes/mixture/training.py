@@ -124,11 +124,11 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             ``[tokens, k]``.
 
         Raises:
-            ValueError: If the loss is not finite, or what an SAE starts from. One such step
-                would turn every weight into NaN, without an error.
+            ValueError: If the loss is not finite, or the batch of an SAE that is starting.
+                One such step would turn every weight into NaN, without an error.
         """
         x = step_input.sae_in
-        if self._first_batches is not None:
+        if self._is_starting:
             self._start_from_first_batches(x)
         if is_overridden(self, "encode_with_hidden_pre"):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
