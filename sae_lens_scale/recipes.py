@@ -106,10 +106,12 @@ def recipe_of(
         if num_experts is None:
             num_experts = _num_experts(architecture, d_sae, k)
         recipe = _recommended(architecture, k, training_tokens, batch_size, num_experts)
+    # A short run would spend its time on filling a large buffer.
+    mixed = max(4 * batch_size, min(_MIXED_TOKENS, training_tokens // 4))
     runner: dict[str, Any] = {
         "train_batch_size_tokens": batch_size,
         # Not of a recipe: SAELens's default mixes 2,560 tokens.
-        **buffer_argument(-(-max(_MIXED_TOKENS, 4 * batch_size) // context_size)),
+        **buffer_argument(-(-mixed // context_size)),
         "exclude_special_tokens": True,
     }
     return Recipe(runner | recipe.runner, recipe.sae)
@@ -145,7 +147,9 @@ def _recommended(
         "dead_feature_window": max(
             1, dead_after_tokens * max(1, training_tokens // 1_000_000) // batch_size
         ),
-        "n_batches_for_norm_estimate": -(-_NORM_TOKENS // batch_size),
+        "n_batches_for_norm_estimate": max(
+            1, min(_NORM_TOKENS, training_tokens // 16) // batch_size
+        ),
     }
     sae: dict[str, Any] = {
         "num_experts": num_experts,
