@@ -16,7 +16,7 @@ FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-matrix lint bench bench-training reproduce clean
+.PHONY: install demo test test-matrix lint notebooks bench bench-training reproduce clean
 
 install: $(INSTALLED)
 
@@ -55,6 +55,11 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+# Renews their outputs, without progress bars and warnings.
+notebooks: $(INSTALLED)
+	OMP_WAIT_POLICY=PASSIVE TQDM_DISABLE=1 PYTHONWARNINGS=ignore $(VENV)/bin/jupyter execute --inplace \
+		examples/train_and_compare.ipynb examples/explore.ipynb
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[bench]"

@@ -17,7 +17,7 @@ from sae_lens_scale.loading.smollm2 import load_smollm2
 
 # The files that take longest come first: one that began last would run alone. With several
 # processes, only --no-loadscope-reorder keeps this order.
-_FIRST = ("test_examples", "test_end_to_end", "test_benchmarks", "test_docs")
+_FIRST = ("test_examples", "test_notebooks", "test_end_to_end", "test_benchmarks", "test_docs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
