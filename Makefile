@@ -16,7 +16,7 @@ FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-matrix lint docs bench bench-training reproduce release clean
+.PHONY: install demo test test-matrix lint docs notebooks bench bench-training reproduce release clean
 
 install: $(INSTALLED)
 
@@ -63,6 +63,11 @@ docs: $(VENV)/.docs
 $(VENV)/.docs: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
 	touch $@
+
+# Renews their outputs, without progress bars and warnings.
+notebooks: $(INSTALLED)
+	OMP_WAIT_POLICY=PASSIVE TQDM_DISABLE=1 PYTHONWARNINGS=ignore $(VENV)/bin/jupyter execute --inplace \
+		examples/train_and_compare.ipynb examples/explore.ipynb
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[bench]"

@@ -21,6 +21,7 @@ from sae_lens_scale.loading.smollm2 import load_smollm2
 # processes, only --no-loadscope-reorder keeps this order.
 _FIRST = (
     "test_examples",
+    "test_notebooks",
     "test_hub_path",
     "test_end_to_end",
     "test_benchmarks",
