@@ -252,8 +252,8 @@ def test_an_undamaged_checkpoint_loads(checkpoint: Path):
     want = load_file(checkpoint / SAE_WEIGHTS_FILENAME)
     sae = live_sae(checkpoint)
     sae.load_weights_from_checkpoint(checkpoint)
-    assert_same_weights(weights(sae), want)
-    assert_same_weights(weights(TrainingSAE.load_from_disk(checkpoint)), want)
+    assert_same_weights(sae.state_dict(), want)
+    assert_same_weights(TrainingSAE.load_from_disk(checkpoint).state_dict(), want)
     SAE.load_from_disk(checkpoint)
 
 

@@ -31,15 +31,16 @@ from sae_lens.synthetic.synthetic_sae_runner import (
 )
 
 from sae_lens_scale.saes.mixture import MixtureTrainingSAE
+from sae_lens_scale.saes.mixture.initialization import geometric_median
 
 NORMS = ["none", "expected_average_only_in", "covariance_whitening"]
 TWO_STEPS: dict[str, Any] = {**SHORT, "training_tokens": 2 * 256}
 
 
 @dataclass
-class FirstStep:
+class Step:
     """
-    The first training step of an SAE.
+    A training step of an SAE.
 
     Attributes:
         before: The SAE before the step.
@@ -53,34 +54,40 @@ class FirstStep:
 
 
 @dataclass
-class FirstSteps:
-    """First training steps, by architecture."""
+class Steps:
+    """Training steps, by architecture."""
 
-    seen: dict[str, FirstStep] = field(default_factory=dict)
+    seen: dict[str, list[Step]] = field(default_factory=dict)
 
     def assert_started(self, architecture: str) -> None:
-        """The SAE started as from activations of one's own choice."""
-        step = self.seen[architecture]
-        assert not step.before.b_router.any()
-        # The batch is in the trainer's units already.
-        step.before.cfg.normalize_activations = "none"
-        step.before.initialize_from_activations(step.sae_in)
-        assert step.before.b_router.any()
-        assert_close(step.after, step.before.state_dict(), atol=0)
+        """The SAE started as from activations of one's own choice; its router went on."""
+        first, second = self.seen[architecture]
+        fresh = first.before
+        assert not fresh.b_router.any()
+        # Batches are in the trainer's units already.
+        fresh.cfg.normalize_activations = "none"
+        fresh.initialize_from_activations(first.sae_in)
+        assert fresh.b_router.any()
+        assert_close(first.after, fresh.state_dict(), atol=0)
+        median = geometric_median(torch.cat([first.sae_in, second.sae_in]))
+        assert_close(second.after["b_router"], median, atol=1e-6)
+        before = second.before.state_dict()
+        for name, value in second.after.items():
+            assert torch.equal(value, before[name]) == ("router" not in name)
 
 
 @pytest.fixture
-def first_steps(monkeypatch: pytest.MonkeyPatch) -> FirstSteps:
-    """Records the first step of each architecture's SAE."""
-    steps = FirstSteps()
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """Records the steps of each architecture's SAE."""
+    steps = Steps()
     plain = MixtureTrainingSAE.training_forward_pass
 
     def recording(sae: Any, step_input: TrainStepInput) -> TrainStepOutput:
         before = copy.deepcopy(sae)
         output = plain(sae, step_input)
         after = copy.deepcopy(sae.state_dict())
-        step = FirstStep(before, step_input.sae_in.clone(), after)
-        steps.seen.setdefault(sae.cfg.architecture(), step)
+        step = Step(before, step_input.sae_in.clone(), after)
+        steps.seen.setdefault(sae.cfg.architecture(), []).append(step)
         return output
 
     monkeypatch.setattr(MixtureTrainingSAE, "training_forward_pass", recording)
@@ -92,12 +99,12 @@ def first_steps(monkeypatch: pytest.MonkeyPatch) -> FirstSteps:
 def test_the_runner_starts_a_fresh_SAE(
     architecture: str,
     norm: str,
-    first_steps: FirstSteps,
+    steps: Steps,
     tiny_model: HookedSAETransformer,
 ):
     sae = sae_config(architecture, normalize_activations=norm)
     make_runner(runner_config(sae, **TWO_STEPS), tiny_model).run()
-    first_steps.assert_started(architecture)
+    steps.assert_started(architecture)
 
 
 @both_architectures
@@ -105,7 +112,7 @@ def test_the_runner_starts_a_fresh_SAE(
 def test_the_runner_keeps_weights_that_it_loads(
     architecture: str,
     option: str,
-    first_steps: FirstSteps,
+    steps: Steps,
     tiny_model: HookedSAETransformer,
     tmp_path: Path,
 ):
@@ -117,17 +124,18 @@ def test_the_runner_keeps_weights_that_it_loads(
     sae = sae_config(architecture)
     cfg = runner_config(sae, **settings, n_checkpoints=1)
     make_runner(cfg, tiny_model).run()
-    first_steps.seen.clear()
+    steps.seen.clear()
     (checkpoint,) = Path(str(cfg.checkpoint_path)).iterdir()
     again: dict[str, Any] = {**settings, option: str(checkpoint)}
     make_runner(runner_config(copy.deepcopy(sae), **again), tiny_model).run()
-    step = first_steps.seen[architecture]
-    assert step.before.b_router.any()
-    assert_close(step.after, step.before.state_dict(), atol=0)
+    # The checkpoint was saved, and these steps are, among the first batches.
+    for step in steps.seen[architecture]:
+        assert step.before.b_router.any()
+        assert_close(step.after, step.before.state_dict(), atol=0)
 
 
 def test_the_runner_of_several_SAEs_starts_each(
-    first_steps: FirstSteps, tiny_model: HookedSAETransformer
+    steps: Steps, tiny_model: HookedSAETransformer
 ):
     norm = {"normalize_activations": "expected_average_only_in"}
     cfg = MultiSAETrainingRunnerConfig(
@@ -141,13 +149,13 @@ def test_the_runner_of_several_SAEs_starts_each(
         cfg, override_dataset=small_corpus(), override_model=tiny_model
     ).run()
     for name in ARCHITECTURES:
-        first_steps.assert_started(name)
+        steps.assert_started(name)
 
 
 @both_architectures
 @pytest.mark.parametrize("norm", NORMS[:2])
 def test_the_synthetic_data_runner_starts_a_fresh_SAE(
-    architecture: str, norm: str, first_steps: FirstSteps
+    architecture: str, norm: str, steps: Steps
 ):
     SyntheticSAERunner(
         SyntheticSAERunnerConfig(
@@ -164,4 +172,4 @@ def test_the_synthetic_data_runner_starts_a_fresh_SAE(
             output_path=None,
         )
     ).run()
-    first_steps.assert_started(architecture)
+    steps.assert_started(architecture)

@@ -39,12 +39,14 @@ def spherical_kmeans(
     num_clusters: int,
     max_iterations: int = 50,
     generator: torch.Generator | None = None,
+    centers: Float[torch.Tensor, "num_clusters d_in"] | None = None,
 ) -> Float[torch.Tensor, "num_clusters d_in"]:
     """
     Cluster points by direction: Lloyd's algorithm with cosine similarity.
 
-    Centres start at points drawn as in k-means++ (Arthur & Vassilvitskii 2007), and one
-    that loses all its points restarts at the point that its own centre explains worst.
+    Centres start at points drawn as in k-means++ (Arthur & Vassilvitskii 2007), or at given
+    ones, whose order they keep. One that loses all its points restarts at the point that its
+    own centre explains worst.
     Of fewer points than clusters, each is a cluster, and the other
     centres have random directions.
 
@@ -53,6 +55,7 @@ def spherical_kmeans(
         num_clusters: Number of clusters.
         max_iterations: Iterations at most; it stops when no point moves.
         generator: Randomness, on the device of ``x``; torch's own by default.
+        centers: Unit-norm centres to start from, ``[num_clusters, d_in]``.
 
     Returns:
         Unit-norm centres, ``[num_clusters, d_in]``.
@@ -60,7 +63,8 @@ def spherical_kmeans(
     missing = x.new_empty(max(0, num_clusters - len(x)), x.shape[1])
     missing.normal_(generator=generator)
     directions = torch.nn.functional.normalize(torch.cat([x, missing]), dim=-1)
-    centers = _spread_out_points(directions, num_clusters, generator)
+    if centers is None:
+        centers = _spread_out_points(directions, num_clusters, generator)
     assignment = torch.full((len(directions),), -1, device=x.device)
     for _ in range(max_iterations):
         similarity, nearest = (directions @ centers.T).max(dim=-1)

@@ -111,10 +111,11 @@ class StartingSAE(
         """
         Start from the first training batches, unless the router was loaded or set before.
 
-        The router starts from the first batch, and anew from all batches so far after the 2nd,
-        4th, 8th, …, until they hold enough tokens; of more than enough, the first count. b_dec
-        starts from the first batch, unless it was set before. Of fewer tokens than routed
-        experts, each gets an expert, and the other experts random directions.
+        The router starts from clusters of the first batch. With the 2nd, 4th, 8th, … these
+        become clusters of all batches so far, until those hold enough tokens; of more than
+        enough, the first count. b_dec starts from the first batch, unless it was set before. Of
+        fewer tokens than routed experts, each gets an expert, and the other experts random
+        directions.
 
         Args:
             sae_in: A batch, in the trainer's units.
@@ -144,7 +145,7 @@ class StartingSAE(
         is_last = sum(map(len, batches)) >= enough
         if is_last or len(batches).bit_count() == 1:
             tokens = torch.cat([batch.to(x.device) for batch in batches])
-            median = self._start_router(tokens[:_MOST_TOKENS])
+            median = self._start_router(tokens[:_MOST_TOKENS], go_on=not is_first)
             if is_first and self._reconstructs_its_input() and not self.b_dec.any():
                 self.b_dec.data.copy_(median)
         # Setting the router has ended the start.
@@ -226,9 +227,22 @@ class StartingSAE(
             self.b_enc.data.zero_()
             self.W_enc.data.copy_(self.W_dec.data.T)
 
-    def _start_router(self, x: torch.Tensor) -> torch.Tensor:
-        """Start the router from activations as it sees them, ``[tokens, d_in]``; their median."""
-        num_shared = self.cfg.num_shared_experts
+    def _start_router(self, x: torch.Tensor, go_on: bool = False) -> torch.Tensor:
+        """
+        Start the router from activations as it sees them.
+
+        Args:
+            x: The activations, ``[tokens, d_in]``.
+            go_on: Whether clustering goes on from the router's columns, instead of beginning
+                with points of ``x``, so that experts keep most of their tokens.
+
+        Returns:
+            The geometric median of ``x``, ``[d_in]``.
+        """
+        num_shared, centers = self.cfg.num_shared_experts, None
+        if go_on:
+            W_router, _ = self.applied_router()
+            centers = F.normalize(W_router[:, num_shared:].T.to(x.dtype), dim=-1)
         # Its own randomness: the order of later batches, which another thread may be drawing,
         # stays as it is without a start.
         generator = torch.Generator(x.device).manual_seed(torch.initial_seed())
@@ -236,7 +250,10 @@ class StartingSAE(
             median = geometric_median(x)
             centered = x - median
             centers = spherical_kmeans(
-                centered, self.cfg.num_experts - num_shared, generator=generator
+                centered,
+                self.cfg.num_experts - num_shared,
+                generator=generator,
+                centers=centers,
             )
             logits = centered @ centers.T
         # Bessel's correction would make the spread of a single logit NaN.

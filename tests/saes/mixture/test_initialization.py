@@ -55,6 +55,16 @@ def test_spherical_kmeans_finds_directions_whatever_the_norms():
     assert ((directions @ centers.T).max(dim=1).values > 0.99).all()
 
 
+def test_spherical_kmeans_goes_on_from_centres_whose_order_it_keeps():
+    directions = torch.nn.functional.normalize(draw(6, 32), dim=-1)
+    x = directions[torch.arange(600) % 6] + 0.01 * draw(600, 32, seed=2)
+    rough = directions + 0.05 * draw(6, 32, seed=3)
+    rough = torch.nn.functional.normalize(rough, dim=-1)
+    centers = spherical_kmeans(x, 6, centers=rough)
+    assert ((directions * centers).sum(dim=-1) > 0.999).all()
+    assert not ((directions * rough).sum(dim=-1) > 0.999).any()
+
+
 def test_spherical_kmeans_leaves_no_cluster_empty():
     torch.manual_seed(0)
     # Two directions only, but four clusters.
