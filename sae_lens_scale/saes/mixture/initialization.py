@@ -46,8 +46,7 @@ def spherical_kmeans(
 
     Centres start at points drawn as in k-means++ (Arthur & Vassilvitskii 2007), or at given
     ones, whose order they keep. One that loses all its points restarts at the point that its
-    own centre explains worst.
-    Of fewer points than clusters, each is a cluster, and the other
+    own centre explains worst. Of fewer points than clusters, each is a cluster, and the other
     centres have random directions.
 
     Args:
