@@ -5,29 +5,29 @@ docs/defaults.md says what they were measured on.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from numbers import Integral
+from typing import Any, Literal, NamedTuple, get_args
 
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.registry import get_sae_training_class
 
 from sae_lens_scale.saes.mixture.config import require_choice
+from sae_lens_scale.saes.scale_sae import default_experts_per_token
 from sae_lens_scale.upstream import buffer_argument
 
 Architecture = Literal["scale", "switch"]
 RecipeName = Literal["recommended", "paper"]
 
-ARCHITECTURES: dict[Architecture, str] = {
-    "scale": "several experts per token",
-    "switch": "one expert per token",
-}
-RECIPES: dict[RecipeName, str] = {
-    "recommended": "the settings that reconstructed best",
-    "paper": "the settings of the architecture's authors",
-}
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
 
-# Latents of an expert.
+# SAELens's default.
+CONTEXT_SIZE: int = LanguageModelSAERunnerConfig.context_size
+# Fewer latents than these are no expert.
 _LEAST_SIZE = 32
 _SMALL_K, _LARGE_K = 8, 64
+# Sizes that may be left to the recipe.
+_OPEN = ("train_batch_size_tokens", "num_experts", "experts_per_token")
 _LONG_RUN = 500_000
 _VERY_LONG_RUN = 10_000_000
 # Tokens that SAELens mixes, and that it estimates the activations' norm from.
@@ -55,15 +55,16 @@ def recipe_of(
     d_sae: int,
     k: int,
     training_tokens: int,
-    context_size: int = 128,
+    context_size: int = CONTEXT_SIZE,
     train_batch_size_tokens: int | None = None,
     num_experts: int | None = None,
+    experts_per_token: int | None = None,
 ) -> Recipe:
     """
     Choose the settings of a training run by its sizes.
 
     Args:
-        name: "recommended" (the settings that reconstructed best in short runs on
+        name: "recommended" (settings that reconstructed well in short runs on
             SmolLM2-135M) or "paper" (those of the architecture's authors, from their code).
         architecture: "scale" or "switch".
         d_sae: Number of latents.
@@ -71,7 +72,8 @@ def recipe_of(
         training_tokens: Tokens to train on.
         context_size: Tokens per prompt.
         train_batch_size_tokens: Tokens per training step; None for the recipe's choice.
-        num_experts: Number of experts; None for the recipe's choice. The paper's is fixed.
+        num_experts: Number of experts; None for the recipe's choice.
+        experts_per_token: Number of experts that each token of a Scale SAE selects, likewise.
 
     Returns:
         The settings; all others keep their defaults.
@@ -82,19 +84,23 @@ def recipe_of(
     """
     require_choice("recipe", name, RECIPES)
     require_choice("architecture", architecture, ARCHITECTURES)
-    batch_size = train_batch_size_tokens
-    if batch_size is None:
-        batch_size = _batch_size(name, training_tokens)
     sizes = {
         "d_sae": d_sae,
         "k": k,
         "training_tokens": training_tokens,
         "context_size": context_size,
-        "train_batch_size_tokens": batch_size,
+        "train_batch_size_tokens": train_batch_size_tokens,
+        "num_experts": num_experts,
+        "experts_per_token": experts_per_token,
     }
     for size, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        is_open = value is None and size in _OPEN
+        if not is_open and (
+            not isinstance(value, Integral) or isinstance(value, bool) or value < 1
+        ):
             raise ValueError(f"{size} must be a positive integer, got {value!r}")
+    batch_size = int(train_batch_size_tokens or _batch_size(name, training_tokens))
+    training_tokens, k = int(training_tokens), int(k)
     if training_tokens < batch_size:
         raise ValueError(
             f"training_tokens must be at least the {batch_size} of a training step, got "
@@ -103,9 +109,14 @@ def recipe_of(
     if name == "paper":
         recipe = _paper(architecture, d_sae, training_tokens, batch_size)
     else:
-        if num_experts is None:
-            num_experts = _num_experts(architecture, d_sae, k)
-        recipe = _recommended(architecture, k, training_tokens, batch_size, num_experts)
+        recipe = _recommended(
+            architecture,
+            k,
+            training_tokens,
+            batch_size,
+            num_experts or _num_experts(architecture, d_sae, k, experts_per_token),
+            experts_per_token,
+        )
     # A short run would spend its time on filling a large buffer.
     mixed = max(4 * batch_size, min(_MIXED_TOKENS, training_tokens // 4))
     runner: dict[str, Any] = {
@@ -130,6 +141,7 @@ def _recommended(
     training_tokens: int,
     batch_size: int,
     num_experts: int,
+    experts_per_token: int | None,
 ) -> Recipe:
     steps = training_tokens // batch_size
     early_decay = architecture == "scale" and training_tokens >= _LONG_RUN
@@ -156,19 +168,23 @@ def _recommended(
         "aux_loss_coefficient": 1 / 4 if soon else 1 / 8,
     }
     if architecture == "scale" and k >= _LARGE_K:
-        # Of a token's experts, one in 32; by default an eighth of these are shared.
-        sae["num_shared_experts"] = 3 * max(2, num_experts // 32) // 8
+        # By default an eighth.
+        e = experts_per_token or default_experts_per_token(num_experts)
+        sae["num_shared_experts"] = 3 * e // 8
     return Recipe(runner, sae)
 
 
-def _num_experts(architecture: Architecture, d_sae: int, k: int) -> int:
+def _num_experts(
+    architecture: Architecture, d_sae: int, k: int, experts_per_token: int | None
+) -> int:
     """Divide the latents: as finely as was measured, but not into experts of a few latents."""
     num_experts = 32
     if architecture == "scale":
         num_experts = 512 if k >= _LARGE_K else 256
     while num_experts > 1:
-        # By default of the SAE's config.
-        e = 1 if architecture == "switch" else max(2, num_experts // 32)
+        e = 1
+        if architecture == "scale":
+            e = experts_per_token or default_experts_per_token(num_experts)
         size, rest = divmod(d_sae, num_experts)
         if not rest and size >= _LEAST_SIZE and e * size >= 2 * k:
             return num_experts
@@ -183,8 +199,9 @@ def _paper(
     architecture: Architecture, d_sae: int, training_tokens: int, batch_size: int
 ) -> Recipe:
     """
-    Settings of https://github.com/shahinxu/Scale-Sparse-Autoencoder and of the code of Mudide
-    et al.; activations as they are, whose variance their load-balancing weight suits.
+    Choose the settings of https://github.com/shahinxu/Scale-Sparse-Autoencoder, and of the code
+    of Mudide et al. Activations are not normalised: the authors' load-balancing weight suits
+    their variance.
     """
     runner: dict[str, Any] = {
         "lr": 2e-4 / (d_sae / 2**14) ** 0.5,
@@ -226,53 +243,61 @@ def recommended_config(
     **overrides: Any,
 ) -> LanguageModelSAERunnerConfig[Any]:
     """
-    Make a config for SAELens's runner that needs nothing else.
+    Make a config for SAELens's runner by the sizes of the run.
 
-    Measured on SmolLM2-135M, 1,000,000 tokens (docs/defaults.md); long runs on GPUs were
-    not.
+    Measured in runs of up to 2,000,000 tokens on SmolLM2-135M (docs/defaults.md), not in long
+    runs or on GPUs. SAELens's defaults stay for the device (the CPU) and for logging (Weights &
+    Biases).
 
     Args:
         architecture: "scale" or "switch".
         model_name: Name of the language model.
         hook_name: Its hook to train on.
-        d_in: Width of the activations there.
+        d_in: Width of the activations there, such as ``model.cfg.d_model``.
         d_sae: Number of latents.
         k: Number of latents kept per token.
         training_tokens: Tokens to train on.
-        dataset_path: Text: a data set on the hub or on disk.
+        dataset_path: Name or folder of a text dataset.
         recipe: "recommended", or "paper" for the settings of the architecture's authors.
-        sae: Fields of the SAE's config to choose otherwise.
-        **overrides: Fields of the runner's config to choose otherwise.
+        sae: Other fields of the SAE's config.
+        **overrides: Other fields of the runner's config, such as device, logger and
+            output_path.
 
     Returns:
-        The config, whose fields may be changed as any other's.
+        The config. For other sizes call again: what depends on them is decided here.
 
     Raises:
         ValueError: As :func:`recipe_of`, and as the configs.
+        TypeError: If a field is given twice, or there is no such field.
     """
+    fields = dict(sae or {})
     chosen = recipe_of(
         recipe,
         architecture,
         d_sae=d_sae,
         k=k,
         training_tokens=training_tokens,
-        context_size=overrides.get("context_size", 128),
+        context_size=overrides.get("context_size", CONTEXT_SIZE),
         train_batch_size_tokens=overrides.get("train_batch_size_tokens"),
-        num_experts=(sae or {}).get("num_experts"),
+        num_experts=fields.get("num_experts"),
+        experts_per_token=fields.get("experts_per_token"),
     )
-    sae_config_class = get_sae_training_class(architecture)[1]
-    sizes = {"d_in": d_in, "d_sae": d_sae, "k": k}
+    sae_config_class: Any = get_sae_training_class(architecture)[1]
     # The SAE lives where the runner puts it.
     where = {n: overrides[n] for n in ("device", "dtype") if n in overrides}
+    # Chosen already, and None may leave it to the recipe.
+    overrides.pop("train_batch_size_tokens", None)
     runner: dict[str, Any] = {
         "model_name": model_name,
         "hook_name": hook_name,
-        "training_tokens": training_tokens,
+        "training_tokens": int(training_tokens),
         "dataset_path": dataset_path,
         **chosen.runner,
         **overrides,
     }
     return LanguageModelSAERunnerConfig(
-        sae=sae_config_class(**{**sizes, **where, **chosen.sae, **(sae or {})}),
+        sae=sae_config_class(
+            d_in=d_in, d_sae=d_sae, k=k, **{**where, **chosen.sae, **fields}
+        ),
         **runner,
     )

@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sae_lens_scale.recipes import ARCHITECTURES, RECIPES, recipe_of
+from sae_lens_scale.recipes import (
+    ARCHITECTURES,
+    CONTEXT_SIZE,
+    RECIPES,
+    recipe_of,
+)
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import _parse_cfg_args
 
@@ -19,9 +24,10 @@ _SIZES = {
     "d_sae": 1024,
     "k": 32,
     "training_tokens": 2_000_000,
-    "context_size": 128,
+    "context_size": CONTEXT_SIZE,
     "train_batch_size_tokens": None,
     "num_experts": None,
+    "experts_per_token": None,
 }
 
 
@@ -31,7 +37,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train an SAE with SAELens's runner",
-        description="Options besides those of SAELens's runner, which follow.",
+        description="Options besides those of SAELens's runner, which follow. "
+        "`train --architecture scale --help` has the SAE's own, such as --k.",
         add_help=False,
         allow_abbrev=False,
     )
@@ -40,9 +47,9 @@ def add_parser(commands: Any) -> None:
         "--recipe",
         choices=[*RECIPES, "none"],
         help="settings for what the other options leave open, chosen by d_sae, k and "
-        "training_tokens: the ones that reconstructed best (recommended), those of the "
-        "architecture's authors (paper), or SAELens's defaults (none); scale and switch "
-        "have recipes, recommended by default, other architectures none",
+        "training_tokens: those that reconstructed well in short runs (recommended), those "
+        "of the architecture's authors (paper), or SAELens's defaults (none); scale and "
+        "switch have recipes, recommended by default, other architectures none",
     )
     parser.add_argument(
         "--fused_optimizer",
@@ -57,7 +64,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         metavar="NAME=FACTOR",
         help="factors of the learning rates of single parameters, such as "
-        "W_router=0.1 b_router=0.1; with --resume_from_checkpoint the checkpoint's, "
+        "b_enc=0.5 (the router has --router_lr_factor besides); with --resume_from_checkpoint the checkpoint's, "
         "unless some are given",
     )
 
@@ -103,26 +110,30 @@ def _with_recipe(name: Any, arguments: list[str]) -> Any:
         SystemExit: If SAELens's parser is asked for help or refuses an argument.
         ValueError: If the recipe cannot be made for these sizes, or the architecture has none.
     """
+    wants_help = bool({"-h", "--help"} & set(arguments))
+    if name == "none" or wants_help:
+        return _parse(arguments)
     # A config made of the sizes alone may be invalid: the recipe divides the latents.
     sizes = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False
     )
     sizes.add_argument("--architecture", default="standard")
+    sizes.add_argument("--from_pretrained_path")
     for size, default in _SIZES.items():
         sizes.add_argument(f"--{size}", type=int, default=default)
-    help_wanted = {"-h", "--help"} & set(arguments)
     try:
         chosen = vars(sizes.parse_known_args(arguments)[0])
     except argparse.ArgumentError:
         # SAELens's parser says it in its own words.
         return _parse(arguments)
     architecture = chosen.pop("architecture")
-    if architecture not in ARCHITECTURES and name not in (None, "none"):
-        raise ValueError(
-            f"--recipe {name} is for the architectures {', '.join(ARCHITECTURES)}, got "
-            f"{architecture}"
-        )
-    if name == "none" or architecture not in ARCHITECTURES or help_wanted:
+    pretrained = chosen.pop("from_pretrained_path")
+    if architecture not in ARCHITECTURES or pretrained is not None:
+        if name is not None:
+            raise ValueError(
+                f"--recipe {name} is for fresh SAEs of the architectures "
+                f"{', '.join(ARCHITECTURES)}, got {pretrained or architecture}"
+            )
         return _parse(arguments)
     recipe = recipe_of(name or "recommended", architecture, **chosen)
     settings = recipe.runner | recipe.sae
@@ -138,8 +149,7 @@ def _with_recipe(name: Any, arguments: list[str]) -> Any:
         f"  {n} {used[n]}" + ("" if used[n] == v else f" (given; the recipe's is {v})")
         for n, v in settings.items()
     ]
-    text = "\n".join(lines)
-    sys.stderr.write(f"Recipe {name or 'recommended'} for {architecture}:\n{text}\n")
+    note("\n".join([f"recipe {name or 'recommended'} for {architecture}:", *lines]))
     return cfg
 
 
@@ -175,5 +185,5 @@ def _lr_factor(text: str) -> tuple[str, float]:
         return name, float(factor)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"must be NAME=FACTOR, such as W_router=0.1, got {text!r}"
+            f"must be NAME=FACTOR, such as b_enc=0.5, got {text!r}"
         ) from error

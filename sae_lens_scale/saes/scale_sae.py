@@ -136,6 +136,11 @@ def record_omega(cfg: MixtureSAEConfig, omega: torch.Tensor) -> None:
         cfg.metadata.omega = omega.tolist()
 
 
+def default_experts_per_token(num_experts: int) -> int:
+    """Number of experts that a token selects unless it is given: one in 32, two at least."""
+    return min(num_experts, max(2, num_experts // 32))
+
+
 @dataclass
 class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
     """
@@ -176,10 +181,11 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
             latents, or as many as there are. More latents learn from each token. 0 turns it
             off.
         initialize_from_activations (bool): Whether a fresh SAE starts from its first
-            training batches, as :meth:`initialize_from_activations` of the SAE describes.
-            Turn it off to start from random weights, or from weights that you set.
-        router_lr_factor (float): Learning rate of the router, as a multiple of that of
-            all else. The parameters W_router and b_router, not those in files, are divided by it.
+            training batches (docs/train.md). Weights that are loaded, and a router that
+            set_router set, stay. Turn it off for a random router.
+        router_lr_factor (float): Learning rate of the router, as a multiple of the rest's.
+            The parameters W_router and b_router hold the router divided by it; files,
+            state dicts and applied_router() hold the router itself.
         decoder_init_norm (float | None): Norm of the decoder rows at the start of
             training. Use None to disable. Inherited from TrainingSAEConfig.
         d_in (int): Input dimension (dimensionality of the activations being encoded).
@@ -211,7 +217,7 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
         # Numpy's integers are welcome; what is no integer is refused by name, with all else.
         N = self.num_experts if isinstance(self.num_experts, Integral) else 1
         if self.experts_per_token is None:
-            self.experts_per_token = min(N, max(2, N // 32))
+            self.experts_per_token = default_experts_per_token(int(N))
         e = (
             self.experts_per_token
             if isinstance(self.experts_per_token, Integral)

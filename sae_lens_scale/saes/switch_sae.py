@@ -92,10 +92,11 @@ class SwitchTrainingSAEConfig(MixtureTrainingSAEConfig):
             latents, or as many as there are. More latents learn from each token. 0 turns it
             off.
         initialize_from_activations (bool): Whether a fresh SAE starts from its first
-            training batches, as :meth:`initialize_from_activations` of the SAE describes.
-            Turn it off to start from random weights, or from weights that you set.
-        router_lr_factor (float): Learning rate of the router, as a multiple of that of
-            all else. The parameters W_router and b_router, not those in files, are divided by it.
+            training batches (docs/train.md). Weights that are loaded, and a router that
+            set_router set, stay. Turn it off for a random router.
+        router_lr_factor (float): Learning rate of the router, as a multiple of the rest's.
+            The parameters W_router and b_router hold the router divided by it; files,
+            state dicts and applied_router() hold the router itself.
         decoder_init_norm (float | None): Norm of the decoder rows at the start of
             training. Use None to disable. Inherited from TrainingSAEConfig.
         d_in (int): Input dimension (dimensionality of the activations being encoded).

@@ -1,8 +1,9 @@
 """Configuration of mixture SAEs, for inference and training."""
 
 import sys
+import warnings
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
@@ -150,6 +151,13 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
                 "router_lr_factor must be a finite number above 0, got "
                 f"{self.router_lr_factor!r}"
             )
+        if self.dtype in ("bfloat16", "float16") and self.router_lr_factor < 1:
+            warnings.warn(
+                f"the router's small steps are lost to rounding in {self.dtype}, with "
+                f"router_lr_factor={self.router_lr_factor}: use float32 weights, with "
+                "autocast if you like, or router_lr_factor=1",
+                stacklevel=2,
+            )
         norm = self.decoder_init_norm
         if norm is not None and (not _is_finite_number(norm) or norm <= 0):
             raise ValueError(
@@ -192,8 +200,8 @@ def _to_json_type(value: Any) -> Any:
     return str(value) if isinstance(value, torch.device) else value
 
 
-def require_choice(name: str, value: Any, registry: Mapping[Any, Any]) -> Any:
-    """Return ``value`` if it names an entry of a registry, else raise ValueError."""
+def require_choice(name: str, value: Any, registry: Collection[Any]) -> Any:
+    """Return ``value`` if it is an entry of a registry, else raise ValueError."""
     # A list, which cannot be hashed, names none.
     if value not in list(registry):
         raise ValueError(f"{name} must be one of {tuple(registry)}, got {value!r}")

@@ -168,8 +168,9 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         self._gradient_memory = BufferPool()
         return super()._apply(*args, **kwargs)
 
-    def _set_router(self, W_router: torch.Tensor, b_router: torch.Tensor) -> None:
-        """Route with these from now on; see :meth:`applied_router`."""
+    @torch.no_grad()
+    def set_router(self, W_router: torch.Tensor, b_router: torch.Tensor) -> None:
+        """Route with these from now on; the counterpart of :meth:`applied_router`."""
         self.W_router.data.copy_(W_router)
         self.b_router.data.copy_(b_router)
 
@@ -181,7 +182,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         super().fold_activation_norm_scaling_factor(scaling_factor)
         W_router, b_router = self.applied_router()
-        self._set_router(W_router * scaling_factor, b_router / scaling_factor)
+        self.set_router(W_router * scaling_factor, b_router / scaling_factor)
 
     @override
     @torch.no_grad()
@@ -216,7 +217,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
             t.to(self.device, dtype)
             for t in (mean, whitening_matrix, unwhitening_matrix)
         )
-        self._set_router(
+        self.set_router(
             whitening_matrix @ W_router.to(dtype),
             b_router.to(dtype) @ unwhitening_matrix + mean,
         )

@@ -67,11 +67,13 @@ class StartingSAE(
         return self.W_router.to(dtype) * factor, self.b_router.to(dtype) * factor
 
     @override
-    @torch.no_grad()
-    def _set_router(self, W_router: torch.Tensor, b_router: torch.Tensor) -> None:
-        super()._set_router(self._as_parameter(W_router), self._as_parameter(b_router))
+    def set_router(self, W_router: torch.Tensor, b_router: torch.Tensor) -> None:
+        self._write_router(W_router, b_router)
         # Batches in other units (folds), or other activations, would undo it.
         self._end_start()
+
+    def _write_router(self, W_router: torch.Tensor, b_router: torch.Tensor) -> None:
+        super().set_router(self._as_parameter(W_router), self._as_parameter(b_router))
 
     def _as_parameter(self, applied: torch.Tensor) -> torch.Tensor:
         """The value of a router's parameter, given what is applied."""
@@ -103,7 +105,8 @@ class StartingSAE(
             if (applied := state_dict.get(prefix + name)) is not None:
                 state_dict[prefix + name] = self._as_parameter(applied)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._end_start()
+        if any(prefix + name in state_dict for name in _ROUTER):
+            self._end_start()
 
     @torch.compiler.disable()
     @torch.no_grad()
@@ -113,9 +116,9 @@ class StartingSAE(
 
         The router starts from clusters of the first batch. With the 2nd, 4th, 8th, … these
         become clusters of all batches so far, until those hold enough tokens; of more than
-        enough, the first count. b_dec starts from the first batch, unless it was set before. Of
-        fewer tokens than routed experts, each gets an expert, and the other experts random
-        directions.
+        enough, the first count. b_dec starts from the first batch, unless it was set before.
+        Where there are fewer tokens than routed experts, the other experts get random
+        directions. Weights that are loaded, and set_router, end the start.
 
         Args:
             sae_in: A batch, in the trainer's units.
@@ -148,9 +151,9 @@ class StartingSAE(
             median = self._start_router(tokens[:_MOST_TOKENS], go_on=not is_first)
             if is_first and self._reconstructs_its_input() and not self.b_dec.any():
                 self.b_dec.data.copy_(median)
-        # Setting the router has ended the start.
-        if not is_last:
-            self._is_starting, self._first_batches = True, batches
+        self._first_batches = batches
+        if is_last:
+            self._end_start()
 
     def _end_start(self) -> None:
         self._fresh_router = None
@@ -173,7 +176,7 @@ class StartingSAE(
         Start from activations of your choice; before training.
 
         With ``cfg.initialize_from_activations``, as by default, a fresh SAE starts from its
-        first training batches in the same way, unless this was called.
+        first training batches (docs/train.md), unless this was called.
 
         b_dec and b_router become the geometric median of the batch. The router's
         columns become the centres of a spherical k-means of the centred batch,
@@ -226,6 +229,7 @@ class StartingSAE(
             self.b_dec.data.copy_(median)
             self.b_enc.data.zero_()
             self.W_enc.data.copy_(self.W_dec.data.T)
+        self._end_start()
 
     def _start_router(self, x: torch.Tensor, go_on: bool = False) -> torch.Tensor:
         """
@@ -260,13 +264,13 @@ class StartingSAE(
         spread = logits.std(correction=min(1, logits.numel() - 1))
         # Equal tokens have none but that of rounding.
         spread = spread.clamp(min=1e-3 * x.norm(dim=-1).mean() + 1e-8)
-        self._set_router(F.pad(centers.T / spread, (num_shared, 0)), median)
+        self._write_router(F.pad(centers.T / spread, (num_shared, 0)), median)
         return median
 
 
 def _require_finite(x: torch.Tensor) -> None:
     if not x.norm(dim=-1).isfinite().all():
         raise ValueError(
-            "batch must be finite, in norms and once normalised too, got NaN or "
-            "infinite values"
+            "batch and the norms of its tokens must be finite, also after normalisation, got "
+            "NaN or infinite values"
         )

@@ -1,5 +1,6 @@
 """Mixture SAE for training: the base of Scale SAE and Switch SAE in training."""
 
+import json
 from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from numpy.typing import NDArray
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import (
     TrainCoefficientConfig,
     TrainStepInput,
@@ -398,6 +399,7 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 where it can be read, the tensors.
         """
         weights = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
+        self._require_router_lr_factor_of(Path(checkpoint_path) / SAE_CFG_FILENAME)
         try:
             state_dict = load_file(weights)
             # All tensors are required: those that an export lacks would get start values.
@@ -406,6 +408,18 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             raise ValueError(f"{weights} cannot be loaded: {error}") from error
         self.process_state_dict_for_loading(state_dict)
         self.load_state_dict(state_dict)
+
+    def _require_router_lr_factor_of(self, path: Path) -> None:
+        """Refuse a checkpoint of another factor: its optimizer state is in other units."""
+        if not path.exists():
+            return
+        # Version 0.1.0 had no such field.
+        saved = json.loads(path.read_text()).get("router_lr_factor", 1.0)
+        if saved != self._router_lr_factor:
+            raise ValueError(
+                f"router_lr_factor must be {saved}, as in the checkpoint's {path}, got "
+                f"{self._router_lr_factor}"
+            )
 
     @override
     def log_histograms(self) -> dict[str, NDArray[Any]]:
