@@ -1,8 +1,10 @@
 """Recipes: settings of a training run by its sizes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sae_lens import SAE, LanguageModelSAETrainingRunner, LoggingConfig
@@ -152,3 +154,30 @@ def test_a_config_trains_in_SAELenss_runner_as_it_stands(
     sae: Any = SAE.load_from_disk(tmp_path)
     assert sae.cfg.architecture() == architecture
     assert sae(torch.randn(3, 32)).isfinite().all()
+
+
+def test_experts_that_are_given_decide_what_depends_on_them():
+    sizes = {**_SIZES, "k": 64}
+    few = recommended_config(**sizes, **_RUN, sae={"experts_per_token": 4}).sae
+    assert (few.experts_per_token, few.num_shared_experts) == (4, 1)
+    assert few.experts_per_token * few.expert_size >= 2 * 64
+    given = {"num_experts": 64, "experts_per_token": 8}
+    cfg = recommended_config(**sizes, **_RUN, sae=given).sae
+    assert (cfg.num_experts, cfg.experts_per_token, cfg.num_shared_experts) == (
+        64,
+        8,
+        3,
+    )
+
+
+def test_a_size_cannot_be_given_twice():
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'k'"):
+        recommended_config(**_SIZES, **_RUN, sae={"k": 8})
+
+
+def test_sizes_of_numpy_are_as_good_as_others():
+    sizes = {n: np.int64(size) for n, size in _SIZES.items()}
+    run = {**_RUN, "checkpoint_path": None}
+    want = recommended_config(**_SIZES, **run).to_dict()
+    got = recommended_config(**sizes, **run).to_dict()
+    assert json.dumps(got) == json.dumps(want)

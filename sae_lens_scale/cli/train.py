@@ -137,9 +137,9 @@ def _with_recipe(name: Any, arguments: list[str]) -> Any:
         return _parse(arguments)
     recipe = recipe_of(name or "recommended", architecture, **chosen)
     settings = recipe.runner | recipe.sae
-    given = {n: size for n, size in chosen.items() if size is not None}
+    expected = settings | {n: size for n, size in chosen.items() if size is not None}
     cfg = _parse([*_flags(settings), *arguments])
-    if any(_field(cfg, n) != {**settings, **given}[n] for n in chosen):
+    if any(_field(cfg, n) != expected[n] for n in chosen if n in expected):
         raise ValueError(
             f"write the names of {', '.join(f'--{n}' for n in chosen)} in full: a recipe "
             "depends on them"

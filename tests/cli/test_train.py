@@ -11,6 +11,7 @@ import torch
 from cli.runs import Run, checkpoint_of, train_command
 from sae_lens.saes.sae import SAE
 
+from sae_lens_scale import recommended_config
 from sae_lens_scale.cli import train
 
 
@@ -57,7 +58,7 @@ def test_train_help_explains_our_fields(run: Run):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--training_tokens -5", "--training_tokens must be positive, got -5"),
+        ("--training_tokens -5", "training_tokens must be a positive integer, got -5"),
         ("--output_path {file}", "--output_path: {file} is no folder"),
         ("--checkpoint_path {file}/x", "--checkpoint_path: {file} is no folder"),
     ],
@@ -112,3 +113,55 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
     assert not after.get_parameter("b_enc").any()
     assert after.cfg.architecture() == before.cfg.architecture()
     assert not torch.equal(after.W_enc, before.W_enc)
+
+
+def test_the_recipe_of_the_command_is_that_of_recommended_config(run: Run):
+    sizes = "--d_in 64 --d_sae 8192 --k 64 --training_tokens 600000"
+    command = f"--architecture scale {sizes} --lr 1e-4 --experts_per_token 4"
+    cfg = train._with_recipe(None, command.split())
+    want = recommended_config(
+        d_in=64,
+        d_sae=8192,
+        k=64,
+        training_tokens=600_000,
+        model_name=cfg.model_name,
+        hook_name=cfg.hook_name,
+        dataset_path=cfg.dataset_path,
+        lr=1e-4,
+        sae={"experts_per_token": 4},
+    )
+    assert cfg.sae == want.sae
+    for name in ("lr", "adam_beta1", "lr_decay_steps", "n_batches_in_buffer"):
+        assert getattr(cfg, name) == getattr(want, name)
+
+
+def test_train_says_what_the_recipe_chose_and_what_was_given(
+    capsys: pytest.CaptureFixture[str],
+):
+    command = "--architecture switch --d_in 64 --d_sae 8192 --k 8 --lr 1e-4"
+    train._with_recipe("paper", command.split())
+    err = capsys.readouterr().err
+    assert "recipe paper for switch" in err
+    assert "lr 0.0001 (given; the recipe's is 0.00028" in err
+    assert "gate softmax\n" in err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("paper", "--architecture topk", "fresh SAEs of .* got topk"),
+        ("recommended", "--from_pretrained_path x", "fresh SAEs of .* got x"),
+        (None, "--architecture scale --training_tok 600000", "write the names"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(
+    recipe: str | None, options: str, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        train._with_recipe(recipe, f"--d_sae 8192 --k 8 {options}".split())
+
+
+@pytest.mark.parametrize("options", ["", "--architecture topk"])
+def test_recipe_none_leaves_SAELenss_defaults(options: str):
+    cfg = train._with_recipe("none", f"{options} --lr 1e-4".split())
+    assert (cfg.train_batch_size_tokens, cfg.adam_beta2) == (4096, 0.999)
