@@ -38,8 +38,13 @@ _ABLATIONS: dict[str, tuple[str, list[str]]] = {
     "recipe": ("fvu", []),
     "redundancy": ("redundancy", []),
 }
-# Rows of the short table of what users get.
-_HEADLINE = ("Scale, recommended", "Switch, recommended", "Scale, SAELens's defaults")
+# The best of each kind, by names for people who do not know the others.
+BEST = {
+    "Scale 512/16 Multi-TopK": "Scale SAE 512/16",
+    "Switch 32 Multi-TopK": "Switch SAE 32",
+    "TopK 576": "dense TopK, 576 latents",
+    "Full TopK 18432": "dense TopK, 18,432 latents",
+}
 _WORDS = {True: "with scaling", False: "without scaling"}
 
 
@@ -125,6 +130,10 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         measured = measured_runs(runs, metric)
         if len(measured):
             found[metric.replace("_", "-")] = markdown(cells(measured, metric), form)
+    best = runs.loc[runs["label"].isin([*BEST])]
+    if len(best):
+        best = best.assign(row=best["label"].map(BEST))
+        found["best"] = markdown(cells(best, "fvu", "row"), forms["fvu"])
     for ablation, (metric, columns) in _ABLATIONS.items():
         runs = _of_preset(everything, f"{base}-{ablation}")
         names = runs.reindex(columns=["label", *columns]).replace(_WORDS)
@@ -144,11 +153,6 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             measured = measured_runs(runs, metric)
             if len(measured):
                 found[name] = markdown(cells(measured, metric, "row"), forms[metric])
-        short = runs.loc[runs["row"].isin(_HEADLINE) | (runs["label"] == "TopK 576")]
-        measured = measured_runs(short, "fvu_unseen_text")
-        if len(measured):
-            table = cells(measured, "fvu_unseen_text", "row")
-            found["headline"] = markdown(table, forms["fvu_unseen_text"])
     runs = _of_preset(everything, f"{base}-length")
     if not set(runs["name"]) <= main:
         for name, metric in (("length", "fvu"), ("length-redundancy", "redundancy")):
