@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
@@ -95,15 +97,17 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     the main thread, as SAELens's does.
 
     Args:
-        *args: Arguments of SAELens's runner.
+        cfg: Config of the run.
+        override_dataset: The text, instead of the config's.
+        *args: Further arguments of SAELens's runner.
         fused_optimizer: Let Adam update all of a parameter's state in one pass over memory
             (torch's ``fused=True``): several times faster, equal up to rounding. A run that
             goes on from a checkpoint may choose anew.
         lr_factors: Factors on the learning rates of some parameters, such as
-            ``{"W_router": 0.1, "b_router": 0.1}``, which multiply the config's
-            ``router_lr_factor``. They are in the runner's checkpoints: a
-            run that goes on from one has them unless it is given others.
-        **kwargs: Arguments of SAELens's runner.
+            ``{"b_enc": 0.5}``; those of ``W_router`` and ``b_router`` multiply the config's
+            ``router_lr_factor``. They are in the runner's checkpoints: a run that goes on
+            from one has them unless it is given others.
+        **kwargs: Further arguments of SAELens's runner.
 
     Raises:
         ValueError: If the model or the text cannot be loaded, and as
@@ -114,20 +118,25 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
 
     def __init__(
         self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        override_dataset: Dataset | None = None,
         *args: Any,
         fused_optimizer: bool = False,
         lr_factors: Mapping[str, float] | None = None,
         **kwargs: Any,
     ):
         try:
-            super().__init__(*args, **kwargs)
+            super().__init__(cfg, override_dataset, *args, **kwargs)
         except Exception:
-            # SAELens loads the model, then the text, and its errors name neither.
+            # SAELens sets cfg, then loads the model unless it is given one, then the text,
+            # and its errors name neither.
+            if not hasattr(self, "cfg"):
+                raise
             if not hasattr(self, "model"):
-                with naming_model("model_name", self.cfg.model_name):
+                with naming_model("model_name", cfg.model_name):
                     raise
-            if not hasattr(self, "activations_store"):
-                with naming_text("dataset_path", self.cfg.dataset_path):
+            if not hasattr(self, "activations_store") and override_dataset is None:
+                with naming_text("dataset_path", cfg.dataset_path):
                     raise
             raise
         self.fused_optimizer = fused_optimizer

@@ -2,26 +2,28 @@
 What SAELens and TransformerLens may rename, move or drop, and what stands in for it.
 
 No other module of the package imports these (``docs/versions.md`` says why each of them may
-go). They have their names of there; where there is no HookedTransformer,
+go). Names are those of their libraries; where there is no HookedTransformer,
 ``HookedTransformer`` and ``HookedSAETransformer`` are SAELens's SAETransformerBridge.
 """
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
-from sae_lens.llm_sae_training_runner import _parse_cfg_args
-from sae_lens.saes.sae import _disable_hooks
-from sae_lens.training._interruption import InterruptedException
+from sae_lens.llm_sae_training_runner import _parse_cfg_args as _parse_cfg_args
+from sae_lens.saes.sae import _disable_hooks as _disable_hooks
+from sae_lens.training._interruption import (
+    InterruptedException as InterruptedException,
+)
 
+# Imports under their own names are there for other modules.
 try:
-    from sae_lens import HookedSAETransformer
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions.llama import (
-        convert_llama_weights,
-    )
+    from sae_lens import HookedSAETransformer as HookedSAETransformer
+    from transformer_lens import HookedTransformer as HookedTransformer
+    from transformer_lens import HookedTransformerConfig as HookedTransformerConfig
 
     HAS_HOOKED_TRANSFORMER = True
 except ImportError:
@@ -32,18 +34,11 @@ except ImportError:
     HookedTransformer = HookedSAETransformer  # type: ignore[misc]
     HAS_HOOKED_TRANSFORMER = False
 
-__all__ = [
-    "HAS_HOOKED_TRANSFORMER",
-    "HookedSAETransformer",
-    "HookedTransformer",
-    "HookedTransformerConfig",
-    "InterruptedException",
-    "_disable_hooks",
-    "_parse_cfg_args",
-    "buffer_argument",
-    "convert_llama_weights",
-    "load_bridge",
-]
+# Only SmolLM2 as a HookedTransformer needs it.
+with suppress(ImportError):
+    from transformer_lens.pretrained.weight_conversions.llama import (
+        convert_llama_weights as convert_llama_weights,
+    )
 
 
 def buffer_argument(

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import scale_sae
 from integration.runs import (
     ARCHITECTURES,
@@ -17,7 +19,11 @@ from integration.runs import (
     runner_config,
     sae_config,
 )
-from sae_lens import HookedSAETransformer, LanguageModelSAETrainingRunner
+from sae_lens import (
+    HookedSAETransformer,
+    LanguageModelSAETrainingRunner,
+    llm_sae_training_runner,
+)
 from sae_lens.training._interruption import InterruptedException
 from safetensors import SafetensorError
 from typing_extensions import override
@@ -304,6 +310,25 @@ def test_runner_refuses_lr_factors_before_it_trains(
 ):
     with pytest.raises(ValueError, match=message):
         make(options={"lr_factors": lr_factors})
+
+
+def test_wrong_arguments_and_a_lack_of_memory_are_not_blamed_on_the_names(
+    tiny_model: HookedSAETransformer, monkeypatch: pytest.MonkeyPatch
+):
+    runner: Any = InterruptibleTrainingRunner
+    cfg = runner_config(sae_config("scale"), model_name="gpt2", dataset_path="text")
+    with pytest.raises(TypeError, match="'cfg'"):
+        runner()
+    with pytest.raises(TypeError, match="'nonsense'"):
+        runner(cfg, nonsense=1)
+    without_text = Dataset.from_dict({"body": ["no text"]})
+    with pytest.raises(ValueError, match="^Dataset must have"):
+        runner(cfg, without_text, override_model=tiny_model)
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        load = Mock(side_effect=error)
+        monkeypatch.setattr(llm_sae_training_runner, "load_model", load)
+        with pytest.raises(type(error)):
+            runner(cfg)
 
 
 def test_SAELenss_own_runner_loses_an_interrupted_run(make: Make, tmp_path: Path):

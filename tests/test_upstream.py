@@ -1,6 +1,7 @@
 """What SAELens and TransformerLens may drop: one module imports it, and does without it."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,15 @@ def test_a_store_has_its_buffer_under_the_name_that_it_knows():
 def test_what_has_no_buffer_is_refused():
     with pytest.raises(TypeError, match="^SAETrainer must take n_sequences_in_buffer"):
         buffer_argument(3, SAETrainer)
+
+
+def test_a_moved_converter_leaves_hooked_transformer(monkeypatch: pytest.MonkeyPatch):
+    moved = "transformer_lens.pretrained.weight_conversions.llama"
+    monkeypatch.setitem(sys.modules, moved, None)
+    names = runpy.run_path(str(UPSTREAM))
+    assert names["HAS_HOOKED_TRANSFORMER"]
+    assert names["HookedSAETransformer"] is HookedSAETransformer
+    assert "convert_llama_weights" not in names
 
 
 def test_training_loading_and_analysis_do_without_hooked_transformer(

@@ -1,20 +1,18 @@
 """Picture of the latents and experts that each token activates."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sae_lens_scale.analysis.tokens import TokenExplanation
 from sae_lens_scale.extras import require
 
-require("matplotlib", "plots")
-
-from matplotlib import colormaps  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_token_explanations(
     explanations: Sequence[TokenExplanation], title: str
-) -> Figure:
+) -> "Figure":
     """
     Draw each token's strongest latents, grouped by expert (after figure 9 of the paper).
 
@@ -29,8 +27,14 @@ def plot_token_explanations(
         The figure; save it with ``savefig``.
 
     Raises:
+        ImportError: If the package ``matplotlib`` is not installed.
         ValueError: If there is nothing to draw.
     """
+    require("matplotlib", "plots")
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     if not explanations:
         raise ValueError("explanations must not be empty")
     # A figure of its own, not pyplot's: it leaves the caller's backend alone.

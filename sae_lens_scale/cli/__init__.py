@@ -23,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an error, 130 after an interruption. Wrong usage exits
         with 2, as argparse does.
     """
-    parser = argparse.ArgumentParser(prog="sae-lens-scale", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="sae-lens-scale",
+        description="Train, evaluate, describe, upload and convert Scale and Switch SAEs.",
+    )
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {__version__}"
     )

@@ -1,8 +1,8 @@
 """``sae-lens-scale evaluate``: SAELens's evaluation of SAEs."""
 
 import argparse
+import gc
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,18 @@ from .output import note, table
 from .sae_argument import find_saes, load_sae
 
 _SCALED_BY_THE_TRAINER = ("expected_average_only_in", "covariance_whitening")
-_SWITCHES = [f.name for f in fields(EvalConfig) if f.name.startswith("compute_")]
+# Of EvalConfig, and what each measures.
+_SWITCHES = {
+    "compute_kl": "KL divergence of the language model's predictions with the SAE from "
+    "those without",
+    "compute_ce_loss": "cross-entropy with and without the SAE, and loss recovered",
+    "compute_l2_norms": "norms of reconstructions and of activations",
+    "compute_sparsity_metrics": "L0 and L1",
+    "compute_variance_metrics": "explained variance, squared error, cosine similarity",
+    "compute_featurewise_density_statistics": "how often each latent fires, for --output",
+    "compute_featurewise_weight_based_metrics": "measures of each latent's weights, for "
+    "--output",
+}
 # Those of metrics that are measured with the SAE spliced into the language model.
 _RECONSTRUCTION = {"compute_kl", "compute_ce_loss"}
 # Computed from the weights alone.
@@ -107,21 +118,21 @@ def add_parser(commands: Any) -> None:
         default=10,
         help="batches for all else (default: %(default)s)",
     )
-    for name in _SWITCHES:
-        of_each_latent = " of each latent, for --output" * ("feature" in name)
+    for name, measured in _SWITCHES.items():
         parser.add_argument(
             f"--{name}",
             action="append_const",
             const=name,
             dest="compute",
-            help=name.removeprefix("compute_").replace("_", " ") + of_each_latent,
+            help=measured,
         )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--output",
         type=Path,
         help="also write JSON with all metrics, those of each latent included, here; or, "
-        "if it ends in .csv, a table with a row for each evaluation",
+        "if it ends in .csv, a table with a row for each evaluation; written anew after "
+        "each of them",
     )
     parser.set_defaults(run=_run)
 
@@ -139,22 +150,35 @@ def _run(options: argparse.Namespace) -> str:
             raise FileNotFoundError(f"--output: {output.parent} is no folder")
         if output.is_dir():
             raise IsADirectoryError(f"--output: {output} is a folder")
-    results = list(_results(options))
-    summaries = [_summary(result) for result in results]
+    # A pipe or a device would get one file after the other.
+    once = output is not None and output.exists() and not output.is_file()
+    results = []
+    for result in _results(options):
+        results.append(result)
+        if output is not None and not once:
+            _write(output, results)
     if output is None:
         note("--output FILE keeps the metrics, in JSON those of each latent too")
     else:
-        if output.suffix == ".csv":
-            text = pd.json_normalize(summaries).to_csv(index=False)
-        else:
-            text = dump_json(results if len(results) > 1 else results[0])
-        write_whole(output, text)
+        if once:
+            _write(output, results)
         note(f"the metrics are in {output}")
     if len(results) == 1:
         summaries = [results[0]["metrics"]]
+    else:
+        summaries = [_summary(result) for result in results]
     if not options.json:
         return table(*summaries)
     return dump_json(summaries if len(results) > 1 else summaries[0])
+
+
+def _write(output: Path, results: list[dict[str, Any]]) -> None:
+    if output.suffix == ".csv":
+        summaries = [_summary(result) for result in results]
+        text = pd.json_normalize(summaries).to_csv(index=False)
+    else:
+        text = dump_json(results if len(results) > 1 else results[0])
+    write_whole(output, text)
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:
@@ -172,16 +196,23 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         _require_text(dataset)
     cfg = _eval_config(options)
     numbers = count(1)
-    total = len(saes) * len(options.dataset or "1") * len(options.context_size or "1")
-    model, loaded = None, None
+    # Where none is given there is one, the SAE's own.
+    n_texts, n_sizes = (
+        len(given) if given else 1 for given in (options.dataset, options.context_size)
+    )
+    total = len(saes) * n_texts * n_sizes
+    model = store = loaded = None
     for name, sae_id in saes:
         sae = load_sae(name, sae_id, options.device, options.dtype)
         if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
             _fold_scaler(sae, Path(name, ACTIVATION_SCALER_CFG_FILENAME))
+        # As it is on disk, before options change what it says of prompts.
+        sae_cfg = sae.cfg.to_dict()
         datasets, sizes, wanted = _settings(options, sae)
         if wanted != loaded:
-            # Released first: there may be no memory for two.
-            model = None
+            # Released first, by its store too: there may be no memory for two.
+            model = store = None
+            gc.collect()
             model, loaded = _load_model(options.device, *wanted), wanted
         _require_hook(model, wanted[0], sae)
         for dataset in datasets:
@@ -198,8 +229,13 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {
                     "sae": name,
                     "sae_id": sae_id,
-                    "sae_cfg": sae.cfg.to_dict(),
-                    "eval_cfg": {"dataset": dataset, "context_size": size, **vars(cfg)},
+                    "sae_cfg": sae_cfg,
+                    "eval_cfg": {
+                        "dataset": dataset,
+                        "context_size": size,
+                        "prepend_bos": sae.cfg.metadata.prepend_bos,
+                        **vars(cfg),
+                    },
                     "metrics": by_group,
                     "feature_metrics": by_latent,
                 }

@@ -1,7 +1,7 @@
 """SAEs named on the command line."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ def find_saes(names: Sequence[str]) -> Sequence[tuple[str, str | None]]:
         FileNotFoundError: If there is no such folder.
         ValueError: If a regular expression is none.
     """
-    if len(names) != 2 or all(Path(name).is_dir() for name in names):
+    releases = get_pretrained_saes_directory()
+    if _are_folders(names, releases):
         for name in names:
             _require_folder(name)
         return [(name, None) for name in names]
     release, sae_id = names
-    releases = get_pretrained_saes_directory()
     # Names of releases have no slash, those of repositories do.
     if "/" in release or (release in releases and sae_id in releases[release].saes_map):
         return [(release, sae_id)]
@@ -82,6 +82,16 @@ def load_sae(name: str, sae_id: str | None, device: str, dtype: str | None) -> S
         # Few of these say which.
         whole = name if sae_id is None else f"{name} {sae_id}"
         raise ValueError(f"{whole} cannot be loaded: {error_text(error)}") from error
+
+
+def _are_folders(names: Sequence[str], releases: Container[str]) -> bool:
+    """Tell folders, of which some may be mistyped, from a release or repository and an SAE."""
+    if len(names) != 2 or Path(names[0]).is_dir():
+        return True
+    # The second says less: an SAE on the hub has by default the name of the folder that it
+    # was uploaded from.
+    mistyped = names[0] not in releases and Path(names[0]).parent.is_dir()
+    return mistyped and Path(names[1]).is_dir()
 
 
 def _require_folder(name: str) -> None:

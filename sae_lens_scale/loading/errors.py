@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from textwrap import shorten
 
+import torch
 from datasets import load_dataset
 
 # Those that SAELens's store reads.
@@ -19,6 +20,8 @@ _TEXTS = f"name a data set of the hub, or its folder, with a column {_COLUMNS[0]
 def naming_model(setting: str, name: str) -> Iterator[None]:
     """
     Turn any error within into one that says which model could not be loaded.
+
+    A missing package and a lack of memory, which no other name would mend, pass as they are.
 
     Args:
         setting: What the user calls the setting, such as ``--model``.
@@ -60,8 +63,8 @@ def require_text(setting: str, name: str) -> None:
 def _naming(setting: str, name: str, advice: str) -> Iterator[None]:
     try:
         yield
-    except ImportError:
-        # These say what to install.
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        # The name is right: a package is missing, or memory.
         raise
     except Exception as error:
         # Some list thousands of models.

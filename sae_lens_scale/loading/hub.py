@@ -21,8 +21,8 @@ METRICS_FILENAME = "metrics.json"
 _PAPERS = {
     "switch": "Mudide et al. 2024, [*Efficient Dictionary Learning with Switch Sparse "
     "Autoencoders*](https://arxiv.org/abs/2410.08201)",
-    "scale": "Xu et al., *Beyond Redundancy: Diverse and Specialized Multi-Expert Sparse "
-    "Autoencoder*",
+    "scale": "Xu et al. 2025, [*Beyond Redundancy: Diverse and Specialized Multi-Expert "
+    "Sparse Autoencoder*](https://arxiv.org/abs/2511.05745)",
 }
 # Of the runner's config; what the SAE's own config decides is in its metadata.
 _RUN = (
@@ -209,10 +209,12 @@ def _section(
         f"`{metadata[name]}`" if metadata[name] else f"unknown ({name})"
         for name in ("hook_name", "model_name", "dataset_path")
     )
+    # An architecture of the user's own has none here.
+    paper = f" Paper: {_PAPERS[architecture]}." if architecture in _PAPERS else ""
     paragraphs = [
         f"## {sae_id}",
         f"A {architecture.title()} SAE (mixture of experts) for {hook} of {model}, trained "
-        f"on {text}. Paper: {_PAPERS[architecture]}.",
+        f"on {text}.{paper}",
         "With the package `sae-lens-scale` installed, which makes the architecture known to "
         "SAELens:",
         f"""```python

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+import weakref
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,6 +14,7 @@ import pandas as pd
 import pytest
 from cli.runs import Run, checkpoint_of
 from integration.hub import running_hub
+from sae_lens.evals import EvalConfig
 from sae_lens.loading.pretrained_saes_directory import (
     PretrainedSAELookup,
     get_pretrained_saes_directory,
@@ -193,6 +197,25 @@ def test_patterns_choose_SAEs_of_releases(
     assert [(result["sae"], result["sae_id"]) for result in results] == matching
 
 
+def test_of_two_folders_a_mistyped_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/first", "small"):
+        Path(folder).mkdir(parents=True)
+    for names, mistyped in (
+        (["runs/first", "smal"], "smal"),
+        (["runs/frist", "small"], "runs/frist"),
+        (["smal", "runs/first"], "smal"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"^{mistyped} is no folder"):
+            find_saes(names)
+    # An SAE on the hub may be called as a folder at hand.
+    release = next(iter(get_pretrained_saes_directory()))
+    for first in ("lab/saes", release):
+        assert find_saes([first, "small"]) == [(first, "small")]
+
+
 def write_text(folder: Path, row: dict[str, Any]) -> Path:
     folder.mkdir()
     (folder / "train.jsonl").write_text(json.dumps(row))
@@ -223,6 +246,50 @@ def test_what_cannot_be_loaded_is_named_before_anything_is_evaluated(
         assert len(captured.err.splitlines()[-1]) < 500
     missing = f"evaluate {trained / 'sae'} {trained / 'sae'} {nothing}"
     assert f"{nothing} is no folder" in run(missing, 1).err
+
+
+def test_what_was_evaluated_before_a_failure_is_kept(
+    trained: Path, text_folder: Path, tmp_path: Path, run: Run
+):
+    one_word = write_text(tmp_path / "word", {"text": "hello"})
+    command = f"evaluate {trained / 'sae'} {SHORT} --compute_l2_norms"
+    command += f" --datasets {text_folder} {one_word} --output"
+    for name in ("metrics.json", "metrics.csv"):
+        run(f"{command} {tmp_path / name}", 1)
+    kept = json.loads((tmp_path / "metrics.json").read_text())
+    assert kept["eval_cfg"]["dataset"] == str(text_folder)
+    rows = pd.read_csv(tmp_path / "metrics.csv")
+    assert list(rows["dataset"]) == [str(text_folder)]
+
+
+def test_one_model_is_released_before_the_next_is_loaded(
+    trained: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    other = shutil.copytree(trained / "sae", tmp_path / "sae")
+    cfg = json.loads((other / "cfg.json").read_text())
+    cfg["metadata"]["model_name"] = str(tiny_llama) + os.sep
+    (other / "cfg.json").write_text(json.dumps(cfg))
+    loaded: list[weakref.ref[Any]] = []
+    load_model = evaluate.load_model
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        assert [model() for model in loaded] == [None] * len(loaded)
+        model = load_model(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(evaluate, "load_model", load)
+    run(f"evaluate {trained / 'sae'} {other} {SHORT} --compute_l2_norms")
+    assert len(loaded) == 2
+
+
+def test_every_metric_of_SAELens_has_its_switch(run: Run):
+    switches = {f.name for f in fields(EvalConfig) if f.name.startswith("compute_")}
+    assert set(re.findall(r"--(compute_\w+) ", run("evaluate --help").out)) == switches
 
 
 def test_text_that_is_too_short_is_no_silent_result(

@@ -83,6 +83,10 @@ def test_a_traceback_is_there_for_the_asking():
         main(["--traceback", "info", "nowhere"])
 
 
+def test_the_help_is_plain_text(run: Run):
+    assert "`" not in run("--help").out
+
+
 def test_the_command_is_installed():
     (script,) = entry_points(group="console_scripts", name="sae-lens-scale")
     assert script.load() is main

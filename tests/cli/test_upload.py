@@ -1,5 +1,6 @@
 """``sae-lens-scale upload``."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,20 @@ def test_upload_prints_where_the_card_is(trained: Path, hub: Hub, run: Run):
     assert "model.layers.0" in card
     facts = run("info lab/saes first").out
     assert "model.layers.0" in facts
+
+
+def test_upload_knows_an_SAE_that_was_evaluated_with_other_prompts(
+    trained: Path, hub: Hub, tmp_path: Path, run: Run
+):
+    sae, metrics = trained / "sae", tmp_path / "metrics.json"
+    short = "--n_eval_sparsity_variance_batches 1 --batch_size_prompts 4"
+    other = f"--no-prepend_bos --compute_l2_norms --output {metrics}"
+    run(f"evaluate {sae} {short} {other}")
+    result = json.loads(metrics.read_text())
+    assert result["sae_cfg"]["metadata"]["prepend_bos"] is True
+    assert result["eval_cfg"]["prepend_bos"] is False
+    run(f"upload {sae} lab/saes --metrics {metrics}")
+    assert "| l2_ratio |" in hub.repos["lab/saes"]["README.md"].decode()
 
 
 def test_upload_refuses_in_one_line(

@@ -11,8 +11,16 @@ import torch
 from huggingface_hub import ModelCard
 from integration.hub import READ_ONLY, TOKEN, Hub
 from sae_lens import SAE, upload_saes_to_huggingface
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from typing_extensions import override
 
+from sae_lens_scale import (
+    ScaleSAE,
+    ScaleSAEConfig,
+    ScaleTrainingSAE,
+    ScaleTrainingSAEConfig,
+)
 from sae_lens_scale.files import dump_json
 from sae_lens_scale.loading.hub import upload
 
@@ -71,8 +79,42 @@ def test_the_card_states_sizes_training_and_paper(export: Path, hub: Hub):
     assert rows["active latents per token (k)"] == str(cfg["k"])
     assert (rows["training_tokens"], rows["lr"]) == ("4096", "0.005")
     assert rows["load_balance_coefficient"] == "0.05"
-    paper = {"scale": "Beyond Redundancy", "switch": "arxiv.org/abs/2410.08201"}
+    paper = {"scale": "arxiv.org/abs/2511.05745", "switch": "arxiv.org/abs/2410.08201"}
     assert paper[architecture] in text
+
+
+class OwnConfig(ScaleSAEConfig):
+    """An architecture of a user's own."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "custom"
+
+
+class OwnTrainingConfig(ScaleTrainingSAEConfig):
+    """Its training config."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "custom"
+
+
+def test_an_architecture_of_the_users_own_has_a_card_without_a_paper(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for registry, entry in (
+        (SAE_CLASS_REGISTRY, (ScaleSAE, OwnConfig)),
+        (SAE_TRAINING_CLASS_REGISTRY, (ScaleTrainingSAE, OwnTrainingConfig)),
+    ):
+        monkeypatch.setitem(registry, "custom", entry)
+    folder = shutil.copytree(SCALE, tmp_path / "a")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**cfg, "architecture": "custom"}))
+    upload(folder, REPO)
+    assert "A Custom SAE" in readme(hub)
+    assert "Paper" not in readme(hub)
 
 
 def test_a_converted_SAE_needs_no_runner_config(hub: Hub, tmp_path: Path):
