@@ -46,7 +46,7 @@ from sae_lens_scale.upstream import HookedSAETransformer, buffer_argument
 # Held-out tokens on which the use of experts is measured.
 USAGE_TOKENS = 4_096
 # Settings of the dense SAE, the best that were found for it.
-TOPK_SAE = {"aux_loss_coefficient": 1 / 32}
+TOPK_AUX_LOSS_COEFFICIENT = 1 / 32
 TOPK_LR = 3.2e-3
 TOPK_DEAD_AFTER_TOKENS = 200_000
 
@@ -205,7 +205,7 @@ def runner_configs(
             k=cfg.k,
             device=cfg.device,
             normalize_activations=scale.sae.normalize_activations,
-            **TOPK_SAE,
+            aux_loss_coefficient=TOPK_AUX_LOSS_COEFFICIENT,
         ),
         lr=TOPK_LR if cfg.lr is None else cfg.lr,
         adam_beta2=0.999,

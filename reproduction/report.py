@@ -132,7 +132,7 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             found[metric.replace("_", "-")] = markdown(cells(measured, metric), form)
     best = runs.loc[runs["label"].isin([*BEST])]
     if len(best):
-        best = best.assign(row=best["label"].map(BEST))
+        best = best.assign(row=[BEST[label] for label in best["label"]])
         found["best"] = markdown(cells(best, "fvu", "row"), forms["fvu"])
     for ablation, (metric, columns) in _ABLATIONS.items():
         runs = _of_preset(everything, f"{base}-{ablation}")

@@ -51,7 +51,7 @@ def _best_of_each(runs: pd.DataFrame) -> pd.DataFrame:
         "Full TopK 18432": "dense, 18,432 latents",
     }
     runs = runs.loc[runs["label"].isin([*names])]
-    return runs.assign(label=runs["label"].map(names))
+    return runs.assign(label=[names[label] for label in runs["label"]])
 
 
 def _both_similarities(runs: pd.DataFrame) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         note(f"next: sae-lens-scale evaluate {shlex.quote(str(cfg.output_path))}")
 
 
-def _with_recipe(name: Any, arguments: list[str]) -> Any:
+def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     """
     Parse the options for SAELens, with those of a recipe in front: what is given overrides it.
 
@@ -162,7 +163,7 @@ def _field(cfg: Any, name: str) -> Any:
     return getattr(cfg if hasattr(cfg, name) else cfg.sae, name)
 
 
-def _parse(arguments: list[str]) -> Any:
+def _parse(arguments: Sequence[str]) -> Any:
     # SAELens's parser prints its usage, over a hundred options, before each error.
     printed = io.StringIO()
     try:
