@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
@@ -119,7 +118,7 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     def __init__(
         self,
         cfg: LanguageModelSAERunnerConfig[Any],
-        override_dataset: Dataset | None = None,
+        override_dataset: HfDataset | None = None,
         *args: Any,
         fused_optimizer: bool = False,
         lr_factors: Mapping[str, float] | None = None,
