@@ -210,7 +210,8 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         sae_cfg = sae.cfg.to_dict()
         datasets, sizes, wanted = _settings(options, sae)
         if wanted != loaded:
-            # Released first, by its store too: there may be no memory for two.
+            # Released first, by its store too, and collected, for its parts refer to each
+            # other: there may be no memory for two.
             model = store = None
             gc.collect()
             model, loaded = _load_model(options.device, *wanted), wanted

@@ -289,7 +289,10 @@ def test_one_model_is_released_before_the_next_is_loaded(
 
 def test_every_metric_of_SAELens_has_its_switch(run: Run):
     switches = {f.name for f in fields(EvalConfig) if f.name.startswith("compute_")}
-    assert set(re.findall(r"--(compute_\w+) ", run("evaluate --help").out)) == switches
+    assert (
+        set(re.findall(r"(?m)^  --(compute_\w+)", run("evaluate --help").out))
+        == switches
+    )
 
 
 def test_text_that_is_too_short_is_no_silent_result(
