@@ -205,6 +205,7 @@ def draw(
     """
     # Here and not above: matplotlib comes with an extra that only pictures need.
     from reproduction import figures
+    from reproduction.figures.table import QUALITY_AND_COST
 
     everything = _read_comparable(folder)
     main = _of_preset(everything, base)
@@ -219,9 +220,10 @@ def draw(
         "decompositions": _of_preset(everything, f"{base}-decompositions"),
         "curves": curves.set_index("name", drop=False).loc[order],
     }
+    plots = {**figures.FIGURES, "quality-and-cost": QUALITY_AND_COST}
     known = {
         name: sources[plot.source]
-        for name, plot in figures.FIGURES.items()
+        for name, plot in plots.items()
         if plot.source in sources
     }
     unknown = sorted(set(names or ()) - set(known))
@@ -231,7 +233,7 @@ def draw(
     drawn = []
     for name in known if names is None else names:
         try:
-            figure = figures.draw(name, known[name], paper=True)
+            figure = figures.draw(plots[name], known[name], paper=True)
         except ValueError as error:
             if names is None:
                 continue

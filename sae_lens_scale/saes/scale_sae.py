@@ -64,8 +64,8 @@ class ScaleSAEConfig(MixtureSAEConfig):
             Inherited from SAEConfig.
     """
 
-    num_experts: int = 256
-    experts_per_token: int = 8
+    num_experts: int = 64
+    experts_per_token: int = 2
     num_shared_experts: int = 0
     gate: GateName = "rescaled"
     topk_over: TopKOver = "gated_activations"

@@ -43,6 +43,8 @@ def trained(
 @pytest.fixture
 def untrained(tmp_path: Path) -> Path:
     """Folder of an SAE whose metadata say nothing."""
-    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=128, num_experts=4, experts_per_token=2)
+    cfg = ScaleTrainingSAEConfig(
+        d_in=32, d_sae=128, num_experts=4, normalize_activations="none"
+    )
     ScaleTrainingSAE(cfg).save_inference_model(tmp_path / "untrained")
     return tmp_path / "untrained"

@@ -20,7 +20,7 @@ from sae_lens_scale.cli import main
         ("train --architecture scale --nonsense 1", 2, "arguments: --nonsense 1"),
         ("train --architecture scale --num_experts x", 2, "invalid int value: 'x'"),
         ("train --architecture scale --num_experts 7", 1, "and num_experts=7"),
-        ("train --architecture switch --k 1000", 1, "k must be at most"),
+        ("train --architecture switch --k 1000", 1, "got d_sae=1024 and k=1000"),
         ("evaluate nowhere", 1, "nowhere is no folder"),
         ("evaluate nowhere some-id", 1, "nowhere not found"),
         (
@@ -50,7 +50,7 @@ def test_errors_are_one_line_without_a_traceback(
 
 
 POSITIVE = "must be a positive integer, got"
-FACTOR = "must be NAME=FACTOR, such as W_router=0.1, got"
+FACTOR = "must be NAME=FACTOR, such as b_enc=0.5, got"
 
 
 @pytest.mark.parametrize(

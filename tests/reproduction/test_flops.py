@@ -165,13 +165,16 @@ def test_reconstruction_costs_what_torch_counts(settings: dict[str, Any]):
 
 def test_the_papers_SAEs_agree_in_the_encoder_and_in_nothing_else():
     wide: dict[str, Any] = {"d_in": 576, "d_sae": 18_432, "k": 32}
+    ours = {**wide, "multi_topk_coefficient": 0.0}
     scale = [
         flops_per_token(
-            ScaleTrainingSAEConfig(**wide, num_experts=n, experts_per_token=e)
+            ScaleTrainingSAEConfig(
+                **ours, num_experts=n, experts_per_token=e, num_shared_experts=0
+            )
         )
         for n, e in ((64, 2), (128, 4), (256, 8))
     ]
-    switch = flops_per_token(SwitchTrainingSAEConfig(**wide, num_experts=32))
+    switch = flops_per_token(SwitchTrainingSAEConfig(**ours, num_experts=32))
     topk = flops_per_token(
         TrainingSAEConfig.from_dict({**wide, "d_sae": 576, "architecture": "topk"})
     )

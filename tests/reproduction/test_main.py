@@ -62,7 +62,7 @@ def test_a_grid_is_trained_from_the_command_line(
     hashes = (records[0].cache or {})["texts"]
     assert capsys.readouterr().out.splitlines() == [
         str(tmp_path / "activations"),
-        *(f"{name}: {hashes[name]}" for name in ("train", "in_domain", "other_domain")),
+        *(f"{name}: {hashes[name]}" for name in hashes),
     ]
 
 

@@ -108,7 +108,7 @@ def test_draw_draws_every_figure_beside_the_papers_numbers(
 
     monkeypatch.setattr(Figure, "savefig", save)
     assert draw(records_folder, "smollm2", tmp_path) == [*drawn]
-    assert len(drawn) == 21
+    assert len(drawn) == 22
     assert drawn[tmp_path / "figure-3a.png"] == 2
 
 

@@ -271,6 +271,6 @@ class StartingSAE(
 def _require_finite(x: torch.Tensor) -> None:
     if not x.norm(dim=-1).isfinite().all():
         raise ValueError(
-            "batch must be finite, and so must the norms of its tokens, also after "
-            "normalisation, got NaN or infinite values"
+            "batch must be finite, in norms and once normalised too, got NaN or "
+            "infinite values"
         )
