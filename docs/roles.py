@@ -37,7 +37,7 @@ def _link(target: str, own: griffe.Object, known: list[griffe.Object]) -> str:
         return name
     # Of several, the one nearest to the docstring.
     nearest = max(found, key=lambda each: _shared(each.path, own.path))
-    # What has no docstring is not on the site, but its module may be.
+    # A name without a docstring is not on the site, but its module may be.
     at = nearest if nearest.docstring or nearest.parent is None else nearest.parent
     return f'<autoref identifier="{at.path}" optional>{name}</autoref>'
 

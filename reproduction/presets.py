@@ -38,7 +38,7 @@ _SHARED_AT_LARGE_K = 6
 _BETA1_AT_LARGE_K = 0.8
 # The coefficient of Gao et al.
 _MULTI_TOPK = 1 / 8
-# What users get: by the recommended recipe; by the architecture's name and sizes alone, with
+# Runs as users make them: by the recommended recipe; by the architecture's name and sizes alone, with
 # SAELens's defaults; and likewise in version 0.1.0.
 VARIANTS_OF_DEFAULTS = (
     "recommended",
@@ -277,7 +277,7 @@ class _Experiment:
         return runs
 
     def defaults(self) -> list[RunSettings]:
-        """What users get, the best that was found, and a dense SAE of the same cost."""
+        """Runs as users make them, the best that was found, and a dense SAE of the same cost."""
         by_recipe, stock, old = VARIANTS_OF_DEFAULTS
         runs = []
         for k, architecture in product(self.ks, ARCHITECTURES):

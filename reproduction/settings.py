@@ -20,7 +20,7 @@ _LABELS = {
 }
 # A TopK SAE by the sparse compute of a mixture, of one expert.
 _ONE_EXPERT = {"num_experts": 1, "gate": "uniform", "load_balance_coefficient": 0.0}
-# What the runs leave out is as in version 0.1.0, in which most of them were recorded.
+# Defaults of the runs are those of version 0.1.0, in which most of them were recorded.
 _MIXTURE = {
     "aux_loss_coefficient": 1 / 32,
     "multi_topk_coefficient": 0.0,

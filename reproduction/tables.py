@@ -36,7 +36,7 @@ _RECIPE_RUNS: tuple[tuple[Architecture, int, int], ...] = (
     ("scale", 32, 200_000),
     ("scale", 32, 40_000_000),
 )
-# What the SAE's config says, by the recipe or by default.
+# Fields of the SAE's config that are listed, by the recipe or by default.
 _RECIPE_FIELDS = (
     "num_experts",
     "experts_per_token",

@@ -182,7 +182,7 @@ def _write(output: Path, results: list[dict[str, Any]]) -> None:
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:
-    """What a result is of, and its metrics without those of each latent."""
+    """Names of a result's SAE, text and settings, and its metrics but those of each latent."""
     names = ("sae", "sae_id")
     cfg = {name: result["eval_cfg"][name] for name in ("dataset", "context_size")}
     return {name: result[name] for name in names} | cfg | result["metrics"]
