@@ -1,16 +1,18 @@
-"""The notebooks of the examples run."""
+"""The notebooks of the examples run, and are kept with the outputs of a whole run."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 from sae_lens import SAE
 
 from sae_lens_scale.upstream import buffer_argument
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOKS = ["train_and_compare", "explore"]
 
 
 def read(name: str) -> Any:
@@ -79,3 +81,20 @@ def test_explore_trains_an_SAE_where_there_is_none_and_explores_it(
     assert 1 <= len(contexts) <= 8
     written = dict(re.findall(r"^(as it is|turned up): +(.*)$", out, re.MULTILINE))
     assert written["as it is"] != written["turned up"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_kept_with_the_outputs_of_a_whole_run(name: str):
+    notebook = read(name)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    # Neither warnings and progress bars nor errors.
+    assert not [o for o in outputs if o.get("name") == "stderr"]
+    assert {o.output_type for o in outputs} <= {
+        "stream",
+        "display_data",
+        "execute_result",
+    }
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert (EXAMPLES / f"{name}.ipynb").stat().st_size < 1_000_000
