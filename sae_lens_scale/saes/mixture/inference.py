@@ -1,5 +1,6 @@
 """Mixture SAE for inference: the base of Scale SAE and Switch SAE."""
 
+import math
 from abc import ABC
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,14 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
             )
         if feature_acts.is_sparse:
             feature_acts = feature_acts.to_dense()
+        dtype = torch.promote_types(feature_acts.dtype, self.W_dec.dtype)
         if self.cfg.rescale_acts_by_decoder_norm:
+            if dtype == torch.float16:
+                # Divided by a tiny norm, a steered activation may be infinite there.
+                feature_acts = feature_acts.float()
             feature_acts = feature_acts * (1 / decoder_norm(self.W_dec))
         recons = decode_dense(feature_acts.reshape(-1, self.cfg.d_sae), self.W_dec)
+        recons = recons.to(dtype)
         return self._finish_decoding(
             recons.view(*feature_acts.shape[:-1], recons.shape[-1])
         )
@@ -180,9 +186,19 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if not 0 < scaling_factor < math.inf:
+            raise ValueError(
+                f"scaling_factor must be a finite number above 0, got {scaling_factor}"
+            )
+        # First, as float16 may be too small for it: nothing else has changed then.
         W_router, b_router = self.applied_router()
         self.set_router(W_router * scaling_factor, b_router / scaling_factor)
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    @torch.no_grad()
+    def get_W_dec_norm(self) -> torch.Tensor:
+        return decoder_norm(self.W_dec)
 
     @override
     @torch.no_grad()
@@ -203,6 +219,15 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         whitening_matrix: torch.Tensor,
         unwhitening_matrix: torch.Tensor,
     ) -> None:
+        # First, as float16 may be too small for the router: nothing else has changed then.
+        # It sees (x - mean) M - b_router = (x - (b_router M^-1 + mean)) M.
+        W_router, b_router = self.applied_router()
+        dtype = torch.promote_types(W_router.dtype, whitening_matrix.dtype)
+        shift, M, inverse = (
+            t.to(self.device, dtype)
+            for t in (mean, whitening_matrix, unwhitening_matrix)
+        )
+        self.set_router(M @ W_router.to(dtype), b_router.to(dtype) @ inverse + shift)
         if self.cfg.rescale_acts_by_decoder_norm:
             # Unwhitening changes the decoder norms that TopK ranks by. Folded first,
             # they stay as they were.
@@ -210,17 +235,6 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
             self.cfg.rescale_acts_by_decoder_norm = False
         self._fold_encoder()
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
-        # The router sees (x - mean) M - b_router = (x - (b_router M^-1 + mean)) M.
-        W_router, b_router = self.applied_router()
-        dtype = torch.promote_types(W_router.dtype, whitening_matrix.dtype)
-        mean, whitening_matrix, unwhitening_matrix = (
-            t.to(self.device, dtype)
-            for t in (mean, whitening_matrix, unwhitening_matrix)
-        )
-        self.set_router(
-            whitening_matrix @ W_router.to(dtype),
-            b_router.to(dtype) @ unwhitening_matrix + mean,
-        )
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:

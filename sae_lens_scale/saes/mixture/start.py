@@ -197,9 +197,10 @@ class StartingSAE(
                 enough.
 
         Raises:
-            ValueError: If the batch has the wrong width, too few tokens, or NaN or
-                infinite values, in norms and once normalised too, or if
-                normalize_activations is "covariance_whitening".
+            ValueError: If the batch has the wrong width, too few tokens, zeros alone that
+                would have to be rescaled, or NaN or infinite values, in norms and once
+                normalised in the SAE's dtype too, or if normalize_activations is
+                "covariance_whitening".
         """
         if self.cfg.normalize_activations == "covariance_whitening":
             raise ValueError(
@@ -220,9 +221,16 @@ class StartingSAE(
         _require_finite(raw)
         scaler = ActivationScaler()
         if self.cfg.normalize_activations == "expected_average_only_in":
+            if not raw.norm(dim=-1).any():
+                raise ValueError(
+                    "batch must not be zero everywhere with normalize_activations="
+                    "'expected_average_only_in', which divides by its mean norm"
+                )
             scaler.estimate_scaling_factor(self.cfg.d_in, iter([raw]), 1)
         with self._keep_run_time_norm_state():
-            x = self.run_time_activation_norm_fn_in(scaler(raw))
+            # In the dtype in which training will see it: float16 holds no large numbers.
+            x = self.run_time_activation_norm_fn_in(scaler(raw).to(self.dtype))
+        x = x.to(torch.float32)
         _require_finite(x)
         median = self._start_router(x)
         if self._reconstructs_its_input():
@@ -271,6 +279,6 @@ class StartingSAE(
 def _require_finite(x: torch.Tensor) -> None:
     if not x.norm(dim=-1).isfinite().all():
         raise ValueError(
-            "batch must be finite, in norms and once normalised too, got NaN or "
-            "infinite values"
+            "batch must be finite, in norms and once normalised in the SAE's dtype too, "
+            "got NaN or infinite values"
         )
