@@ -25,6 +25,7 @@ from sae_lens_scale.ops import (
 
 from .config import MixtureSAEConfig
 from .dispatch import Rows
+from .extension_points import ConfigTopK, is_hooked, is_overridden, pass_copy
 from .feature_scaling import ExpertScaling, expert_scaling
 from .routing import Routing, route
 from .selection import SELECTIONS, Candidates, Selection
@@ -34,49 +35,6 @@ from .selection import SELECTIONS, Candidates, Selection
 _RUN_TIME_NORM_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
 T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
-
-
-def is_hooked(hook: nn.Module) -> bool:
-    """Say whether anybody watches or edits the tensors that pass a hook point."""
-    return bool(
-        hook._forward_hooks
-        or hook._forward_pre_hooks
-        or hook._backward_hooks
-        or hook._backward_pre_hooks
-    )
-
-
-def is_overridden(sae: SAE[Any], *names: str) -> bool:
-    """Say whether a subclass, or an attribute of the SAE, replaces one of these methods."""
-    return any(name in vars(sae) or _is_replaced(type(sae), name) for name in names)
-
-
-def _is_replaced(cls: type, name: str) -> bool:
-    owner = next(c for c in cls.__mro__ if name in vars(c))
-    # Of both: functools.wraps copies a function's module, and patches leave its class.
-    modules = (owner.__module__, vars(owner)[name].__module__)
-    return any(module.rpartition(".")[0] != __package__ for module in modules)
-
-
-class ConfigTopK(TopK):
-    """
-    SAELens's TopK with the k of an SAE's config, whichever of the two is changed.
-
-    Args:
-        cfg: The config.
-    """
-
-    def __init__(self, cfg: MixtureSAEConfig):
-        self._cfg = cfg
-        super().__init__(cfg.k)
-
-    @property
-    def k(self) -> int:  # type: ignore[override]
-        return self._cfg.k
-
-    @k.setter
-    def k(self, k: int) -> None:
-        self._cfg.k = k
 
 
 class Inputs(NamedTuple):
@@ -372,10 +330,10 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             self.cfg.num_shared_experts,
         )
         # Indices first: to edit weights, one needs to know whose they are.
-        indices = self.hook_expert_indices(routing.indices)
+        indices = pass_copy(self.hook_expert_indices, routing.indices)
         if is_hooked(self.hook_expert_indices):
             self._require_expert_indices(indices, routing.indices.shape)
-        weights = self.hook_expert_weights(routing.weights)
+        weights = pass_copy(self.hook_expert_weights, routing.weights)
         if weights.shape != routing.weights.shape:
             raise ValueError(
                 f"hook_expert_weights must keep the shape "

@@ -13,14 +13,8 @@ from sae_lens_scale.ops import BufferPool, decode_dense, decoder_norm, sparse_de
 from sae_lens_scale.upstream import _disable_hooks
 
 from .dispatch import Rows
-from .encoding import (
-    T_MIXTURE_CONFIG,
-    DecoderInput,
-    Encoding,
-    MixtureEncoder,
-    is_hooked,
-    is_overridden,
-)
+from .encoding import T_MIXTURE_CONFIG, DecoderInput, Encoding, MixtureEncoder
+from .extension_points import is_hooked, is_overridden
 from .files import require_tensors
 from .routing import Routing
 

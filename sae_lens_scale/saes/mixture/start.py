@@ -12,7 +12,7 @@ from typing_extensions import override
 from sae_lens_scale.upstream import _disable_hooks
 
 from .config import MixtureTrainingSAEConfig
-from .encoding import is_overridden
+from .extension_points import is_overridden
 from .inference import MixtureSAE
 from .initialization import geometric_median, spherical_kmeans
 

@@ -30,7 +30,8 @@ from sae_lens_scale.ops import (
 from sae_lens_scale.upstream import _disable_hooks
 
 from .dead_latents import dead_latent_loss, dead_offsets, strongest_dead
-from .encoding import Encoding, is_hooked, is_overridden
+from .encoding import Encoding
+from .extension_points import is_hooked, is_overridden
 from .files import require_tensors
 from .routing import expert_load, load_balance_loss
 from .selection import Candidates
