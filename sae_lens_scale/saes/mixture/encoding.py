@@ -23,11 +23,12 @@ from sae_lens_scale.ops import (
     lookup,
 )
 
-from .config import MixtureSAEConfig
+from .config import MixtureSAEConfig, require_choice
 from .dispatch import Rows
 from .extension_points import ConfigTopK, is_hooked, is_overridden, pass_copy
 from .feature_scaling import ExpertScaling, expert_scaling
-from .routing import Routing, route
+from .files import require_sizes
+from .routing import GATES, Routing, route
 from .selection import SELECTIONS, Candidates, Selection
 
 # SAELens's run-time activation normalisation leaves these on the SAE between encode
@@ -155,7 +156,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
     def selection(self) -> Selection:
         """The rule by which candidates survive; :class:`.Selection` is its contract."""
-        return SELECTIONS[self.cfg.topk_over]
+        return SELECTIONS[require_choice("topk_over", self.cfg.topk_over, SELECTIONS)]
 
     def dispatch(self, inputs: Inputs, routing: Routing) -> Rows:
         """
@@ -322,11 +323,13 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         return self.W_enc.new_zeros(self.cfg.d_in)
 
     def _route(self, router_in: torch.Tensor) -> Routing:
+        # Of another config the same weights would be grouped into other experts.
+        require_sizes(self.cfg, {"W_enc": self.W_enc, "W_router": self.W_router})
         routing = route(
             router_in,
             *self.applied_router(),
             self.cfg.experts_per_token,
-            self.cfg.gate,
+            require_choice("gate", self.cfg.gate, GATES),
             self.cfg.num_shared_experts,
         )
         # Indices first: to edit weights, one needs to know whose they are.

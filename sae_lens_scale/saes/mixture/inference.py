@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens.saes.topk_sae import TopK
+from torch import nn
 from typing_extensions import override
 
 from sae_lens_scale.files import replacing_files
@@ -15,7 +17,7 @@ from sae_lens_scale.upstream import _disable_hooks
 from .dispatch import Rows
 from .encoding import T_MIXTURE_CONFIG, DecoderInput, Encoding, MixtureEncoder
 from .extension_points import is_hooked, is_overridden
-from .files import require_tensors
+from .files import require_sizes, require_tensors
 from .routing import Routing
 
 
@@ -30,6 +32,23 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
     ``hook_sae_acts_pre`` is d_sae wide, as in any SAE of SAELens; latents whose
     expert was not selected have no pre-activation and show -inf.
     """
+
+    @override
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """
+        Set a parameter, as an assignment does.
+
+        Args:
+            name: Its name.
+            param: The parameter.
+
+        Raises:
+            ValueError: If it has other sizes than the config's, such as those of some
+                latents only: TopK ranks them with all others of their experts.
+        """
+        if param is not None:
+            require_sizes(self.cfg, {name: param})
+        super().register_parameter(name, param)
 
     @override
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -249,10 +268,25 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
 
         Returns:
             Paths of the weights and of the config.
+
+        Raises:
+            ValueError: If the config was changed to one that could not be loaded, or that
+                is not what this SAE computes; before any file is touched.
         """
+        self._require_valid_config()
         with replacing_files(path) as temporary:
             weights, cfg = super().save_model(temporary)
         return Path(path) / weights.name, Path(path) / cfg.name
+
+    def _require_valid_config(self) -> None:
+        """Refuse a config with which the weights, once saved, could not be loaded."""
+        self.cfg.validate()
+        require_sizes(self.cfg, dict(self.named_parameters()))
+        # A TopK that replaced the config's own is in no file.
+        if type(self.activation_fn) is TopK and self._k != self.cfg.k:
+            raise ValueError(
+                f"k must be {self._k}, as in activation_fn, got {self.cfg.k}"
+            )
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:

@@ -60,6 +60,15 @@ class StartingSAE(
         self._is_starting, self._first_batches = True, []
 
     @override
+    def _require_valid_config(self) -> None:
+        super()._require_valid_config()
+        if self.cfg.router_lr_factor != self._router_lr_factor:
+            raise ValueError(
+                f"router_lr_factor must be {self._router_lr_factor}, as when the SAE was "
+                f"made, got {self.cfg.router_lr_factor}"
+            )
+
+    @override
     def applied_router(self) -> tuple[torch.Tensor, torch.Tensor]:
         factor = self._router_lr_factor
         # Rounded once, after the product.

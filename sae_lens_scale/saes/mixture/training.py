@@ -381,7 +381,11 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
 
         Returns:
             Paths of the weights and of the config.
+
+        Raises:
+            ValueError: As :meth:`save_model`.
         """
+        self._require_valid_config()
         with replacing_files(path) as temporary:
             weights, cfg = super().save_inference_model(temporary)
         return Path(path) / weights.name, Path(path) / cfg.name
