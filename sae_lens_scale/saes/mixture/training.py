@@ -167,8 +167,8 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             raise ValueError(
                 f"the loss is not finite at training step "
                 f"{step_input.n_training_steps} ({values}): sae_in, of shape "
-                f"{tuple(step_input.sae_in.shape)}, or the weights hold values that are NaN, "
-                f"infinite or too large for {self.dtype}, or the batch is empty"
+                f"{tuple(step_input.sae_in.shape)}, or the weights hold NaN or infinite "
+                f"values, or ones too large for {self.dtype}, or the batch is empty"
             )
         return TrainStepOutput(
             sae_in=step_input.sae_in,
