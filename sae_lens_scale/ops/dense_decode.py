@@ -18,9 +18,11 @@ def decoder_norm(
     """
     Norms of the decoder rows, kept above the 1e-8 of SAELens's own folding.
 
-    Without the floor, a row that is exactly zero turns ``0 * (1 / 0)`` into NaN.
+    Without the floor, a row that is exactly zero turns ``0 * (1 / 0)`` into NaN. Float16,
+    in which 1e-8 is 0, has its smallest normal number instead, whose inverse is finite.
     """
-    return W_dec.norm(dim=-1).clamp(min=1e-8)
+    floor = max(1e-8, torch.finfo(W_dec.dtype).tiny)
+    return W_dec.norm(dim=-1).clamp(min=floor)
 
 
 def decode_dense(

@@ -213,7 +213,7 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
     decomposition: DecompositionName = "mean"
 
     @override
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         # Numpy's integers are welcome; what is no integer is refused by name, with all else.
         N = self.num_experts if isinstance(self.num_experts, Integral) else 1
         if self.experts_per_token is None:
@@ -225,7 +225,7 @@ class ScaleTrainingSAEConfig(MixtureTrainingSAEConfig):
         )
         if self.num_shared_experts is None:
             self.num_shared_experts = e // 8
-        super().__post_init__()
+        super().validate()
         require_choice("decomposition", self.decomposition, DECOMPOSITIONS)
 
     @override
@@ -258,6 +258,19 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
                 W_low_pass = nn.Parameter(torch.eye(cfg.d_in, **like))
         self.register_parameter("omega", omega)
         self.register_parameter("W_low_pass", W_low_pass)
+
+    @override
+    def _require_valid_config(self) -> None:
+        super()._require_valid_config()
+        cfg = self.cfg
+        learned = cfg.feature_scaling and cfg.decomposition == "learned"
+        for name, wanted in (("omega", cfg.feature_scaling), ("W_low_pass", learned)):
+            if wanted != (getattr(self, name) is not None):
+                raise ValueError(
+                    f"feature_scaling={cfg.feature_scaling} with decomposition="
+                    f"{cfg.decomposition!r} needs an SAE with{'' if wanted else 'out'} "
+                    f"{name}: build it with this config"
+                )
 
     @override
     def _applied_encoder(self) -> tuple[torch.Tensor, torch.Tensor | None]:

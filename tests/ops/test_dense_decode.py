@@ -25,11 +25,17 @@ def test_decode_dense_of_steered_activations():
     assert decode_dense(acts.double(), W).dtype == torch.float64
 
 
-def test_decoder_norm_has_a_floor_and_a_finite_gradient():
-    W = draw(4, 6)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_decoder_norm_has_a_floor_and_a_finite_gradient(dtype: torch.dtype):
+    W = draw(4, 6).to(dtype)
     W[2] = 0
     norms = decoder_norm(W.requires_grad_())
-    assert norms[2] == 1e-8
-    torch.testing.assert_close(norms[0], W[0].pow(2).sum().sqrt())
+    # The smallest number of float16 that has an inverse.
+    floor = 2**-14 if dtype == torch.float16 else 1e-8
+    torch.testing.assert_close(norms[2].item(), floor, rtol=1e-2, atol=0)
+    assert (1 / norms).isfinite().all()
+    torch.testing.assert_close(norms[0], W[0].double().norm().to(dtype))
     (gradient,) = torch.autograd.grad(norms.sum(), W)
     assert gradient.isfinite().all()

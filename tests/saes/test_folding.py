@@ -132,6 +132,45 @@ def test_checkpoints_load_for_inference_and_for_training_unchanged(
     assert_close(resumed.state_dict(), sae.state_dict(), atol=0)
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scaling_factor_that_cannot_be_undone_is_refused(make: Any, factor: float):
+    sae = make(normalize_activations="expected_average_only_in")
+    before = copy.deepcopy(sae.state_dict())
+    with pytest.raises(ValueError, match=f"scaling_factor must be .*, got {factor}"):
+        sae.fold_activation_norm_scaling_factor(factor)
+    assert_close(sae.state_dict(), before, atol=0)
+    assert sae.cfg.normalize_activations == "expected_average_only_in"
+
+
+@pytest.mark.parametrize(
+    ("norm", "fold"),
+    [
+        (
+            "expected_average_only_in",
+            lambda sae: sae.fold_activation_norm_scaling_factor(1e-4),
+        ),
+        (
+            "covariance_whitening",
+            lambda sae: sae.fold_activation_whitening(
+                torch.zeros(10), 1e-4 * torch.eye(10), 1e4 * torch.eye(10)
+            ),
+        ),
+    ],
+    ids=["scaling", "whitening"],
+)
+def test_a_fold_for_which_float16_is_too_small_changes_nothing(
+    make: Any, norm: str, fold: Any
+):
+    sae = make(dtype="float16", normalize_activations=norm)
+    sae.b_router.data[0] = 100
+    before = copy.deepcopy(sae.state_dict())
+    cfg = copy.deepcopy(sae.cfg)
+    with pytest.raises(ValueError, match="float16 is too small for the router"):
+        fold(sae)
+    assert_close(sae.state_dict(), before, atol=0)
+    assert sae.cfg == cfg
+
+
 def test_omegas_stay_on_record_in_the_metadata_of_their_time(tmp_path: Path):
     sae: Any = scale_sae()
     omega = sae.omega.tolist()

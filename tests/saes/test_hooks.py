@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, draw, inference, scale_sae, step_input
+from helpers import (
+    assert_close,
+    assert_same_gradients,
+    draw,
+    inference,
+    scale_sae,
+    step_input,
+)
+
+from sae_lens_scale.saes.mixture.routing import GATES
 
 X = draw(3, 7, 10, seed=1)
 FLAT = X.flatten(0, 1)
@@ -95,6 +104,30 @@ def test_ablating_an_expert_through_its_weight_removes_its_latents_only():
     assert (acts[..., 2, :] == 0).all()
     others = [0, 1, 3, 4]
     assert torch.equal(acts[..., others, :], clean[..., others, :])
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    ("hook", "value"), [("hook_expert_weights", 0.5), ("hook_expert_indices", 4)]
+)
+def test_edits_in_place_have_the_derivatives_of_others(
+    make: Any, gate: str, hook: str, value: float
+):
+    def in_place(tensor: torch.Tensor, hook: Any) -> None:
+        tensor[..., 0] = value
+
+    def edited(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.cat(
+            [torch.full_like(tensor[..., :1], value), tensor[..., 1:]], dim=-1
+        )
+
+    sae = make(gate=gate)
+    losses = []
+    for edit in (in_place, edited):
+        with sae.hooks(fwd_hooks=[(hook, edit)]):
+            losses.append(sae.training_forward_pass(step_input(FLAT)).loss)
+    assert_close(*losses)
+    assert_same_gradients(sae, *losses)
 
 
 def test_forcing_an_expert_through_its_index_runs_that_expert():

@@ -126,6 +126,29 @@ def test_weights_of_zero_stay_finite_in_every_use(
         assert_close(sae(X), want)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_pruned_latents_stay_finite_in_half_precision(
+    make: Any, dtype: str, tmp_path: Path
+):
+    sae = make(dtype=dtype)
+    sae.W_dec.data[::3] = 0
+    want = sae(X)
+    exported(sae, tmp_path)
+    folded = copy.deepcopy(sae)
+    folded.fold_W_dec_norm()
+
+    def steer(acts: torch.Tensor, hook: Any) -> torch.Tensor:
+        # Their rows are zero: it changes nothing.
+        acts[..., ::3] += 100
+        return acts
+
+    for other in (sae, folded, SAE.load_from_disk(tmp_path)):
+        steered = other.run_with_hooks(X, fwd_hooks=[("hook_sae_acts_post", steer)])
+        assert steered.dtype == want.dtype
+        for out in (steered, other(X)):
+            assert (out - want).norm() < 0.02 * want.norm()
+
+
 def test_ties_everywhere_keep_k_latents_the_same_each_time(make: Any):
     sae = make()
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from sae_lens_scale import ScaleTrainingSAE
 from sae_lens_scale.saes.mixture import encoding
-from sae_lens_scale.saes.mixture.encoding import is_hooked
+from sae_lens_scale.saes.mixture.extension_points import is_hooked
 
 frozen_or_not = pytest.mark.parametrize("frozen", [True, False])
 

@@ -190,6 +190,11 @@ ONES_AND_ZEROS[7] = 0
             for value in (1e25, 3e38, -3e38)
             for norm in ("none", "expected_average_only_in")
         ),
+        *(
+            (torch.full((20, 10), value), "expected_average_only_in", "zero everywhere")
+            # The norm of the second is 0 in float32.
+            for value in (0.0, 1e-30)
+        ),
         (ONES_AND_ZEROS, "constant_norm_rescale", "once normalised"),
         (draw(20, 10), "covariance_whitening", "covariance_whitening"),
     ],
@@ -203,6 +208,19 @@ def test_initialize_from_activations_refuses_bad_batches_and_changes_nothing(
     with pytest.raises(ValueError, match=message):
         sae.initialize_from_activations(batch)
     assert_close(sae.state_dict(), before, atol=0)
+
+
+@pytest.mark.parametrize("router_lr_factor", [1 / 8, 4.0])
+def test_activations_that_float16_does_not_hold_are_refused_and_change_nothing(
+    make: Any, router_lr_factor: float
+):
+    sae = make(dtype="float16", router_lr_factor=router_lr_factor)
+    before = copy.deepcopy(sae.state_dict())
+    with pytest.raises(ValueError, match="batch must be finite, .* in the SAE's dtype"):
+        sae.initialize_from_activations(1e5 + draw(20, 10))
+    assert_close(sae.state_dict(), before, atol=0)
+    sae.initialize_from_activations(1e3 + draw(20, 10))
+    assert all(parameter.isfinite().all() for parameter in sae.parameters())
 
 
 @pytest.mark.parametrize(

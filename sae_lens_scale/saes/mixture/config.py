@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
-from sae_lens.util import dtype_to_str
+from sae_lens.util import dtype_to_str, str_to_dtype
 from typing_extensions import override
 
 from .routing import GATES, GateName
@@ -56,10 +56,20 @@ class MixtureSAEConfig(SAEConfig, ABC):
 
     @override
     def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """
+        Check the fields as they are now; they may be changed after the config is built.
+
+        Raises:
+            ValueError: If one has a value that it must not have; names both.
+        """
         # These would train, and then fail when the config is written as JSON.
         for field in fields(self):
             setattr(self, field.name, _to_json_type(getattr(self, field.name)))
         super().__post_init__()
+        str_to_dtype(self.dtype)
         for name in ("d_in", "d_sae", "num_experts", "experts_per_token", "k"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -136,6 +146,17 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dtype in ("bfloat16", "float16") and self.router_lr_factor < 1:
+            warnings.warn(
+                f"the router's small steps are lost to rounding in {self.dtype}, with "
+                f"router_lr_factor={self.router_lr_factor}: use float32 weights, with "
+                "autocast if you like, or router_lr_factor=1",
+                stacklevel=3,
+            )
+
+    @override
+    def validate(self) -> None:
+        super().validate()
         for name in (
             "load_balance_coefficient",
             "aux_loss_coefficient",
@@ -150,13 +171,6 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
             raise ValueError(
                 "router_lr_factor must be a finite number above 0, got "
                 f"{self.router_lr_factor!r}"
-            )
-        if self.dtype in ("bfloat16", "float16") and self.router_lr_factor < 1:
-            warnings.warn(
-                f"the router's small steps are lost to rounding in {self.dtype}, with "
-                f"router_lr_factor={self.router_lr_factor}: use float32 weights, with "
-                "autocast if you like, or router_lr_factor=1",
-                stacklevel=2,
             )
         norm = self.decoder_init_norm
         if norm is not None and (not _is_finite_number(norm) or norm <= 0):

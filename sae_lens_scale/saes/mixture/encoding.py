@@ -23,10 +23,12 @@ from sae_lens_scale.ops import (
     lookup,
 )
 
-from .config import MixtureSAEConfig
+from .config import MixtureSAEConfig, require_choice
 from .dispatch import Rows
+from .extension_points import ConfigTopK, is_hooked, is_overridden, pass_copy
 from .feature_scaling import ExpertScaling, expert_scaling
-from .routing import Routing, route
+from .files import require_sizes
+from .routing import GATES, Routing, route
 from .selection import SELECTIONS, Candidates, Selection
 
 # SAELens's run-time activation normalisation leaves these on the SAE between encode
@@ -34,49 +36,6 @@ from .selection import SELECTIONS, Candidates, Selection
 _RUN_TIME_NORM_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
 T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
-
-
-def is_hooked(hook: nn.Module) -> bool:
-    """Say whether anybody watches or edits the tensors that pass a hook point."""
-    return bool(
-        hook._forward_hooks
-        or hook._forward_pre_hooks
-        or hook._backward_hooks
-        or hook._backward_pre_hooks
-    )
-
-
-def is_overridden(sae: SAE[Any], *names: str) -> bool:
-    """Say whether a subclass, or an attribute of the SAE, replaces one of these methods."""
-    return any(name in vars(sae) or _is_replaced(type(sae), name) for name in names)
-
-
-def _is_replaced(cls: type, name: str) -> bool:
-    owner = next(c for c in cls.__mro__ if name in vars(c))
-    # Of both: functools.wraps copies a function's module, and patches leave its class.
-    modules = (owner.__module__, vars(owner)[name].__module__)
-    return any(module.rpartition(".")[0] != __package__ for module in modules)
-
-
-class ConfigTopK(TopK):
-    """
-    SAELens's TopK with the k of an SAE's config, whichever of the two is changed.
-
-    Args:
-        cfg: The config.
-    """
-
-    def __init__(self, cfg: MixtureSAEConfig):
-        self._cfg = cfg
-        super().__init__(cfg.k)
-
-    @property
-    def k(self) -> int:  # type: ignore[override]
-        return self._cfg.k
-
-    @k.setter
-    def k(self, k: int) -> None:
-        self._cfg.k = k
 
 
 class Inputs(NamedTuple):
@@ -197,7 +156,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
     def selection(self) -> Selection:
         """The rule by which candidates survive; :class:`.Selection` is its contract."""
-        return SELECTIONS[self.cfg.topk_over]
+        return SELECTIONS[require_choice("topk_over", self.cfg.topk_over, SELECTIONS)]
 
     def dispatch(self, inputs: Inputs, routing: Routing) -> Rows:
         """
@@ -364,18 +323,20 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         return self.W_enc.new_zeros(self.cfg.d_in)
 
     def _route(self, router_in: torch.Tensor) -> Routing:
+        # Of another config the same weights would be grouped into other experts.
+        require_sizes(self.cfg, {"W_enc": self.W_enc, "W_router": self.W_router})
         routing = route(
             router_in,
             *self.applied_router(),
             self.cfg.experts_per_token,
-            self.cfg.gate,
+            require_choice("gate", self.cfg.gate, GATES),
             self.cfg.num_shared_experts,
         )
         # Indices first: to edit weights, one needs to know whose they are.
-        indices = self.hook_expert_indices(routing.indices)
+        indices = pass_copy(self.hook_expert_indices, routing.indices)
         if is_hooked(self.hook_expert_indices):
             self._require_expert_indices(indices, routing.indices.shape)
-        weights = self.hook_expert_weights(routing.weights)
+        weights = pass_copy(self.hook_expert_weights, routing.weights)
         if weights.shape != routing.weights.shape:
             raise ValueError(
                 f"hook_expert_weights must keep the shape "

@@ -1,8 +1,43 @@
-"""Checks of the tensors in an SAE's file."""
+"""Checks of an SAE's tensors, in memory and in its file."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from .config import MixtureSAEConfig
+
+# Fields of the config that are sizes of a tensor, in the order of its dimensions. What the
+# decoder reconstructs may have another width than d_in.
+_SIZES = {
+    "W_enc": ("d_in", "d_sae"),
+    "b_enc": ("d_sae",),
+    "W_dec": ("d_sae",),
+    "W_router": ("d_in", "num_experts"),
+    "b_router": ("d_in",),
+    "omega": ("num_experts",),
+    "W_low_pass": ("d_in", "d_in"),
+}
+
+
+def require_sizes(cfg: MixtureSAEConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """
+    Check that tensors have the sizes of a config.
+
+    Args:
+        cfg: The config.
+        tensors: Parameters of an SAE, or some of them, by name; others are not checked.
+
+    Raises:
+        ValueError: If one does not; names it and the config's field.
+    """
+    for name, tensor in tensors.items():
+        for size, field in zip(tensor.shape, _SIZES.get(name, ()), strict=False):
+            if size != getattr(cfg, field):
+                raise ValueError(
+                    f"{name} of shape {tuple(tensor.shape)} does not fit the config's "
+                    f"{field}={getattr(cfg, field)}"
+                )
 
 
 def require_tensors(

@@ -1,10 +1,13 @@
 """Mixture SAE for inference: the base of Scale SAE and Switch SAE."""
 
+import math
 from abc import ABC
 from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens.saes.topk_sae import TopK
+from torch import nn
 from typing_extensions import override
 
 from sae_lens_scale.files import replacing_files
@@ -12,15 +15,9 @@ from sae_lens_scale.ops import BufferPool, decode_dense, decoder_norm, sparse_de
 from sae_lens_scale.upstream import _disable_hooks
 
 from .dispatch import Rows
-from .encoding import (
-    T_MIXTURE_CONFIG,
-    DecoderInput,
-    Encoding,
-    MixtureEncoder,
-    is_hooked,
-    is_overridden,
-)
-from .files import require_tensors
+from .encoding import T_MIXTURE_CONFIG, DecoderInput, Encoding, MixtureEncoder
+from .extension_points import is_hooked, is_overridden
+from .files import require_sizes, require_tensors
 from .routing import Routing
 
 
@@ -35,6 +32,23 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
     ``hook_sae_acts_pre`` is d_sae wide, as in any SAE of SAELens; latents whose
     expert was not selected have no pre-activation and show -inf.
     """
+
+    @override
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """
+        Set a parameter, as an assignment does.
+
+        Args:
+            name: Its name.
+            param: The parameter.
+
+        Raises:
+            ValueError: If it has other sizes than the config's, such as those of some
+                latents only: TopK ranks them with all others of their experts.
+        """
+        if param is not None:
+            require_sizes(self.cfg, {name: param})
+        super().register_parameter(name, param)
 
     @override
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,9 +125,14 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
             )
         if feature_acts.is_sparse:
             feature_acts = feature_acts.to_dense()
+        dtype = torch.promote_types(feature_acts.dtype, self.W_dec.dtype)
         if self.cfg.rescale_acts_by_decoder_norm:
+            if dtype == torch.float16:
+                # Divided by a tiny norm, a steered activation may be infinite there.
+                feature_acts = feature_acts.float()
             feature_acts = feature_acts * (1 / decoder_norm(self.W_dec))
         recons = decode_dense(feature_acts.reshape(-1, self.cfg.d_sae), self.W_dec)
+        recons = recons.to(dtype)
         return self._finish_decoding(
             recons.view(*feature_acts.shape[:-1], recons.shape[-1])
         )
@@ -180,9 +199,19 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if not 0 < scaling_factor < math.inf:
+            raise ValueError(
+                f"scaling_factor must be a finite number above 0, got {scaling_factor}"
+            )
+        # First, as float16 may be too small for it: nothing else has changed then.
         W_router, b_router = self.applied_router()
         self.set_router(W_router * scaling_factor, b_router / scaling_factor)
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    @torch.no_grad()
+    def get_W_dec_norm(self) -> torch.Tensor:
+        return decoder_norm(self.W_dec)
 
     @override
     @torch.no_grad()
@@ -203,6 +232,15 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         whitening_matrix: torch.Tensor,
         unwhitening_matrix: torch.Tensor,
     ) -> None:
+        # First, as float16 may be too small for the router: nothing else has changed then.
+        # It sees (x - mean) M - b_router = (x - (b_router M^-1 + mean)) M.
+        W_router, b_router = self.applied_router()
+        dtype = torch.promote_types(W_router.dtype, whitening_matrix.dtype)
+        shift, M, inverse = (
+            t.to(self.device, dtype)
+            for t in (mean, whitening_matrix, unwhitening_matrix)
+        )
+        self.set_router(M @ W_router.to(dtype), b_router.to(dtype) @ inverse + shift)
         if self.cfg.rescale_acts_by_decoder_norm:
             # Unwhitening changes the decoder norms that TopK ranks by. Folded first,
             # they stay as they were.
@@ -210,17 +248,6 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
             self.cfg.rescale_acts_by_decoder_norm = False
         self._fold_encoder()
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
-        # The router sees (x - mean) M - b_router = (x - (b_router M^-1 + mean)) M.
-        W_router, b_router = self.applied_router()
-        dtype = torch.promote_types(W_router.dtype, whitening_matrix.dtype)
-        mean, whitening_matrix, unwhitening_matrix = (
-            t.to(self.device, dtype)
-            for t in (mean, whitening_matrix, unwhitening_matrix)
-        )
-        self.set_router(
-            whitening_matrix @ W_router.to(dtype),
-            b_router.to(dtype) @ unwhitening_matrix + mean,
-        )
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -241,10 +268,25 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
 
         Returns:
             Paths of the weights and of the config.
+
+        Raises:
+            ValueError: If the config was changed to one that could not be loaded, or that
+                is not what this SAE computes; before any file is touched.
         """
+        self._require_valid_config()
         with replacing_files(path) as temporary:
             weights, cfg = super().save_model(temporary)
         return Path(path) / weights.name, Path(path) / cfg.name
+
+    def _require_valid_config(self) -> None:
+        """Refuse a config with which the weights, once saved, could not be loaded."""
+        self.cfg.validate()
+        require_sizes(self.cfg, dict(self.named_parameters()))
+        # A TopK that replaced the config's own is in no file.
+        if type(self.activation_fn) is TopK and self._k != self.cfg.k:
+            raise ValueError(
+                f"k must be {self._k}, as in activation_fn, got {self.cfg.k}"
+            )
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:

@@ -21,8 +21,9 @@ def geometric_median(
         tolerance: Stop when a step is shorter than this share of the mean distance.
 
     Returns:
-        ``[d_in]``.
+        ``[d_in]``, in at least float32.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     median = x.mean(dim=0)
     for _ in range(max_iterations):
         distances = (x - median).norm(dim=-1)
@@ -57,8 +58,9 @@ def spherical_kmeans(
         centers: Unit-norm centres to start from, ``[num_clusters, d_in]``.
 
     Returns:
-        Unit-norm centres, ``[num_clusters, d_in]``.
+        Unit-norm centres, ``[num_clusters, d_in]``, in at least float32.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     missing = x.new_empty(max(0, num_clusters - len(x)), x.shape[1])
     missing.normal_(generator=generator)
     directions = torch.nn.functional.normalize(torch.cat([x, missing]), dim=-1)

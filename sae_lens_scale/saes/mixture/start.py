@@ -12,7 +12,7 @@ from typing_extensions import override
 from sae_lens_scale.upstream import _disable_hooks
 
 from .config import MixtureTrainingSAEConfig
-from .encoding import is_overridden
+from .extension_points import is_overridden
 from .inference import MixtureSAE
 from .initialization import geometric_median, spherical_kmeans
 
@@ -58,6 +58,15 @@ class StartingSAE(
         router = self.W_router.data.clone()
         self.register_buffer("_fresh_router", router, persistent=False)
         self._is_starting, self._first_batches = True, []
+
+    @override
+    def _require_valid_config(self) -> None:
+        super()._require_valid_config()
+        if self.cfg.router_lr_factor != self._router_lr_factor:
+            raise ValueError(
+                f"router_lr_factor must be {self._router_lr_factor}, as when the SAE was "
+                f"made, got {self.cfg.router_lr_factor}"
+            )
 
     @override
     def applied_router(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,9 +206,10 @@ class StartingSAE(
                 enough.
 
         Raises:
-            ValueError: If the batch has the wrong width, too few tokens, or NaN or
-                infinite values, in norms and once normalised too, or if
-                normalize_activations is "covariance_whitening".
+            ValueError: If the batch has the wrong width, too few tokens, zeros alone that
+                would have to be rescaled, or NaN or infinite values, in norms and once
+                normalised in the SAE's dtype too, or if normalize_activations is
+                "covariance_whitening".
         """
         if self.cfg.normalize_activations == "covariance_whitening":
             raise ValueError(
@@ -220,9 +230,16 @@ class StartingSAE(
         _require_finite(raw)
         scaler = ActivationScaler()
         if self.cfg.normalize_activations == "expected_average_only_in":
+            if not raw.norm(dim=-1).any():
+                raise ValueError(
+                    "batch must not be zero everywhere with normalize_activations="
+                    "'expected_average_only_in', which divides by its mean norm"
+                )
             scaler.estimate_scaling_factor(self.cfg.d_in, iter([raw]), 1)
         with self._keep_run_time_norm_state():
-            x = self.run_time_activation_norm_fn_in(scaler(raw))
+            # In the dtype in which training will see it: float16 holds no large numbers.
+            x = self.run_time_activation_norm_fn_in(scaler(raw).to(self.dtype))
+        x = x.to(torch.float32)
         _require_finite(x)
         median = self._start_router(x)
         if self._reconstructs_its_input():
@@ -271,6 +288,6 @@ class StartingSAE(
 def _require_finite(x: torch.Tensor) -> None:
     if not x.norm(dim=-1).isfinite().all():
         raise ValueError(
-            "batch must be finite, in norms and once normalised too, got NaN or "
-            "infinite values"
+            "batch must be finite, in norms and once normalised in the SAE's dtype too, "
+            "got NaN or infinite values"
         )

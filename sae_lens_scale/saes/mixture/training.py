@@ -30,7 +30,8 @@ from sae_lens_scale.ops import (
 from sae_lens_scale.upstream import _disable_hooks
 
 from .dead_latents import dead_latent_loss, dead_offsets, strongest_dead
-from .encoding import Encoding, is_hooked, is_overridden
+from .encoding import Encoding
+from .extension_points import is_hooked, is_overridden
 from .files import require_tensors
 from .routing import expert_load, load_balance_loss
 from .selection import Candidates
@@ -167,7 +168,7 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 f"the loss is not finite at training step "
                 f"{step_input.n_training_steps} ({values}): sae_in, of shape "
                 f"{tuple(step_input.sae_in.shape)}, or the weights hold NaN or infinite "
-                "values, or the batch is empty"
+                f"values, or ones too large for {self.dtype}, or the batch is empty"
             )
         return TrainStepOutput(
             sae_in=step_input.sae_in,
@@ -380,7 +381,11 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
 
         Returns:
             Paths of the weights and of the config.
+
+        Raises:
+            ValueError: As :meth:`save_model`.
         """
+        self._require_valid_config()
         with replacing_files(path) as temporary:
             weights, cfg = super().save_inference_model(temporary)
         return Path(path) / weights.name, Path(path) / cfg.name

