@@ -24,9 +24,13 @@ def print_result(text: str) -> None:
     """
     Print a command's result; nothing is wrong if its reader has closed the pipe.
 
+    Characters that the terminal's encoding lacks are escaped.
+
     Raises:
         OSError: If it cannot be written for any other reason.
     """
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, flush=True)  # noqa: T201
     except OSError as error:
