@@ -19,7 +19,7 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from sae_lens_scale.analysis.contexts import excluded_ids
+from sae_lens_scale.analysis.corpus import excluded_ids
 from sae_lens_scale.files import replacing_files, write_whole
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
 from sae_lens_scale.upstream import HookedSAETransformer, buffer_argument

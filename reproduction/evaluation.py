@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from sae_lens.saes.sae import SAE
 from tqdm.auto import tqdm
 
-from sae_lens_scale.analysis.contexts import excluded_ids
+from sae_lens_scale.analysis.corpus import excluded_ids
 from sae_lens_scale.analysis.evaluation import LossRecovered, loss_recovered
 from sae_lens_scale.loading.language_model import load_language_model
 from sae_lens_scale.upstream import HookedSAETransformer

@@ -3,7 +3,7 @@ What SAELens and TransformerLens may rename, move or drop, and what stands in fo
 
 No other module of the package imports these (``docs/versions.md`` says why each of them may
 go). Names are those of their libraries; where there is no HookedTransformer,
-``HookedTransformer`` and ``HookedSAETransformer`` are SAELens's SAETransformerBridge.
+``HookedSAETransformer`` is SAELens's SAETransformerBridge.
 """
 
 import inspect
@@ -18,20 +18,18 @@ from sae_lens.saes.sae import _disable_hooks as _disable_hooks
 from sae_lens.training._interruption import (
     InterruptedException as InterruptedException,
 )
+from sae_lens.training.activations_store import _get_input_token_device
 
 # Imports under their own names are there for other modules.
 try:
     from sae_lens import HookedSAETransformer as HookedSAETransformer
-    from transformer_lens import HookedTransformer as HookedTransformer
     from transformer_lens import HookedTransformerConfig as HookedTransformerConfig
 
     HAS_HOOKED_TRANSFORMER = True
 except ImportError:
-    from sae_lens.analysis.sae_transformer_bridge import (
-        SAETransformerBridge as HookedSAETransformer,  # type: ignore[assignment]
-    )
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-    HookedTransformer = HookedSAETransformer  # type: ignore[misc]
+    HookedSAETransformer = SAETransformerBridge  # type: ignore[misc]
     HAS_HOOKED_TRANSFORMER = False
 
 # Only SmolLM2 as a HookedTransformer needs it.
@@ -84,3 +82,29 @@ def load_bridge(name: str, device: str, dtype: torch.dtype = torch.float32) -> A
     # For the names; without processing the weights stay as they are.
     bridge.enable_compatibility_mode(no_processing=True)
     return bridge
+
+
+def own_hook_name(model: Any, name: str) -> str:
+    """
+    Find a language model's own name for a hook.
+
+    Args:
+        model: The model. A SAETransformerBridge knows HookedTransformer's names too, but
+            caches and replaces activations under its own only.
+        name: A name that it knows.
+
+    Returns:
+        Its own name; ``name`` where it has no other.
+    """
+    resolve = getattr(model, "_resolve_hook_name", None)
+    return resolve(name) if resolve else name
+
+
+def input_device(model: Any) -> torch.device:
+    """
+    Find the device of a language model's input embeddings.
+
+    Args:
+        model: The model, of any kind that SAELens knows.
+    """
+    return torch.device(_get_input_token_device(model))

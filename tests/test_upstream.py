@@ -77,11 +77,11 @@ def test_all_that_upstream_names_may_vanish():
     found = {name.rpartition(".")[2] for name in vanishing(UPSTREAM.read_text())}
     assert found == {
         "HookedSAETransformer",
-        "HookedTransformer",
         "HookedTransformerConfig",
         "InterruptedException",
         "SAETransformerBridge",
         "_disable_hooks",
+        "_get_input_token_device",
         "_parse_cfg_args",
         "convert_llama_weights",
     }

@@ -78,9 +78,14 @@ def panel_figure(
     # A figure of its own, not pyplot's: it leaves the caller's backend alone.
     figure = Figure(figsize=(1.6 + 4.8 * columns, 4.4), layout="constrained")
     panels = figure.subplots(1, columns, squeeze=False, sharex=share_x, sharey=share_y)
-    if title is not None:
-        figure.suptitle(title, fontsize=11)
+    set_title(figure, title)
     return figure, [*panels[0]]
+
+
+def set_title(figure: Figure, title: str | None) -> None:
+    """Put a title above a figure, unless it has none; a dollar sign begins no formula."""
+    if title is not None:
+        figure.suptitle(title, fontsize=11, parse_math=False)
 
 
 def draw_lines(
@@ -263,4 +268,7 @@ def add_legend(figure: Figure, line: str, **place: Any) -> None:
         names.sort(key=lambda name: float(name.split()[-1]))
     place = {"loc": "outside right upper", **place}
     lines = [handles[name] for name in names]
-    figure.legend(lines, names, fontsize=8, frameon=False, **place)
+    legend = figure.legend(lines, names, fontsize=8, frameon=False, **place)
+    for text in legend.get_texts():
+        # Names are what runs are called: a dollar sign begins no formula.
+        text.set_parse_math(False)

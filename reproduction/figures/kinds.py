@@ -28,6 +28,7 @@ from .drawing import (
     panel_figure,
     seeds_caption,
     set_caption,
+    set_title,
     tidy,
 )
 from .points import Point, over_seeds, require_positive
@@ -128,6 +129,7 @@ def costs(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
             xytext=(8, 5),
             textcoords="offset points",
             fontsize=9,
+            parse_math=False,
         )
     axes.set_xscale("log")
     axes.set_ylabel(metric.label)
@@ -240,8 +242,7 @@ def overlaps(plot: Plot, panels: Sequence[Panel], title: str | None) -> Figure:
     figure.supylabel(plot.metric.label, fontsize=9)
     spread = seeds_caption(drawn, "bands are standard deviations")
     figure.supxlabel(f"latents that both tokens activate ({spread})", fontsize=9)
-    if title is not None:
-        figure.suptitle(title, fontsize=11)
+    set_title(figure, title)
     return figure
 
 

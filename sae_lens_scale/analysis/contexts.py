@@ -1,27 +1,24 @@
 """Passages of a corpus that fire latents most (MaxAct, Appendix A.3 of the Scale SAE paper)."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from sae_lens import SAE
-from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.util import (
-    extract_stop_at_layer_from_tlens_hook_name,
-    get_special_token_ids,
-)
 from tqdm.auto import tqdm
 
-from sae_lens_scale.upstream import HookedTransformer
+from .activations import encode_in_parts, hook_activations, require_finite
+from .corpus import (
+    Tokens,
+    chosen_latents,
+    excluded_ids,
+    require_integer,
+    token_batches,
+)
+from .language_model import LanguageModel, hook_of, token_strings, tokenizer_of
 
-# Source of token ids.
-Tokens = ActivationsStore | Iterable[torch.Tensor]
-
-# Feature activations that exist at a time while a batch is encoded: 256 MiB in float32.
-_MAX_ACTIVATIONS = 2**26
 # Placeholder in a window that reaches beyond its passage.
 _NO_TOKEN = -1
 
@@ -32,7 +29,8 @@ class Context:
     A passage around the token that fires a latent most in it.
 
     Attributes:
-        activation: The latent's feature activation on that token, gate included.
+        activation: The latent's feature activation on that token, gate included; negative
+            if it fires so.
         passage: Index of the passage in the corpus, from 0.
         position: Position of that token in the passage, from 0.
         tokens: The tokens around it as text, itself included.
@@ -65,10 +63,10 @@ class LatentContexts:
 
 @torch.no_grad()
 def top_activating_contexts(
-    model: HookedTransformer,
+    model: LanguageModel,
     sae: SAE[Any],
     tokens: Tokens,
-    latents: Sequence[int],
+    latents: Iterable[int],
     *,
     n: int = 10,
     window: int = 10,
@@ -80,17 +78,19 @@ def top_activating_contexts(
     Find the passages that fire each of some latents most, in one pass over a corpus.
 
     A passage is a row of a batch of tokens, and counts once for a latent, with the
-    token that fires it most. Of equal activations the earlier one in the corpus wins,
+    token that fires it most: that of the largest activation, by magnitude where an SAE
+    has negative ones. Of equal activations the earlier one in the corpus wins,
     however the corpus is divided into batches. Memory grows with ``len(latents) * n``
     and with a batch, not with the corpus.
 
     Args:
-        model: The language model that the SAE was trained on.
-        sae: A mixture or any other SAE of SAELens, its normalisation folded in, whose
-            metadata names its hook.
-        tokens: Batches of token ids, each ``[passages, tokens]`` and unpadded; or a
-            store of SAELens, which is read from where it stands to the end of its data
-            set, but for the last, incomplete batch.
+        model: The language model that the SAE was trained on: a HookedTransformer, a
+            SAETransformerBridge, or a Hugging Face model of ``sae_lens.load_model``.
+        sae: A mixture or any other SAE or transcoder of SAELens, its normalisation folded
+            in, whose metadata names its hook.
+        tokens: Batches of token ids, each ``[passages, tokens]`` and unpadded, as a
+            tensor, an array or nested lists; or a store of SAELens, which is read from
+            where it stands to the end of its data set, but for the last, incomplete batch.
         latents: Indices in ``range(d_sae)``.
         n: Number of passages to keep for each latent.
         window: Number of tokens to keep on either side of the strongest, inside the
@@ -106,13 +106,15 @@ def top_activating_contexts(
     Raises:
         ValueError: If a latent is out of range or there twice, or there is none; if
             ``n``, ``window`` or ``max_batches`` is too small; if the SAE's metadata
-            names no hook of the model; if ``tokens`` are not such batches, or there
-            are none.
+            names no hook of the model, or it lacks a tokenizer; if ``tokens`` are not
+            such batches, are longer than the model's context, or there are none; if
+            activations at the hook, or of any of the SAE's latents, are NaN or infinite on
+            a token that is not excluded.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    if window < 0:
-        raise ValueError(f"window must be at least 0, got {window}")
+    require_integer("n", n, 1)
+    require_integer("window", window, 0)
+    latents = chosen_latents(latents, sae.cfg.d_sae)
+    tokenizer_of(model, "the text of contexts")
     stream = latent_activations(
         model, sae, tokens, latents, max_batches, exclude_special_tokens
     )
@@ -123,16 +125,12 @@ def top_activating_contexts(
     ):
         found = _strongest_of_batch(ids, acts, passages, n, window)
         passages += len(ids)
-        if best:
-            found = {k: torch.cat([best[k], v], dim=1) for k, v in found.items()}
-        best = _strongest(found, n)
+        best = _strongest(_joined(best, found) if best else found, n)
     if not best:
         raise ValueError("tokens must hold at least one batch, got none")
-    hits = (best["activation"] > 0).sum(dim=1).tolist()
+    hits = (best["activation"] != 0).sum(dim=1).tolist()
     return [
-        LatentContexts(
-            int(latent), [_context(model, best, i, j) for j in range(hits[i])]
-        )
+        LatentContexts(latent, [_context(model, best, i, j) for j in range(hits[i])])
         for i, latent in enumerate(latents)
     ]
 
@@ -142,12 +140,14 @@ def _strongest_of_batch(
 ) -> dict[str, torch.Tensor]:
     """Find each latent's strongest passages in a batch; tensors ``[latents, passages, ...]``."""
     # argmax, unlike max, is known to return the first of equals.
-    positions = acts.argmax(dim=1)
+    positions = acts.abs().argmax(dim=1)
     peaks = acts.gather(1, positions[:, None]).squeeze(1)
-    rows = peaks.sort(dim=0, descending=True, stable=True).indices[:n].T
+    rows = peaks.abs().sort(dim=0, descending=True, stable=True).indices[:n].T
     columns = torch.arange(acts.shape[2])[:, None]
     positions = positions[rows, columns]
-    around = positions[..., None] + torch.arange(-window, window + 1)
+    # No window reaches farther than from one end of a passage to the other.
+    reach = min(window, ids.shape[1] - 1)
+    around = positions[..., None] + torch.arange(-reach, reach + 1)
     inside = (around >= 0) & (around < ids.shape[1])
     around = around.clamp(0, ids.shape[1] - 1)
     return {
@@ -159,14 +159,32 @@ def _strongest_of_batch(
     }
 
 
+def _joined(
+    best: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Put passages of two batches side by side, in windows as wide as the wider ones."""
+    width = max(one["tokens"].shape[2] for one in (best, found))
+    sides = [_widened(one, width) for one in (best, found)]
+    return {name: torch.cat([one[name] for one in sides], dim=1) for name in best}
+
+
+def _widened(found: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+    margin = (width - found["tokens"].shape[2]) // 2
+    return {
+        **found,
+        "tokens": F.pad(found["tokens"], (margin, margin), value=_NO_TOKEN),
+        "activations": F.pad(found["activations"], (margin, margin)),
+    }
+
+
 def _strongest(found: dict[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
-    order = found["activation"].sort(dim=1, descending=True, stable=True).indices
+    order = found["activation"].abs().sort(dim=1, descending=True, stable=True).indices
     latents = torch.arange(len(order))[:, None]
     return {k: v[latents, order[:, :n]] for k, v in found.items()}
 
 
 def _context(
-    model: HookedTransformer, best: dict[str, torch.Tensor], latent: int, hit: int
+    model: LanguageModel, best: dict[str, torch.Tensor], latent: int, hit: int
 ) -> Context:
     ids = best["tokens"][latent, hit]
     inside = ids != _NO_TOKEN
@@ -174,7 +192,7 @@ def _context(
         activation=best["activation"][latent, hit].item(),
         passage=int(best["passage"][latent, hit]),
         position=int(best["position"][latent, hit]),
-        tokens=list(map(str, model.to_str_tokens(ids[inside]))),
+        tokens=token_strings(model, ids[inside]),
         activations=best["activations"][latent, hit][inside].tolist(),
         peak=int(inside[: len(ids) // 2].sum()),
     )
@@ -182,10 +200,10 @@ def _context(
 
 @torch.no_grad()
 def latent_activations(
-    model: HookedTransformer,
+    model: LanguageModel,
     sae: SAE[Any],
     tokens: Tokens,
-    latents: Sequence[int],
+    latents: Iterable[int],
     max_batches: int | None = None,
     exclude_special_tokens: bool | Iterable[int] = True,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -200,124 +218,15 @@ def latent_activations(
         ``[passages, tokens, len(latents)]`` in float32 and 0 on excluded tokens, both on
         the CPU.
     """
-    hook_name = hook_of(model, sae)
-    chosen = _checked_latents(latents, sae.cfg.d_sae).to(sae.device)
+    hook = hook_of(model, sae)
+    chosen = torch.tensor(chosen_latents(latents, sae.cfg.d_sae), device=sae.device)
     excluded = excluded_ids(model, exclude_special_tokens)
-    head = sae.cfg.metadata.hook_head_index
-    device = next(model.parameters()).device
-    for batch in token_batches(tokens, max_batches):
-        _, cache = model.run_with_cache(
-            batch.to(device),
-            names_filter=hook_name,
-            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),
-        )
-        x = cache[hook_name]
-        x = x[:, :, head] if head is not None else x.flatten(2)
-        acts = _activations_of(sae, x.flatten(0, 1), chosen).view(
-            *batch.shape, len(chosen)
-        )
-        batch = batch.cpu()
-        acts[torch.isin(batch, excluded)] = 0
-        yield batch, acts
-
-
-def _activations_of(
-    sae: SAE[Any], x: torch.Tensor, latents: torch.Tensor
-) -> torch.Tensor:
-    """Encode ``x [tokens, d_in]`` in parts, and keep the activations of some latents."""
-    parts = []
-    with heads_are_joined(sae):
-        for part in x.split(max(1, _MAX_ACTIVATIONS // sae.cfg.d_sae)):
-            acts = sae.encode(part.to(sae.device)).to_dense()
-            parts.append(acts[:, latents].float().cpu())
-    return torch.cat(parts)
-
-
-@contextmanager
-def heads_are_joined(sae: SAE[Any]) -> Iterator[None]:
-    """Let an SAE of hook_z take activations whose heads are joined already."""
-    joins_heads = sae.hook_z_reshaping_mode
-    if joins_heads:
-        sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
-        yield
-    finally:
-        if joins_heads:
-            sae.turn_on_forward_pass_hook_z_reshaping()
-
-
-def token_batches(tokens: Tokens, max_batches: int | None) -> Iterator[torch.Tensor]:
-    """
-    Read batches of token ids, from tokens as :func:`top_activating_contexts` takes them.
-
-    Raises:
-        ValueError: If ``max_batches`` is less than 1 or a batch has another shape.
-    """
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1, got {max_batches}")
-    # A store iterates over activations.
-    batches = _store_batches(tokens) if isinstance(tokens, ActivationsStore) else tokens
-    for batch in islice(batches, max_batches):
-        if batch.ndim != 2 or not batch.numel() or batch.is_floating_point():
-            raise ValueError(
-                "tokens must be batches of token ids [passages, tokens], got "
-                f"{batch.dtype} of shape {tuple(batch.shape)}"
-            )
-        yield batch
-
-
-def _store_batches(store: ActivationsStore) -> Iterator[torch.Tensor]:
-    while True:
-        try:
-            yield store.get_batch_tokens(raise_at_epoch_end=True)
-        except StopIteration:
-            return
-
-
-def hook_of(model: HookedTransformer, sae: SAE[Any]) -> str:
-    """
-    Find the model's name for the hook that an SAE was trained on.
-
-    Raises:
-        ValueError: If the SAE's metadata names no hook, or one that the model lacks.
-    """
-    hook_name = sae.cfg.metadata.hook_name
-    if hook_name not in model.hook_dict:
-        raise ValueError(
-            f"sae.cfg.metadata.hook_name must be a hook of the model, got {hook_name!r}"
-        )
-    # A bridge may have another name, under which it caches the hooks of a spliced SAE.
-    resolve = getattr(model, "get_sae_hook_name", None)
-    return resolve(sae, "").removesuffix(".") if resolve else hook_name
-
-
-def excluded_ids(
-    model: HookedTransformer, exclude_special_tokens: bool | Iterable[int]
-) -> torch.Tensor:
-    """
-    Look up the token ids, int64, that SAELens's ``exclude_special_tokens`` stands for.
-
-    ``True`` is for the tokenizer's BOS, EOS and their like, ``False`` for none; otherwise
-    these are the ids themselves.
-
-    Raises:
-        ValueError: If the tokenizer is asked for and the model has none.
-    """
-    if exclude_special_tokens is True:
-        if model.tokenizer is None:
-            raise ValueError(
-                "exclude_special_tokens=True needs a model with a tokenizer, got none"
-            )
-        exclude_special_tokens = get_special_token_ids(model.tokenizer)
-    return torch.tensor(list(exclude_special_tokens or []), dtype=torch.long)
-
-
-def _checked_latents(latents: Sequence[int], d_sae: int) -> torch.Tensor:
-    chosen = torch.tensor(list(latents), dtype=torch.long)
-    if not len(chosen) or len(chosen.unique()) < len(chosen):
-        raise ValueError(
-            f"latents must name at least one latent and none twice, got {chosen.tolist()}"
-        )
-    if chosen.min() < 0 or chosen.max() >= d_sae:
-        raise ValueError(f"latents must be in range({d_sae}), got {chosen.tolist()}")
-    return chosen
+    for i, ids in enumerate(token_batches(tokens, max_batches)):
+        x = hook_activations(model, sae, hook, ids)
+        parts = [part[:, chosen].float().cpu() for part in encode_in_parts(sae, x)]
+        acts = torch.cat(parts).view(*ids.shape, len(chosen))
+        ids = ids.cpu()
+        ignored = torch.isin(ids, excluded)
+        require_finite("activations", acts, i, ignored)
+        acts[ignored] = 0
+        yield ids, acts

@@ -1,19 +1,23 @@
 """Loss Recovered: the language model's loss with an SAE (equation A.2 of the Scale SAE paper)."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.evals import get_recons_loss
+from sae_lens.saes.temporal_sae import TemporalSAE
+from sae_lens.saes.transcoder import Transcoder
 from sae_lens.training.activation_scaler import ActivationScaler
 from tqdm.auto import tqdm
 
-from sae_lens_scale.upstream import HookedTransformer
+from .activations import heads_are_joined, into_heads, of_heads, require_finite
+from .corpus import Tokens, excluded_ids, token_batches
+from .language_model import LanguageModel, as_input, hook_of
 
-from .contexts import Tokens, excluded_ids, heads_are_joined, hook_of, token_batches
+# Hooks by their names, as ``run_with_hooks`` takes them.
+_Hooks = list[tuple[str, Callable[..., torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class LossRecovered:
 
 @torch.no_grad()
 def loss_recovered(
-    model: HookedTransformer,
+    model: LanguageModel,
     sae: SAE[Any],
     tokens: Tokens,
     *,
@@ -53,17 +57,21 @@ def loss_recovered(
     verbose: bool = False,
 ) -> LossRecovered:
     """
-    Measure equation A.2 with SAELens's evaluation, on any batches of tokens.
+    Measure equation A.2 on any batches of tokens.
 
-    The numbers are those of ``sae_lens.evals.run_evals`` on the same tokens. In SAELens,
-    the ablation puts zeros (not means) at *all* positions, special tokens
-    included; the reconstruction leaves special tokens as they are; and predictions made
-    *at* special tokens (from the BOS, say) are left out of all three means, while
-    predictions *of* them count.
+    The numbers are those of ``sae_lens.evals.run_evals`` on the same tokens: the ablation
+    puts zeros (not means) at *all* positions, special tokens included; the reconstruction
+    leaves special tokens as they are; and predictions made *at* special tokens (from the
+    BOS, say) are left out of all three means, while predictions *of* them count.
+
+    A transcoder's output, and zeros, are put at the hook that it predicts
+    (``hook_name_out``), where SAELens would put them at the hook that it reads.
 
     Args:
-        model: The language model that the SAE was trained on.
-        sae: A mixture or any other SAE of SAELens whose metadata names its hook.
+        model: The language model that the SAE was trained on, as for
+            :func:`.top_activating_contexts`.
+        sae: A mixture or any other SAE or transcoder of SAELens whose metadata names its
+            hook.
         tokens: As for :func:`.top_activating_contexts`.
         max_batches: Stop after so many batches.
         exclude_special_tokens: Ids of tokens to leave alone; ``True`` for the
@@ -74,40 +82,44 @@ def loss_recovered(
 
     Raises:
         ValueError: If the SAE's metadata names no hook of the model; if ``tokens`` are
-            not such batches; if nothing is predicted, or the ablation changes nothing.
+            not such batches, or longer than the model's context; if nothing is predicted,
+            the ablation changes nothing, or activations or losses are NaN or infinite.
     """
-    hook_of(model, sae)
+    source = hook_of(model, sae)
+    target = source
+    if isinstance(sae, Transcoder) or sae.cfg.metadata.hook_name_out:
+        target = hook_of(model, sae, "hook_name_out")
+    scaler = activation_scaler or ActivationScaler()
     excluded = excluded_ids(model, exclude_special_tokens)
     sums: dict[str, float] = defaultdict(float)
     predictions = 0
-    device = next(model.parameters()).device
     batches = token_batches(tokens, max_batches)
-    # SAELens's hooks join the heads of hook_z themselves.
-    with heads_are_joined(sae):
-        for batch in tqdm(
-            batches, desc="Loss recovered", total=max_batches, disable=not verbose
-        ):
-            batch = batch.to(device)
-            losses = get_recons_loss(
-                sae,
-                model,
-                activation_scaler or ActivationScaler(),
-                batch,
-                compute_kl=False,
-                compute_ce_loss=True,
-                ignore_tokens=excluded.tolist(),
-            )
-            counted = ~torch.isin(batch[:, :-1], excluded.to(batch.device))
-            predictions += int(counted.sum())
-            for name, loss in losses.items():
-                sums[name] += loss[counted.to(loss.device)].double().sum().item()
+    for i, ids in enumerate(
+        tqdm(batches, desc="Loss recovered", total=max_batches, disable=not verbose)
+    ):
+        ids = as_input(model, ids)
+        ignored = torch.isin(ids, excluded.to(ids.device))
+        predictions += int((~ignored[:, :-1]).sum())
+        hooks: dict[str, _Hooks] = {
+            "with_sae": _splice(sae, source, target, scaler, ignored, i),
+            "without_sae": [],
+            "with_ablation": [(target, _ablation(sae, target))],
+        }
+        for name, of_pass in hooks.items():
+            with heads_are_joined(sae):
+                _, loss = model.run_with_hooks(
+                    ids, return_type="both", loss_per_token=True, fwd_hooks=of_pass
+                )
+            left_out = ignored[:, :-1].to(loss.device)
+            require_finite(f"the loss {name}", loss.unsqueeze(-1), i, left_out)
+            sums[name] += loss[~left_out].double().sum().item()
     if not predictions:
         raise ValueError(
             "tokens must hold at least one token to predict that does not follow a "
             "special one, got none"
         )
     with_sae, without_sae, with_ablation = (
-        sums[f"ce_loss_{name}"] / predictions
+        sums[name] / predictions
         for name in ("with_sae", "without_sae", "with_ablation")
     )
     if with_ablation == without_sae:
@@ -122,3 +134,50 @@ def loss_recovered(
         with_ablation=with_ablation,
         predictions=predictions,
     )
+
+
+def _splice(
+    sae: SAE[Any],
+    source: str,
+    target: str,
+    scaler: ActivationScaler,
+    ignored: torch.Tensor,
+    batch: int,
+) -> _Hooks:
+    """Hooks that put the SAE's output for what is at one hook in place of what is at another."""
+    read: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor, **_: Any) -> torch.Tensor:
+        sae_in = of_heads(sae, x, source, sae.cfg.d_in)
+        # A loss would not tell which token it was.
+        require_finite("activations", sae_in, batch, ignored)
+        read.append(sae_in)
+        return x
+
+    def replace(x: torch.Tensor, **_: Any) -> torch.Tensor:
+        old = of_heads(sae, x, target, sae.W_dec.shape[-1])
+        sae_in = scaler.scale(read.pop().to(sae.device))
+        sae_out = _reconstruct(sae, sae_in).to(old.dtype)
+        new = scaler.unscale(sae_out).to(old.device)
+        new = torch.where(ignored.unsqueeze(-1).to(old.device), old, new)
+        return into_heads(sae, x, new)
+
+    return [(source, keep), (target, replace)]
+
+
+def _reconstruct(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
+    if isinstance(sae, (Transcoder, TemporalSAE)):
+        # Decoding lacks a skip connection, or what was predicted from the passage.
+        return sae(x.to(sae.dtype))
+    # The forward pass might add the error term, and nothing would be lost.
+    return sae.decode(sae.encode(x))
+
+
+def _ablation(sae: SAE[Any], target: str) -> Callable[..., torch.Tensor]:
+    """Hook that puts zeros in place of activations."""
+
+    def ablate(x: torch.Tensor, **_: Any) -> torch.Tensor:
+        old = of_heads(sae, x, target, sae.W_dec.shape[-1])
+        return into_heads(sae, x, torch.zeros_like(old))
+
+    return ablate

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from sae_lens_scale.saes.mixture import MixtureSAE
 
+from .activations import finite_batches, require_finite
+from .corpus import require_integer
 from .redundancy import PROGRESS_DELAY, feature_redundancy, unit_rows
-from .similarity import finite_batches
 
 # Latents whose unit vectors are in memory at once: an expert may have a million.
 _BLOCK = 8192
@@ -179,8 +180,7 @@ def expert_coactivation(
             tokens or num_strongest is negative.
     """
     _require_mixture(sae)
-    if num_strongest < 0:
-        raise ValueError(f"num_strongest must be at least 0, got {num_strongest}")
+    require_integer("num_strongest", num_strongest, 0)
     num_experts = sae.cfg.num_experts
     counts = torch.zeros(
         num_experts * num_experts, dtype=torch.int64, device=sae.device
@@ -249,8 +249,7 @@ def expert_similarity(
             f"num_experts={cfg.num_experts}"
         )
     samples = cfg.num_experts if num_samples is None else num_samples
-    if samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    require_integer("num_samples", samples, 1)
     generator = np.random.default_rng(seed)
     drawn = (
         generator.choice(cfg.d_sae, cfg.expert_size, replace=False)
@@ -336,8 +335,9 @@ def _selected_experts(
     sae: MixtureSAE[Any], activations: Iterable[torch.Tensor]
 ) -> Iterator[Int[torch.Tensor, "tokens experts_per_token"]]:
     empty = True
-    for batch in finite_batches(activations, sae.device):
-        indices = sae.route(batch).indices
+    for i, batch in enumerate(finite_batches(activations, sae.device)):
+        _, indices, probabilities = sae.route(batch)
+        require_finite("the router's probabilities", probabilities, i)
         empty = empty and not indices.numel()
         yield indices.reshape(-1, indices.shape[-1])
     if empty:

@@ -16,8 +16,9 @@ def plot_token_explanations(
     """
     Draw each token's strongest latents, grouped by expert (after figure 9 of the paper).
 
-    A row per token. A bar is a latent, as long as its feature activation; bars of one
-    expert stand together in one colour, which is the expert's in the whole picture.
+    A row per token. A bar is a latent, as long as its feature activation, to the left of
+    zero if that is negative; bars of one expert stand together in one colour, which is the
+    expert's in the whole picture, and those of experts that the token selected come first.
 
     Args:
         explanations: Results of :func:`~sae_lens_scale.analysis.tokens.explain_tokens`.
@@ -48,30 +49,41 @@ def plot_token_explanations(
         e: colormap(i if few else i / len(experts)) for i, e in enumerate(experts)
     }
     for row, explanation in enumerate(explanations):
+        # A latent that a hook has turned up may be of another expert than those selected.
+        ranks = {expert: rank for rank, expert in enumerate(explanation.experts)}
         by_expert = sorted(
             explanation.latents,
-            key=lambda a: (explanation.experts.index(a.expert), -a.activation),
+            key=lambda a: (
+                ranks.get(a.expert, len(ranks)),
+                a.expert,
+                -abs(a.activation),
+            ),
         )
-        left = 0.0
+        # Ends of the bars on either side of zero.
+        ends = {False: 0.0, True: 0.0}
         for active in by_expert:
+            negative = active.activation < 0
             bar = axes.barh(
                 row,
                 active.activation,
-                left=left,
+                left=ends[negative],
                 height=0.7,
                 color=colors[active.expert],
                 edgecolor="white",
             )
             axes.bar_label(bar, [str(active.latent)], label_type="center", fontsize=6.5)
-            left += active.activation
+            ends[negative] += active.activation
+    # Text is shown as it is: a dollar sign does not begin a formula.
     axes.set_yticks(
-        range(len(explanations)), [repr(e.token)[1:-1] for e in explanations]
+        range(len(explanations)),
+        [repr(e.token)[1:-1] for e in explanations],
+        parse_math=False,
     )
     axes.invert_yaxis()
     axes.set_xlabel(
         "feature activation (one bar per latent, with its index; colours are experts)"
     )
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     if len(colors) <= 24:
         handles = [

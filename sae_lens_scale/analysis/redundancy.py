@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
 
+from .corpus import require_integer, to_tensor
+
 # Seconds after which a computation shows a progress bar.
 PROGRESS_DELAY = 5
 
@@ -115,6 +117,7 @@ def feature_redundancy(
             f"num_experts must divide d_sae={len(W_dec)}, got {num_experts}"
         )
     if alive is not None:
+        alive = to_tensor("alive", alive)
         if alive.dtype != torch.bool or alive.shape != W_dec.shape[:1]:
             raise ValueError(
                 f"alive must be a boolean tensor of shape [d_sae={len(W_dec)}], got "
@@ -160,8 +163,7 @@ def _max_cosines(
             "W_dec must have shape [d_sae, d_in] with at least two rows, got "
             f"{tuple(W_dec.shape)}"
         )
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    require_integer("block_size", block_size, 1)
     all_latents = torch.arange(len(W_dec), device=W_dec.device)
     experts = all_latents // (len(W_dec) // num_experts)
     if alive is None:

@@ -13,8 +13,10 @@ from sae_lens.saes.sae import SAE
 from tqdm.auto import tqdm
 
 from sae_lens_scale.saes.mixture import MixtureSAE
-from sae_lens_scale.saes.mixture.encoding import is_hooked
+from sae_lens_scale.saes.mixture.extension_points import is_hooked
 
+from .activations import finite_batches, require_finite
+from .corpus import require_integer
 from .redundancy import PROGRESS_DELAY
 
 # Float32 values that overlaps of a block of tokens with all tokens may take: 64 MiB, and
@@ -145,8 +147,7 @@ def overlap_histogram(
         ValueError: If there are fewer than two tokens, activations are not finite or
             max_tokens is less than 2.
     """
-    if max_tokens < 2:
-        raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
+    require_integer("max_tokens", max_tokens, 2)
     generator = np.random.default_rng(seed)
     given = 0
     # Tokens get random ranks as they come; those of the lowest ranks stay.
@@ -206,24 +207,6 @@ def _count_overlaps(
     return pairs
 
 
-def finite_batches(
-    activations: Iterable[torch.Tensor], device: torch.device
-) -> Iterator[torch.Tensor]:
-    """
-    Move batches of activations to a device.
-
-    Raises:
-        ValueError: If a batch holds NaN or infinite values.
-    """
-    for i, batch in enumerate(activations):
-        batch = batch.to(device)
-        if not batch.isfinite().all():
-            raise ValueError(
-                f"activations must be finite, got NaN or infinite values in batch {i}"
-            )
-        yield batch
-
-
 def active_latents(
     sae: SAE[Any], activations: Iterable[torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -238,9 +221,9 @@ def active_latents(
         these latents, token after token, ``[sum of the former]``; both int64.
 
     Raises:
-        ValueError: If activations are not finite.
+        ValueError: If activations, or feature activations, are not finite.
     """
-    for batch in finite_batches(activations, sae.device):
+    for i, batch in enumerate(finite_batches(activations, sae.device)):
         # A hook may change the values that encode returns, or select an expert twice.
         if (
             isinstance(sae, MixtureSAE)
@@ -248,11 +231,13 @@ def active_latents(
             and not is_hooked(sae.hook_expert_indices)
         ):
             values, indices = sae._encode(batch).latents
+            require_finite("feature activations", values, i)
             indices = indices.reshape(-1, indices.shape[-1])
             active = values.reshape(indices.shape) != 0
             yield active.sum(dim=-1), indices[active]
         else:
             acts = sae.encode(batch).to_dense()
+            require_finite("feature activations", acts, i)
             active = acts.reshape(-1, acts.shape[-1]) != 0
             yield active.sum(dim=-1), active.nonzero()[:, 1]
 

@@ -7,9 +7,20 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_scale.saes.mixture import MixtureSAE
-from sae_lens_scale.upstream import HookedSAETransformer
 
-from .contexts import hook_of
+from .activations import (
+    encode_in_parts,
+    heads_are_joined,
+    hook_activations,
+    require_finite,
+)
+from .corpus import require_integer
+from .language_model import (
+    LanguageModel,
+    hook_of,
+    token_strings,
+    tokenizer_of,
+)
 
 
 @dataclass(frozen=True)
@@ -19,8 +30,9 @@ class ActiveLatent:
 
     Attributes:
         latent: Its index in ``range(d_sae)``.
-        expert: The expert that it belongs to.
-        activation: Its feature activation, gate included.
+        expert: The expert that it belongs to; one that the token did not select, where a
+            hook has turned the latent up.
+        activation: Its feature activation, gate included; negative if it fires so.
     """
 
     latent: int
@@ -38,7 +50,7 @@ class TokenExplanation:
         position: Its position in the sequence.
         experts: The experts that it selected, strongest first.
         expert_weights: Their gates.
-        latents: Its strongest latents, strongest first.
+        latents: Its strongest latents, those of the largest magnitude first.
     """
 
     token: str
@@ -50,15 +62,18 @@ class TokenExplanation:
 
 @torch.no_grad()
 def explain_tokens(
-    model: HookedSAETransformer, sae: SAE[Any], text: str, max_latents: int = 8
+    model: LanguageModel, sae: SAE[Any], text: str, max_latents: int = 8
 ) -> list[TokenExplanation]:
     """
-    Run a text through the model with the SAE spliced in, and read off each token.
+    Run a text through the model up to the SAE's hook, and read off each token.
+
+    Hooks on the SAE see, and may edit, what it computes.
 
     Args:
-        model: The language model that the SAE was trained on.
-        sae: An SAE whose metadata names its hook. A dense one counts as a single
-            expert, whose gate is 1.
+        model: The language model that the SAE was trained on, as for
+            :func:`.top_activating_contexts`.
+        sae: An SAE or transcoder whose metadata names its hook. A dense one counts as a
+            single expert, whose gate is 1.
         text: The text; the tokenizer's BOS is prepended if the SAE was trained so.
         max_latents: Number of latents listed per token at most.
 
@@ -66,47 +81,61 @@ def explain_tokens(
         One explanation per token, the BOS excluded.
 
     Raises:
-        ValueError: If the SAE's metadata names no hook, or one that the model lacks;
-            if ``max_latents`` is negative.
+        ValueError: If the SAE's metadata names no hook, or one that the model lacks; if
+            the text is none, has no tokens or more than the model's context; if
+            ``max_latents`` is negative; if activations are NaN or infinite.
     """
-    if max_latents < 0:
-        raise ValueError(f"max_latents must be at least 0, got {max_latents}")
-    hook_name = hook_of(model, sae)
-    prepend_bos = bool(sae.cfg.metadata.prepend_bos)
-    tokens = model.to_tokens(text, prepend_bos=prepend_bos)
-    names = ["hook_sae_acts_post", "hook_expert_weights", "hook_expert_indices"]
-    _, cache = model.run_with_cache_with_saes(
-        tokens,
-        saes=[sae],
-        # Hooks that are d_sae wide and not needed would cost as much as the activations.
-        names_filter=[f"{hook_name}.{name}" for name in names],
-    )
-    acts = cache[f"{hook_name}.hook_sae_acts_post"][0]
+    require_integer("max_latents", max_latents, 0)
+    hook = hook_of(model, sae)
+    bos, ids = _read(model, sae, text)
+    x = hook_activations(model, sae, hook, torch.tensor([bos + ids]))
+    top = []
+    for acts in encode_in_parts(sae, x):
+        # One at least, which shows whether activations are finite.
+        latents = acts.abs().topk(min(max(1, max_latents), sae.cfg.d_sae)).indices
+        top.append((acts.gather(1, latents).cpu(), latents.cpu()))
+    activations, latents = (torch.cat(parts) for parts in zip(*top, strict=True))
+    positions = range(len(bos), len(bos) + len(ids))
+    is_bos = torch.arange(positions.stop) < positions.start
+    require_finite("activations", activations, 0, is_bos)
     if isinstance(sae, MixtureSAE):
         expert_size = sae.cfg.expert_size
-        weights = cache[f"{hook_name}.hook_expert_weights"][0]
-        indices = cache[f"{hook_name}.hook_expert_indices"][0]
+        with heads_are_joined(sae):
+            routing = sae.route(x[0].to(sae.device))
+        experts, weights = routing.indices.tolist(), routing.weights.tolist()
     else:
         expert_size = sae.cfg.d_sae
-        weights = torch.ones(len(acts), 1)
-        indices = torch.zeros(len(acts), 1, dtype=torch.long)
-    words = model.to_str_tokens(tokens[0])
-    explanations = []
-    for position in range(int(prepend_bos), len(words)):
-        top = acts[position].topk(min(max_latents, acts.shape[-1]))
-        explanations.append(
-            TokenExplanation(
-                token=str(words[position]),
-                position=position,
-                experts=indices[position].tolist(),
-                expert_weights=weights[position].tolist(),
-                latents=[
-                    ActiveLatent(latent, latent // expert_size, activation)
-                    for activation, latent in zip(
-                        top.values.tolist(), top.indices.tolist(), strict=True
-                    )
-                    if activation > 0
-                ],
-            )
+        experts = [[0] for _ in range(positions.stop)]
+        weights = [[1.0] for _ in range(positions.stop)]
+    return [
+        TokenExplanation(
+            token=token,
+            position=i,
+            experts=experts[i],
+            expert_weights=weights[i],
+            latents=[
+                ActiveLatent(latent, latent // expert_size, activation)
+                for activation, latent in zip(
+                    activations[i, :max_latents].tolist(),
+                    latents[i, :max_latents].tolist(),
+                    strict=True,
+                )
+                if activation != 0
+            ],
         )
-    return explanations
+        for i, token in zip(positions, token_strings(model, ids), strict=True)
+    ]
+
+
+def _read(
+    model: LanguageModel, sae: SAE[Any], text: str
+) -> tuple[list[int], list[int]]:
+    """Token ids that come before a text, and its own, all of them."""
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a string, got {type(text).__name__}")
+    tokenizer = tokenizer_of(model, "text")
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"text must have at least one token, got {text!r}")
+    bos = tokenizer.bos_token_id if sae.cfg.metadata.prepend_bos else None
+    return [] if bos is None else [bos], ids

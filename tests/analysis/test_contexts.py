@@ -11,10 +11,11 @@ from helpers import small_corpus
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.training.activations_store import ActivationsStore
 
-from sae_lens_scale.analysis import contexts
+from sae_lens_scale.analysis import activations
 from sae_lens_scale.analysis.contexts import (
     Context,
     LatentContexts,
+    latent_activations,
     top_activating_contexts,
 )
 
@@ -27,29 +28,30 @@ top = partial(top_activating_contexts, verbose=False)
 
 @torch.no_grad()
 def by_hand(
-    model: HookedSAETransformer,
+    model: Any,
     sae: SAE[Any],
     tokens: torch.Tensor,
     latent: int,
     n: int,
     window: int,
     excluded: tuple[int, ...] = (BOS, EOS),
+    hook: str = HOOK,
 ) -> LatentContexts:
     found = []
-    _, cache = model.run_with_cache(tokens, names_filter=HOOK)
-    fires = sae.encode(cache[HOOK])[..., latent].tolist()
+    _, cache = model.run_with_cache(tokens, names_filter=[hook])
+    fires = sae.encode(cache[hook])[..., latent].tolist()
     for passage, row in enumerate(tokens.tolist()):
         acts = [
             0.0 if token in excluded else a
             for token, a in zip(row, fires[passage], strict=True)
         ]
-        peak = max(acts)
-        if peak > 0:
+        peak = max(acts, key=abs)
+        if peak != 0:
             at = acts.index(peak)
             first, end = max(0, at - window), at + window + 1
-            words = [str(model.to_string([token])) for token in row[first:end]]
+            words = [model.tokenizer.decode([token]) for token in row[first:end]]
             found.append(Context(peak, passage, at, words, acts[first:end], at - first))
-    found.sort(key=lambda context: -context.activation)
+    found.sort(key=lambda context: -abs(context.activation))
     return LatentContexts(latent, found[:n])
 
 
@@ -64,8 +66,10 @@ def assert_same(actual: list[LatentContexts], expected: list[LatentContexts]) ->
             assert a.tokens == b.tokens
 
 
-@pytest.mark.parametrize("architecture", ["scale", "switch", "topk", "standard"])
-@pytest.mark.parametrize(("n", "window"), [(1, 0), (3, 2), (50, 50)])
+@pytest.mark.parametrize(
+    "architecture", ["scale", "switch", "topk", "abstopk", "standard"]
+)
+@pytest.mark.parametrize(("n", "window"), [(1, 0), (3, 2), (50, 50), (2, 10**12)])
 def test_contexts_are_those_of_a_loop_over_all_tokens(
     tiny_model: HookedSAETransformer,
     make_sae: Any,
@@ -80,7 +84,19 @@ def test_contexts_are_those_of_a_loop_over_all_tokens(
     want = [by_hand(tiny_model, sae, tokens, i, n, window) for i in latents]
     assert_same(got, want)
     assert any(one.contexts for one in got)
+    fires_negatively = any(c.activation < 0 for one in got for c in one.contexts)
+    assert fires_negatively == (architecture == "abstopk")
     assert json.loads(json.dumps([asdict(one) for one in got]))
+
+
+def test_models_of_all_kinds_are_read(kind: Any, make_sae: Any, make_tokens: Any):
+    sae, tokens = make_sae(hook=kind.hook), make_tokens()
+    got = top(kind.model, sae, tokens.split(3), range(20), n=3, window=2)
+    want = [
+        by_hand(kind.model, sae, tokens, i, 3, 2, hook=kind.own_hook) for i in range(20)
+    ]
+    assert_same(got, want)
+    assert any(one.contexts for one in got)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 7, [2, 2, 3], [5, 2]])
@@ -97,8 +113,9 @@ def test_batches_do_not_matter_even_where_passages_tie(
     assert not any(passages[0] == 6 for passages in ties if passages)
 
 
+@pytest.mark.parametrize("window", [3, 50])
 def test_rows_of_other_lengths_and_of_one_token(
-    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any, window: int
 ):
     sae = make_sae("standard")
     parts = [
@@ -106,15 +123,17 @@ def test_rows_of_other_lengths_and_of_one_token(
         make_tokens(2, length=20),
         make_tokens(3)[:, 5:6],
     ]
-    got = top(tiny_model, sae, parts, range(20), n=30, window=3)
+    got = top(tiny_model, sae, parts, range(20), n=30, window=window)
     for one in got:
         want = []
         for i, part in enumerate(parts):
-            hits = by_hand(tiny_model, sae, part, one.latent, 30, 3).contexts
-            want += [(c.activation, c.passage + 7 * i, c.tokens) for c in hits]
+            hits = by_hand(tiny_model, sae, part, one.latent, 30, window).contexts
+            want += [(c.activation, c.passage + 7 * i, c.peak, c.tokens) for c in hits]
         want.sort(key=lambda hit: -hit[0])
-        assert [(c.passage, c.tokens) for c in one.contexts] == [h[1:] for h in want]
-    assert {len(c.tokens) for one in got for c in one.contexts} >= {1, 7}
+        found = [(c.passage, c.peak, c.tokens) for c in one.contexts]
+        assert found == [h[1:] for h in want]
+    lengths = {len(c.tokens) for one in got for c in one.contexts}
+    assert lengths >= ({1, 7} if window == 3 else {1, 9, 20})
 
 
 @pytest.mark.parametrize(
@@ -149,7 +168,7 @@ def test_only_a_part_of_a_batch_is_encoded_at_a_time(
     encoded = []
     encode = sae.encode
     monkeypatch.setattr(sae, "encode", lambda x: encoded.append(len(x)) or encode(x))
-    monkeypatch.setattr(contexts, "_MAX_ACTIVATIONS", limit)
+    monkeypatch.setattr(activations, "_MAX_ACTIVATIONS", limit)
     assert_same(top(tiny_model, sae, [tokens], [3, 4, 5]), want)
     assert encoded == rows
 
@@ -198,9 +217,59 @@ def test_attention_heads_are_joined_or_chosen_as_in_training(
     assert peaks == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["scale", "topk", "standard"])
+def test_activations_that_are_not_finite_are_refused_unless_excluded(
+    tiny_model: HookedSAETransformer,
+    make_sae: Any,
+    make_tokens: Any,
+    overflowing: Any,
+    architecture: str,
+):
+    sae, tokens = make_sae(architecture), make_tokens()
+    want = top(tiny_model, sae, [tokens], range(64))
+    # The first token is a BOS.
+    with tiny_model.hooks(fwd_hooks=[(HOOK, overflowing(0))]):
+        assert_same(top(tiny_model, sae, [tokens], range(64)), want)
+    message = r"activations must be finite.* in batch 0, at token \(0, 5\)"
+    with (
+        tiny_model.hooks(fwd_hooks=[(HOOK, overflowing(5))]),
+        pytest.raises(ValueError, match=message),
+    ):
+        # Whichever latents are asked for.
+        top(tiny_model, sae, [tokens], [3])
+    sae.W_enc.data[:, 7] = torch.nan
+    stream = latent_activations(tiny_model, sae, [tokens], [3])
+    with pytest.raises(ValueError, match="activations must be finite"):
+        next(stream)
+
+
+def test_a_transcoder_is_read_at_its_input(
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any
+):
+    sae = make_sae("transcoder", d_out=32, apply_b_dec_to_input=False)
+    sae.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
+    tokens = make_tokens()
+    got = top(tiny_model, sae, [tokens], range(20), n=3)
+    assert_same(got, [by_hand(tiny_model, sae, tokens, i, 3, 10) for i in range(20)])
+
+
+@pytest.mark.parametrize(
+    "make", [iter, torch.tensor, lambda latents: (i for i in latents)]
+)
+def test_latents_may_come_in_anything_that_holds_integers(
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any, make: Any
+):
+    sae, tokens = make_sae(), make_tokens()
+    want = top(tiny_model, sae, [tokens], [3, 1, 4])
+    assert top(tiny_model, sae, [tokens.numpy()], make([3, 1, 4])) == want
+    assert [one.latent for one in want] == [3, 1, 4]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"latents": [3.7]}, r"latents must be a list of integers, got \[3\.7\]"),
+        ({"window": 2.0}, r"window must be an integer, got 2\.0"),
         ({"latents": []}, r"latents must name .* got \[\]"),
         ({"latents": [3, 4, 3]}, r"latents must name .* got \[3, 4, 3\]"),
         ({"latents": [64]}, r"latents must be in range\(64\), got \[64\]"),
@@ -236,5 +305,8 @@ def test_a_model_that_lacks_the_hook_or_a_tokenizer_is_refused(
     with pytest.raises(ValueError, match="hook_name must be .* 'blocks.7.hook_resid"):
         top(tiny_model, sae, [make_tokens()], [1])
     monkeypatch.setattr(tiny_model, "tokenizer", None)
+    with pytest.raises(ValueError, match="the text of contexts needs .* got none"):
+        top(tiny_model, make_sae(), [], [1], exclude_special_tokens=False)
+    stream = latent_activations(tiny_model, make_sae(), [make_tokens()], [1])
     with pytest.raises(ValueError, match="exclude_special_tokens=True needs .* none"):
-        top(tiny_model, make_sae(), [make_tokens()], [1])
+        next(stream)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from helpers import randomize, small_corpus
 from sae_lens import SAE, HookedSAETransformer
-from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.load_model import load_model
+from sae_lens.evals import EvalConfig, get_recons_loss, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from torch.nn.functional import cross_entropy
@@ -26,10 +25,11 @@ BOS, EOS = 1, 2
 
 @torch.no_grad()
 def by_hand(
-    model: HookedSAETransformer,
+    model: Any,
     sae: SAE[Any],
     tokens: torch.Tensor,
     excluded: set[int],
+    hook: str = HOOK,
 ) -> dict[str, float]:
     """Three passes, and a loop over the predictions that count."""
 
@@ -46,9 +46,9 @@ def by_hand(
 
     found = {}
     passes: Any = (
-        ("with_sae", [(HOOK, reconstruct)]),
+        ("with_sae", [(hook, reconstruct)]),
         ("without_sae", []),
-        ("with_ablation", [(HOOK, ablate)]),
+        ("with_ablation", [(hook, ablate)]),
     )
     for name, fwd_hooks in passes:
         logits = model.run_with_hooks(tokens, fwd_hooks=fwd_hooks)
@@ -156,15 +156,106 @@ def test_all_heads_of_hook_z_are_reconstructed_together(
     assert sae.hook_z_reshaping_mode
 
 
-def test_a_hugging_face_model_is_evaluated_too(
+def test_models_of_all_kinds_are_evaluated(kind: Any, make_sae: Any, make_tokens: Any):
+    sae, tokens = make_sae(hook=kind.hook), make_tokens()
+    got = loss_recovered(kind.model, sae, [tokens])
+    want = by_hand(kind.model, sae, tokens, {BOS, EOS}, kind.own_hook)
+    # Of differences in the fourth decimal.
+    assert got.score == pytest.approx(want.pop("score"), abs=1e-3)
+    assert {name: getattr(got, name) for name in want} == pytest.approx(want, rel=1e-5)
+    assert len({got.with_sae, got.without_sae, got.with_ablation}) == 3
+
+
+def test_one_head_is_replaced_as_in_SAELens_s_evaluation(
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any
+):
+    sae, tokens = make_sae(hook="blocks.0.attn.hook_z", d_in=8), make_tokens()
+    sae.cfg.metadata.hook_head_index = 2
+    got = loss_recovered(tiny_model, sae, [tokens], exclude_special_tokens=[5])
+    losses = get_recons_loss(
+        sae, tiny_model, ActivationScaler(), tokens, False, True, [5]
+    )
+    counted = tokens[:, :-1] != 5
+    for name in ("with_sae", "without_sae", "with_ablation"):
+        want = losses[f"ce_loss_{name}"][counted].mean().item()
+        assert getattr(got, name) == pytest.approx(want, rel=1e-5)
+    assert got.with_sae != got.with_ablation
+
+
+@pytest.mark.parametrize("architecture", ["transcoder", "skip_transcoder"])
+def test_a_transcoder_replaces_what_it_predicts(
+    tiny_model: HookedSAETransformer,
+    make_sae: Any,
+    make_tokens: Any,
+    architecture: str,
+):
+    source, target = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
+    sae = make_sae(architecture, source, d_out=32, apply_b_dec_to_input=False)
+    tokens = make_tokens()
+    with pytest.raises(ValueError, match="hook_name_out must be .* got None"):
+        loss_recovered(tiny_model, sae, [tokens])
+    sae.cfg.metadata.hook_name_out = target
+    got = loss_recovered(tiny_model, sae, [tokens], exclude_special_tokens=False)
+    x = tiny_model.run_with_cache(tokens, names_filter=source)[1][source]
+    with torch.no_grad():
+        new = sae(x)
+
+    def loss(edit: Any) -> float:
+        hooks: Any = [(target, edit)]
+        found: Any = tiny_model.run_with_hooks(
+            tokens, return_type="loss", fwd_hooks=hooks
+        )
+        return found.item()
+
+    assert got.with_sae == pytest.approx(loss(lambda x, hook: new), rel=1e-5)
+    assert got.with_ablation == pytest.approx(loss(lambda x, hook: 0 * x), rel=1e-5)
+    assert got.without_sae == pytest.approx(loss(lambda x, hook: x), rel=1e-5)
+
+
+def test_heads_of_a_bridge_are_reconstructed_too(
     tiny_llama: Path, make_sae: Any, make_tokens: Any
 ):
-    hook = "model.layers.0"
-    model: Any = load_model("AutoModelForCausalLM", str(tiny_llama), hook_names=[hook])
-    got = loss_recovered(model, make_sae(hook=hook), [make_tokens()])
-    # Not at BOS, nor at the EOS of two rows.
-    assert got.predictions == 7 * 14 - 2
-    assert len({got.with_sae, got.without_sae, got.with_ablation}) == 3
+    pytest.importorskip("transformer_lens.model_bridge")
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    # Anew, because a hook that an SAE was detached from does not separate heads.
+    bridge: Any = SAETransformerBridge.boot_transformers(str(tiny_llama))
+    sae = make_sae(hook="blocks.0.attn.hook_z", reshape_activations="hook_z")
+    tokens = make_tokens()
+    got = loss_recovered(bridge, sae, [tokens], exclude_special_tokens=False)
+
+    def reconstruct(z: torch.Tensor, hook: Any) -> torch.Tensor:
+        return sae.decode(sae.encode(z))
+
+    with torch.no_grad():
+        want = bridge.run_with_hooks(
+            tokens,
+            return_type="loss",
+            fwd_hooks=[("blocks.0.attn.o.hook_in", reconstruct)],
+        )
+    assert got.with_sae == pytest.approx(want.item(), rel=1e-5)
+    assert got.with_sae != got.without_sae
+
+
+def test_losses_that_are_not_finite_are_refused(
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any, overflowing: Any
+):
+    sae, tokens = make_sae(), make_tokens()
+    message = r"activations must be finite.* in batch 0, at token \(0, 5\)"
+    with (
+        tiny_model.hooks(fwd_hooks=[(HOOK, overflowing(5))]),
+        pytest.raises(ValueError, match=message),
+    ):
+        loss_recovered(tiny_model, sae, [tokens])
+    # Not counted itself, it spoils what follows.
+    with (
+        tiny_model.hooks(fwd_hooks=[(HOOK, overflowing(0))]),
+        pytest.raises(ValueError, match="the loss with_sae must be finite"),
+    ):
+        loss_recovered(tiny_model, sae, [tokens])
+    sae.b_dec.data[3] = torch.nan
+    with pytest.raises(ValueError, match="the loss with_sae must be finite"):
+        loss_recovered(tiny_model, sae, [tokens])
 
 
 @pytest.mark.parametrize(

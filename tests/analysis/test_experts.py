@@ -211,6 +211,9 @@ def test_measures_of_routing_refuse_no_tokens_and_bad_ones(measure: Any):
         measure(sae, [X, bad])
     with pytest.raises(ValueError, match="must be d_in=10"):
         measure(sae, [X[:, :9]])
+    sae.W_router.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="the router's probabilities must be finite"):
+        measure(sae, [X])
 
 
 def test_similarity_refuses_experts_of_one_latent_and_no_samples():

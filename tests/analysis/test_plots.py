@@ -29,6 +29,30 @@ def test_plot_token_explanations_draws_every_latent(tmp_path: Path):
     assert (tmp_path / "tokens.png").stat().st_size > 10_000
 
 
+def test_negative_latents_and_those_of_experts_that_were_not_selected_have_bars_too():
+    latents = [ActiveLatent(8, 0, -3.0), ActiveLatent(450, 3, 2.0)]
+    latents += [ActiveLatent(9, 0, -1.0), ActiveLatent(300, 2, 0.5)]
+    explanations = [TokenExplanation(" love", 1, [3, 0], [0.6, 0.4], latents)]
+    (axes,) = plot_token_explanations(explanations, "title").axes
+    bars = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
+    # The selected experts by rank, then the other; from zero to either side.
+    assert [text.get_text() for text in axes.texts] == ["450", "8", "9", "300"]
+    places = [(bar.get_x(), bar.get_width()) for bar in bars]
+    assert places == [(0, 2), (0, -3), (-3, -1), (2, 0.5)]
+
+
+def test_a_dollar_sign_begins_no_formula(tmp_path: Path):
+    latents = [ActiveLatent(8, 0, 1.0)]
+    tokens = ["$$", " $\\frac$", "$x$"]
+    explanations = [TokenExplanation(token, 1, [0], [1.0], latents) for token in tokens]
+    figure = plot_token_explanations(explanations, "so $$ and $\\frac$")
+    figure.savefig(tmp_path / "tokens.png", dpi=30)
+    (axes,) = figure.axes
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert shown == ["$$", " $\\\\frac$", "$x$"]
+    assert not any(label.get_parse_math() for label in axes.get_yticklabels())
+
+
 def test_plot_token_explanations_refuses_nothing_to_draw():
     with pytest.raises(ValueError, match="explanations must not be empty"):
         plot_token_explanations([], "title")

@@ -190,6 +190,12 @@ def test_what_cannot_be_measured_is_refused():
     for alive in (torch.ones(23), torch.ones(22, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"alive must be .*d_sae=23.* got torch\."):
             feature_redundancy(W_dec, alive=alive)
+    with pytest.raises(ValueError, match="alive must be numbers in tensors.* got"):
+        feature_redundancy(W_dec, alive="all")  # type: ignore[arg-type]
+    listed = [True] * 22 + [False]
+    assert feature_redundancy(W_dec, alive=listed) == feature_redundancy(  # type: ignore[arg-type]
+        W_dec, alive=torch.tensor(listed)
+    )
     for num_experts in (0, -1, 2):
         with pytest.raises(ValueError, match=f"d_sae=23, got {num_experts}"):
             feature_redundancy(W_dec, num_experts=num_experts)

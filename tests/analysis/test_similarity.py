@@ -248,3 +248,12 @@ def test_activations_that_are_not_finite_are_refused(measure: Any, bad: float):
 def test_a_sample_of_fewer_than_two_tokens_is_refused():
     with pytest.raises(ValueError, match="max_tokens must be at least 2, got 1"):
         overlap_histogram(scale_sae(), [X], max_tokens=1)
+
+
+@pytest.mark.parametrize("measure", [activation_similarity, overlap_histogram])
+@pytest.mark.parametrize("name", ["scale", "topk"])
+def test_feature_activations_that_are_not_finite_are_refused(measure: Any, name: str):
+    sae = SAES[name]()
+    sae.b_enc.data[:] = math.nan
+    with pytest.raises(ValueError, match="feature activations must be .* batch 0, at"):
+        measure(sae, [X])

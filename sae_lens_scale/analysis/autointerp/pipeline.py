@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Event
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,8 +15,14 @@ import torch
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
-from sae_lens_scale.analysis.contexts import Tokens, hook_of, latent_activations
-from sae_lens_scale.upstream import HookedTransformer
+from sae_lens_scale.analysis.contexts import latent_activations
+from sae_lens_scale.analysis.corpus import Tokens, chosen_latents, require_integer
+from sae_lens_scale.analysis.language_model import (
+    LanguageModel,
+    hook_of,
+    token_strings,
+    tokenizer_of,
+)
 
 from .delphi_modules import load_delphi
 from .judges import Judge
@@ -32,10 +39,10 @@ _UNREADABLE = "Explanation could not be parsed."
 
 
 def autointerp(
-    model: HookedTransformer,
+    model: LanguageModel,
     sae: SAE[Any],
     tokens: Tokens,
-    latents: Sequence[int],
+    latents: Iterable[int],
     judge: Judge,
     settings: AutointerpSettings | None = None,
     *,
@@ -55,12 +62,14 @@ def autointerp(
     settings.
 
     Unlike in delphi's own pipeline, no passage is both explained and judged: every
-    second one, by strength, is kept for judging.
+    second one, by strength, is kept for judging. The strength of a negative activation is
+    its magnitude.
 
     Args:
-        model: The language model that the SAE was trained on.
-        sae: A mixture or any other SAE of SAELens, its normalisation folded in, whose
-            metadata names its hook.
+        model: The language model that the SAE was trained on, as for
+            :func:`.top_activating_contexts`.
+        sae: A mixture or any other SAE or transcoder of SAELens, its normalisation folded
+            in, whose metadata names its hook.
         tokens: The corpus, as for :func:`.top_activating_contexts`. It is kept in memory,
             4 bytes per token, with the latents' activations that are not 0. delphi
             recommends 10 million tokens.
@@ -82,8 +91,10 @@ def autointerp(
             as a passage; and as ``top_activating_contexts``.
         Exception: Any exception of the judge.
     """
-    if concurrency < 1:
-        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+    require_integer("concurrency", concurrency, 1)
+    latents = chosen_latents(latents, sae.cfg.d_sae)
+    hook = hook_of(model, sae)
+    tokenizer_of(model, "the text of passages")
     settings = settings or AutointerpSettings()
     with _global_generators_kept():
         delphi = load_delphi()
@@ -105,10 +116,10 @@ def autointerp(
         for i, latent in enumerate(latents):
             reason = corpus.shortage(i, settings)
             if reason is None:
-                name = delphi.latents.Latent(hook_of(model, sae), int(latent))
+                name = delphi.latents.Latent(hook, latent)
                 records.append(_record(delphi, model, corpus, i, name, settings))
             else:
-                skipped.append(SkippedLatent(int(latent), reason))
+                skipped.append(SkippedLatent(latent, reason))
         answers = _interpret(delphi, records, judge, settings, concurrency, verbose)
     done = []
     for record, verdicts in zip(records, answers, strict=True):
@@ -138,7 +149,7 @@ class _Corpus:
 
     passages: torch.Tensor
     locations: Sequence[torch.Tensor]  # [activations, 2], passage and position
-    activations: Sequence[torch.Tensor]  # [activations]
+    activations: Sequence[torch.Tensor]  # [activations], magnitudes
 
     def shortage(self, i: int, settings: AutointerpSettings) -> str | None:
         """Reason why the i-th latent cannot be judged, or None."""
@@ -162,8 +173,8 @@ def _read_corpus(
         used = ids.shape[1] // length * length
         cut = ids[:, :used].reshape(-1, length).int()
         fired = acts[:, :used].reshape(-1, length, num_latents)
-        where = (fired > 0).nonzero()
-        activations.append(fired[where[:, 0], where[:, 1], where[:, 2]])
+        where = (fired != 0).nonzero()
+        activations.append(fired[where[:, 0], where[:, 1], where[:, 2]].abs())
         locations.append(where + torch.tensor([read, 0, 0]))
         passages.append(cut)
         read += len(cut)
@@ -184,7 +195,7 @@ def _read_corpus(
 
 def _record(
     delphi: ModuleType,
-    model: HookedTransformer,
+    model: LanguageModel,
     corpus: _Corpus,
     i: int,
     name: Any,
@@ -193,7 +204,7 @@ def _record(
     """Make delphi's record of a latent, with the passages to explain and to judge."""
     # Since transformers 5 a tokenizer's own batch_decode joins the tokens of a passage, and
     # delphi would mark the wrong ones.
-    tokenizer = SimpleNamespace(batch_decode=model.to_str_tokens)
+    tokenizer = SimpleNamespace(batch_decode=partial(token_strings, model))
     record = delphi.latents.constructor(
         delphi.latents.LatentRecord(name),
         delphi.latents.latents.ActivationData(

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from sae_lens_scale.analysis.corpus import require_integer
+
 
 @dataclass(frozen=True)
 class AutointerpSettings:
@@ -49,10 +51,7 @@ class AutointerpSettings:
             ("explained_passages", 1),
             ("passages_per_prompt", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name} must be at least {least}, got {getattr(self, name)}"
-                )
+            require_integer(name, getattr(self, name), least)
         if self.explained_from not in ("top", "random", "quantiles", "mix"):
             raise ValueError(
                 'explained_from must be "top", "random", "quantiles" or "mix", got '

@@ -23,6 +23,8 @@ from sae_lens_scale.analysis.autointerp import (
     autointerp,
 )
 from sae_lens_scale.analysis.autointerp.delphi_modules import load_delphi
+from sae_lens_scale.analysis.contexts import latent_activations
+from sae_lens_scale.analysis.language_model import token_strings
 
 pytestmark = pytest.mark.usefixtures("delphi")
 
@@ -86,13 +88,13 @@ def passages(
     tokens: torch.Tensor,
     words: list[list[str]],
 ) -> Passages:
-    """Function from a latent to all passages, with its activations."""
+    """Function from a latent to all passages, with the magnitude of its activations."""
     hook = sae.cfg.metadata.hook_name
     _, cache = tiny_model.run_with_cache(tokens, names_filter=hook)
 
     @torch.no_grad()
     def of_latent(latent: int) -> list[Passage]:
-        acts = sae.encode(cache[hook])[..., latent].reshape(-1, LENGTH).tolist()
+        acts = sae.encode(cache[hook])[..., latent].abs().reshape(-1, LENGTH).tolist()
         return [Passage("".join(w), w, a) for w, a in zip(words, acts, strict=True)]
 
     return of_latent
@@ -156,7 +158,7 @@ def plain(text: str) -> str:
     return text.replace("<<", "").replace(">>", "")
 
 
-@pytest.mark.parametrize("sae", ["scale", "switch", "topk"], indirect=True)
+@pytest.mark.parametrize("sae", ["scale", "switch", "topk", "abstopk"], indirect=True)
 def test_a_judge_that_knows_strong_passages_only_is_right_about_strong_quantiles(
     run: Run, latents: list[int], passages: Passages
 ):
@@ -359,9 +361,27 @@ def test_settings_that_contradict_each_other_are_refused(
         AutointerpSettings(**change)
 
 
+def test_models_of_all_kinds_are_read(kind: Any, make_sae: Any, tokens: torch.Tensor):
+    sae = make_sae(hook=kind.hook)
+    ((_, acts),) = latent_activations(kind.model, sae, [tokens], range(64))
+    peaks = acts.reshape(-1, LENGTH, 64).amax(1)
+    fires = (peaks > 0).sum(0)
+    latent = int(((fires >= 20) & (fires <= 150)).nonzero()[0])
+    judge = FakeJudge()
+    result = autointerp(
+        kind.model, sae, [tokens], iter([latent]), judge, SETTINGS, verbose=False
+    )
+    assert [one.latent for one in result.latents] == [latent]
+    strongest = tokens.reshape(-1, LENGTH)[peaks[:, latent].argmax()]
+    shown = plain(judge.asked["explain"][0][0])
+    assert shown == "".join(token_strings(kind.model, strongest))
+
+
 def test_bad_arguments_are_refused(run: Run):
     with pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
         run([1], FakeJudge(), concurrency=0)
+    with pytest.raises(ValueError, match="passage_length must be an integer, got 8.0"):
+        replace(SETTINGS, passage_length=8.0)
     with pytest.raises(ValueError, match=r"latents must be in range\(64\), got \[64\]"):
         run([64], FakeJudge())
 

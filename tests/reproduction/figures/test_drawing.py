@@ -1,8 +1,10 @@
 """Looks that all figures have in common: lines and captions, colours, axes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 from plot_records import (
@@ -15,7 +17,12 @@ from plot_records import (
     legend,
     named_lines,
     points,
+    where,
 )
+
+from reproduction.figures import Plot
+from reproduction.figures import draw as draw_figure
+from reproduction.figures.table import QUALITY_AND_COST
 
 
 def test_lines_are_means_over_seeds_and_bars_their_standard_deviations():
@@ -91,6 +98,19 @@ def test_figures_are_saved_whatever_their_title(name: str, tmp_path: Path):
     drawn.savefig(tmp_path / "figure.png", dpi=60)
     assert (tmp_path / "figure.png").stat().st_size > 5_000
     assert drawn.get_suptitle() == "SmolLM2-135M"
+
+
+@pytest.mark.parametrize(
+    "figure", ["figure-3a", "figure-11", replace(QUALITY_AND_COST, prepare=None)]
+)
+def test_a_dollar_sign_in_a_title_or_a_label_begins_no_formula(
+    figure: str | Plot, tmp_path: Path
+):
+    (row,) = where(k=32, label="Scale 64/2", seed=0)
+    runs = pd.DataFrame([{**row, "label": "$$ \\frac$", "training_flops": 1e9}])
+    drawn = draw_figure(figure, runs, title="so $$")
+    drawn.savefig(tmp_path / "figure.png", dpi=60)
+    assert drawn.get_suptitle() == "so $$"
 
 
 def test_a_narrow_axis_of_errors_has_numbers_too():

@@ -1,0 +1,170 @@
+"""Activations at the hook of an SAE, and those of its latents: read, encoded, finite."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.saes.temporal_sae import TemporalSAE
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+
+from .corpus import require_iterable, to_tensor
+from .language_model import LanguageModel, as_input
+
+# Feature activations that exist at a time while a batch is encoded: 256 MiB in float32.
+_MAX_ACTIVATIONS = 2**26
+
+
+def hook_activations(
+    model: LanguageModel, sae: SAE[Any], hook: str, ids: torch.Tensor
+) -> torch.Tensor:
+    """
+    Run the model up to a hook, and read what the SAE reads there.
+
+    Args:
+        model: The language model.
+        sae: The SAE.
+        hook: The model's own name of the SAE's hook.
+        ids: Token ids, ``[passages, tokens]``.
+
+    Returns:
+        ``[passages, tokens, d_in]``, on the model's device.
+
+    Raises:
+        ValueError: If the activations are not as wide as the SAE, or lack its head; if a
+            passage is longer than the model's context.
+    """
+    _, cache = model.run_with_cache(
+        as_input(model, ids),
+        # Hugging Face models take no single name.
+        names_filter=[hook],
+        stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook),
+    )
+    return of_heads(sae, cache[hook], hook, sae.cfg.d_in)
+
+
+def of_heads(sae: SAE[Any], x: torch.Tensor, hook: str, width: int) -> torch.Tensor:
+    """
+    Take the head of activations that an SAE is for, or join all of them.
+
+    Args:
+        sae: The SAE.
+        x: ``[passages, tokens, width]`` or ``[passages, tokens, heads, d_head]``.
+        hook: Where they are from.
+        width: Width that they must have.
+
+    Returns:
+        ``[passages, tokens, width]``.
+
+    Raises:
+        ValueError: If there is no such head, or the width is another.
+    """
+    head = sae.cfg.metadata.hook_head_index
+    if head is not None:
+        heads = x.shape[2] if x.ndim == 4 else 0
+        if head not in range(heads):
+            raise ValueError(
+                "sae.cfg.metadata.hook_head_index must be one of the "
+                f"{heads} heads at {hook}, got {head!r}"
+            )
+        x = x[:, :, head]
+    x = x.flatten(2)
+    if x.shape[-1] != width:
+        raise ValueError(
+            f"sae must be as wide as the model at {hook}, {x.shape[-1]}, got {width}"
+        )
+    return x
+
+
+def into_heads(sae: SAE[Any], x: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Put activations in place of those that :func:`of_heads` takes of ``x``."""
+    head = sae.cfg.metadata.hook_head_index
+    if head is None:
+        return new.reshape(x.shape)
+    x = x.clone()
+    x[:, :, head] = new
+    return x
+
+
+@contextmanager
+def heads_are_joined(sae: SAE[Any]) -> Iterator[None]:
+    """Let an SAE of hook_z take activations whose heads are joined already."""
+    joins_heads = sae.hook_z_reshaping_mode
+    if joins_heads:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if joins_heads:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+
+
+def encode_in_parts(sae: SAE[Any], x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """
+    Encode activations ``[passages, tokens, d_in]``, a part at a time.
+
+    Yields:
+        Feature activations of the next tokens, ``[part, d_sae]``; all NaN on a token whose
+        activations, or any of whose feature activations, are NaN or infinite.
+    """
+    if isinstance(sae, TemporalSAE):
+        # Alone in that it reads a token's passage.
+        parts = x.split(1)
+    else:
+        parts = x.flatten(0, 1).split(max(1, _MAX_ACTIVATIONS // sae.cfg.d_sae))
+    with heads_are_joined(sae):
+        for part in parts:
+            part = part.to(sae.device)
+            acts = sae.encode(part).to_dense().flatten(0, -2)
+            bad = ~(_finite(acts) & _finite(part.flatten(0, -2)))
+            if bad.any():
+                acts = acts.masked_fill(bad.unsqueeze(-1), torch.nan)
+            yield acts
+
+
+def require_finite(
+    name: str, values: torch.Tensor, batch: int, ignored: torch.Tensor | None = None
+) -> None:
+    """
+    Refuse values among which NaN or infinite ones would be ranked, summed or counted.
+
+    Args:
+        name: What they are.
+        values: ``[..., width]``, in which a row is a token's.
+        batch: Index of the batch that they are of.
+        ignored: Mask of the tokens that do not count, ``[...]``.
+
+    Raises:
+        ValueError: The message names the batch and its first such token.
+    """
+    bad = ~_finite(values)
+    if ignored is not None:
+        bad &= ~ignored.to(bad.device)
+    if bad.any():
+        place = tuple(torch.atleast_1d(bad).nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} must be finite, got NaN or infinite values in batch {batch}, at "
+            f"token {place[0] if len(place) == 1 else place}"
+        )
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """Tell which rows hold finite values only; builds nothing as large as the values."""
+    low, high = values.aminmax(dim=-1)
+    return low.isfinite() & high.isfinite()
+
+
+def finite_batches(
+    activations: Iterable[torch.Tensor], device: torch.device
+) -> Iterator[torch.Tensor]:
+    """
+    Move batches of activations, tensors or arrays ``[..., d_in]``, to a device.
+
+    Raises:
+        ValueError: If a batch is nothing of the kind, or holds NaN or infinite values.
+    """
+    for i, batch in enumerate(require_iterable("activations", activations)):
+        batch = to_tensor("activations", batch).to(device)
+        require_finite("activations", batch, i)
+        yield batch
