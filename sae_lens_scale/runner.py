@@ -77,7 +77,7 @@ def _require_factors(lr_factors: Any) -> None:
             f"lr_factors must be factors by name of the parameter, got {lr_factors!r}"
         )
     for name, factor in lr_factors.items():
-        if not (isinstance(factor, Real) and 0 <= factor < math.inf):
+        if not (isinstance(factor, Real) and 0 <= float(factor) < math.inf):
             raise ValueError(
                 f"lr_factors[{name!r}] must be a finite number of at least 0, got "
                 f"{factor!r}"
@@ -274,7 +274,7 @@ def _require_settings(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         for name in ("wandb_log_frequency", "eval_every_n_wandb_logs"):
             counts[name] = getattr(cfg.logger, name)
     for name, value in counts.items():
-        if not (isinstance(value, Real) and value >= 1):
+        if not (isinstance(value, Real) and float(value) >= 1):
             raise ValueError(f"{name} must be positive, got {value!r}")
     if cfg.context_size < 1 + cfg.prepend_bos:
         raise ValueError(
@@ -343,7 +343,7 @@ def _require_settings_of(
     checkpoint: Path, cfg: LanguageModelSAERunnerConfig[Any]
 ) -> None:
     """Refuse a config whose run cannot go on from a checkpoint."""
-    names = list(_SCHEDULE)
+    names: list[str] = [*_SCHEDULE]
     if cfg.lr_scheduler_name.lower() != "constant" or cfg.lr_decay_steps:
         names += _LENGTH
     settings = {name: getattr(cfg, name) for name in names}

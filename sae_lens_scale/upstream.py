@@ -27,9 +27,7 @@ try:
 
     HAS_HOOKED_TRANSFORMER = True
 except ImportError:
-    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-    HookedSAETransformer = SAETransformerBridge  # type: ignore[misc]
     HAS_HOOKED_TRANSFORMER = False
 
 # Only SmolLM2 as a HookedTransformer needs it.
