@@ -169,7 +169,7 @@ def test_a_sentence_is_read_whole_and_is_not_too_long_for_a_picture(
         ({"hook_name": "blocks.0.mlp.hook_post"}, "smollm2 must be 576 wide at"),
         ({"context_size": 2_049}, "context_size must be at most the 2048 tokens"),
         ({"num_experts": 7}, "d_sae must be divisible by num_experts"),
-        ({"dataset": "{folder}/nothing"}, "dataset {folder}/nothing cannot be loaded"),
+        ({"dataset": "{folder}/no"}, "dataset {folder}/no cannot be loaded"),
         # Of these, the first is held out.
         ({"dataset": "{folder}"}, "dataset {folder}, held out, must hold a prompt of"),
     ],
@@ -182,9 +182,11 @@ def test_the_demo_looks_at_everything_before_it_trains(
     monkeypatch: pytest.MonkeyPatch,
 ):
     folder = tmp_path / "texts"
-    folder.mkdir()
+    (folder / "b").mkdir(parents=True)
     (folder / "a.txt").write_text("short")
-    (folder / "b.txt").write_text("long " * 1_000)
+    for name in ("1.txt", "2.txt"):
+        (folder / "b" / name).write_text(f"long {name} " * 1_000)
+    settings = {"dataset": "{folder}/b", **settings}
     settings = {
         name: value.format(folder=folder) if isinstance(value, str) else value
         for name, value in settings.items()

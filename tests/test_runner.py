@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from helpers import scale_sae
 from integration.runs import (
     ARCHITECTURES,
@@ -439,8 +439,9 @@ def test_what_does_not_suit_the_model_is_refused_before_training(
 def test_a_text_without_a_prompt_is_refused_before_training(
     texts: list[str], message: str, tiny_model: HookedSAETransformer
 ):
-    text = Dataset.from_dict({"text": texts})
-    for dataset in (text, text.to_iterable_dataset()):
+    rows = [{"text": text} for text in texts]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    for dataset in (Dataset.from_dict({"text": texts}), stream):
         with pytest.raises(ValueError, match=message):
             InterruptibleTrainingRunner(
                 runner_config(sae_config("scale")), dataset, override_model=tiny_model
