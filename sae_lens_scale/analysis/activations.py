@@ -151,8 +151,8 @@ def require_finite(
 
 def _finite(values: torch.Tensor) -> torch.Tensor:
     """Tell which rows hold finite values only; builds nothing as large as the values."""
-    low, high = values.aminmax(dim=-1)
-    return low.isfinite() & high.isfinite()
+    # Both keep NaN. aminmax takes several times as long.
+    return values.amin(dim=-1).isfinite() & values.amax(dim=-1).isfinite()
 
 
 def finite_batches(

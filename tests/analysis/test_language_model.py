@@ -16,6 +16,7 @@ from sae_lens_scale.analysis.language_model import (
     token_strings,
     tokenizer_of,
 )
+from sae_lens_scale.upstream import input_device
 
 
 def test_a_hook_is_found_under_either_name(kind: Any, make_sae: Any):
@@ -80,6 +81,7 @@ def test_tokens_go_to_the_embeddings_and_not_to_the_first_parameter(
     model: Any = load_model("AutoModelForCausalLM", str(tiny_llama))
     model.first = torch.nn.Parameter(torch.zeros(1, device="meta"))
     assert next(model.parameters()).device.type == "meta"
+    assert input_device(model).type == "cpu"
     assert as_input(model, make_tokens()).device.type == "cpu"
 
 

@@ -107,7 +107,7 @@ def test_a_dollar_sign_in_a_title_or_a_label_begins_no_formula(
     figure: str | Plot, tmp_path: Path
 ):
     (row,) = where(k=32, label="Scale 64/2", seed=0)
-    runs = pd.DataFrame([{**row, "label": "$$ \\frac$", "training_flops": 1e9}])
+    runs = pd.DataFrame([{**row, "label": "$\\frac$", "training_flops": 1e9}])
     drawn = draw_figure(figure, runs, title="so $$")
     drawn.savefig(tmp_path / "figure.png", dpi=60)
     assert drawn.get_suptitle() == "so $$"
