@@ -1,4 +1,4 @@
-"""Files: writing them whole or not at all."""
+"""Files: writing them whole or not at all, and errors that name them."""
 
 import json
 import math
@@ -28,6 +28,45 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
             os.replace(file, folder / file.name)
 
 
+def require_writable(setting: str, folder: str | Path) -> None:
+    """
+    Refuse a folder that cannot be written into, nor made where it is missing.
+
+    Args:
+        setting: What the user calls the setting.
+        folder: Its value.
+
+    Raises:
+        NotADirectoryError: If it is, or is to be made in, something other than a folder.
+        OSError: If nothing can be written there.
+    """
+    path = Path(folder).absolute()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{setting}: {existing} is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{setting}: nothing can be written into {existing}: {error.strerror}"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """
+    Read a JSON file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not JSON; the text names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
 def dump_json(value: Any) -> str:
     """Format a value as strict JSON: NaN and infinity, which are none, become null."""
     return json.dumps(_strict(value), indent=1, allow_nan=False)
@@ -45,11 +84,13 @@ def write_whole(path: Path, text: str) -> None:
     """
     Write a file whole or not at all, in a folder that is made if it is missing.
 
-    A device or a pipe stays one.
+    It is in UTF-8; what that lacks (bytes of a file's name that are no text) is escaped. A
+    device or a pipe stays one.
     """
+    content = text.encode(errors="backslashreplace")
     if path.exists() and not path.is_file():
         # Such as /dev/stderr: not to be replaced by a file.
-        path.write_text(text)
+        path.write_bytes(content)
         return
     with replacing_files(path.parent) as folder:
-        (folder / path.name).write_text(text)
+        (folder / path.name).write_bytes(content)

@@ -13,7 +13,6 @@ round to the same number, and, without a config.json, that a Switch SAE is of th
 with one more expert that is always on.
 """
 
-import json
 import tempfile
 from contextlib import suppress
 from functools import partial
@@ -28,6 +27,9 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import str_to_dtype
 from safetensors.torch import load_file
 
+from sae_lens_scale.files import read_json, require_writable
+
+from .errors import is_of_the_machine
 from .formats import recognise
 
 _WEIGHTS_SUFFIXES = (".pt", ".safetensors")
@@ -198,11 +200,13 @@ def convert_authors_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such source.
+        OSError: If the target cannot be written.
         ValueError: If the target exists, or as :func:`authors_disk_loader`.
     """
     target = Path(target)
     if target.exists():
         raise ValueError(f"target must not exist yet, got {target}")
+    require_writable("target", target)
     sae = SAE.load_from_disk(source, converter=partial(authors_disk_loader, **settings))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -246,6 +250,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
         # A file that is no pickle ends as any error: KeyError, say.
         except Exception as error:
+            if is_of_the_machine(error):
+                raise
             raise ValueError(
                 f"{path} is damaged, or holds more than tensors, and was not loaded"
             ) from error
@@ -256,10 +262,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_config(path: Path | None) -> list[dict[str, Any]]:
     """Read a config.json's sections "trainer" and "buffer"; empty if there are none."""
-    try:
-        config = {} if path is None else json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    config = {} if path is None else read_json(path)
     config = config if isinstance(config, dict) else {}
     sections = (config.get(name) for name in ("trainer", "buffer"))
     return [dict(s) if isinstance(s, dict) else {} for s in sections]

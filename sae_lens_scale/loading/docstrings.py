@@ -59,7 +59,7 @@ def docstring_corpus(
     split: Literal["train", "test"],
     max_documents: int | None = None,
     *,
-    roots: Sequence[str | Path] | None = None,
+    roots: str | Path | Sequence[str | Path] | None = None,
     seed: int = 0,
     min_total_characters: int = 10_000_000,
     min_characters: int = 200,
@@ -78,8 +78,8 @@ def docstring_corpus(
     Args:
         split: ``"train"``, or ``"test"`` for the 5 % of the files that are held out.
         max_documents: Keep this many documents, all by default.
-        roots: Folders to search for Python files, by default those of the standard library and
-            of the installed packages.
+        roots: Folders, or one, to search for Python files, by default those of the standard
+            library and of the installed packages.
         seed: Seed of the order of the documents.
         min_total_characters: Fewer characters than this, in both splits together, are an error.
         min_characters: Leave out documents shorter than this.
@@ -89,11 +89,20 @@ def docstring_corpus(
         The documents in shuffled order, in the column ``"text"``.
 
     Raises:
-        ValueError: `split` is neither "train" nor "test".
+        ValueError: `split` is neither "train" nor "test", or a number is too small.
         RuntimeError: Too little text was found.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    # A slice up to a negative number would leave out the last ones.
+    for name, number in (
+        ("max_documents", max_documents),
+        ("max_characters", max_characters),
+    ):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be positive, got {number}")
+    if isinstance(roots, (str, Path)):
+        roots = [roots]
     if roots is None:
         roots = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     # The same folder twice (purelib and platlib often are) would be read twice.

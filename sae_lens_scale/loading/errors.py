@@ -1,11 +1,13 @@
-"""Errors that name the setting whose model or text could not be loaded."""
+"""Errors that name the setting at fault, before any work is done with it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from textwrap import shorten
+from typing import Any
 
 import torch
 from datasets import load_dataset
+from sae_lens.training.activations_store import ActivationsStore
 
 # Those that SAELens's store reads.
 _COLUMNS = ("text", "tokens", "input_ids", "problem")
@@ -21,7 +23,7 @@ def naming_model(setting: str, name: str) -> Iterator[None]:
     """
     Turn any error within into one that says which model could not be loaded.
 
-    A missing package and a lack of memory, which no other name would mend, pass as they are.
+    Errors of the machine (:func:`is_of_the_machine`) pass as they are.
 
     Args:
         setting: What the user calls the setting, such as ``--model``.
@@ -63,12 +65,145 @@ def require_text(setting: str, name: str) -> None:
 def _naming(setting: str, name: str, advice: str) -> Iterator[None]:
     try:
         yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        # The name is right: a package is missing, or memory.
-        raise
     except Exception as error:
-        # Some list thousands of models.
-        reason = shorten(str(error), 200, placeholder=" …") or type(error).__name__
+        if is_of_the_machine(error):
+            raise
         raise ValueError(
-            f"{setting} {name} cannot be loaded: {reason}; {advice}"
+            f"{setting} {name} cannot be loaded: {_reason(error)}; {advice}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, StopIteration):
+        return "it is empty"
+    # Some list thousands of models.
+    return shorten(str(error), 200, placeholder=" …") or type(error).__name__
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Tell a missing package or a lack of memory, which no other name or file would mend."""
+    if isinstance(error, (ImportError, MemoryError, torch.OutOfMemoryError)):
+        return True
+    # What torch raises where the CPU's memory is short has no type of its own.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def require_device(setting: str, device: str) -> None:
+    """
+    Refuse a device on which nothing can be computed.
+
+    Args:
+        setting: What the user calls the setting.
+        device: Its value.
+
+    Raises:
+        ValueError: If torch does not know it, or cannot use it here.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+    # Of a build without CUDA it is an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{setting} {device!r} cannot be used: {_reason(error)}"
+        ) from error
+
+
+def require_context(setting: str, context_size: int, model: Any) -> None:
+    """
+    Refuse a context that is longer than a language model takes.
+
+    Args:
+        setting: What the user calls the setting.
+        context_size: Tokens per prompt.
+        model: The language model, as SAELens loads it.
+
+    Raises:
+        ValueError: If the model says that it takes fewer.
+    """
+    limit = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if limit is None:
+        # A Hugging Face model within SAELens's wrapper.
+        config = getattr(getattr(model, "model", None), "config", None)
+        limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and context_size > limit:
+        raise ValueError(
+            f"{setting} must be at most the {limit} tokens that the language model "
+            f"takes, got {context_size}"
+        )
+
+
+def first_prompt(text: str, store: ActivationsStore) -> torch.Tensor:
+    """
+    Read the first prompt of a text, which stays the first for those who read after this.
+
+    Args:
+        text: The text as the message is to name it, such as ``--dataset NAME``.
+        store: The store that reads it.
+
+    Returns:
+        Its tokens, ``[1, context_size]``, where the language model takes them.
+
+    Raises:
+        ValueError: If the text does not fill a prompt.
+    """
+    rest = store.iterable_sequences
+    first = next(rest, None)
+    if first is None:
+        raise ValueError(
+            f"{text} must hold a prompt of {store.context_size} tokens at least, got less"
+        )
+
+    def whole() -> Iterator[torch.Tensor]:
+        yield first
+        yield from rest
+
+    store.iterable_sequences = whole()  # type: ignore[assignment]
+    tokens = store.get_batch_tokens(1)
+    store.iterable_sequences = whole()  # type: ignore[assignment]
+    return tokens
+
+
+@torch.no_grad()
+def require_hook(
+    model: Any,
+    name: str,
+    tokens: torch.Tensor,
+    hook: str,
+    hook_head_index: int | None,
+    d_in: int,
+) -> None:
+    """
+    Refuse a hook that a language model lacks, or whose activations are of another width.
+
+    Args:
+        model: The language model.
+        name: Its name, for the message.
+        tokens: Any tokens, ``[prompts, tokens]``, of which the first is read.
+        hook: Name of the hook.
+        hook_head_index: The head to take there, or None for all of them.
+        d_in: Width of the SAE's input.
+
+    Raises:
+        ValueError: If there is no such hook or head, or the width is not ``d_in``.
+    """
+    cache = model.run_with_cache(tokens[:1, :1], names_filter=[hook])[1]
+    if hook not in set(cache):
+        attached = any(n.startswith(f"{hook}.hook_sae") for n in model.hook_dict)
+        advice = "; an SAE is attached there, which reset_saes() takes away"
+        raise ValueError(
+            f"{name} has no hook {hook!r}, the SAE's{advice if attached else ''}"
+        )
+    activation = cache[hook][0, 0]
+    if hook_head_index is not None:
+        heads = activation.shape[0]
+        if activation.ndim < 2 or not -heads <= hook_head_index < heads:
+            raise ValueError(
+                f"hook_head_index must be a head of {name} at {hook}, got "
+                f"{hook_head_index}"
+            )
+        activation = activation[hook_head_index]
+    if activation.numel() != d_in:
+        raise ValueError(
+            f"{name} must be {d_in} wide at {hook}, as the SAE, got "
+            f"{activation.numel()}"
+        )

@@ -13,8 +13,10 @@ from sae_lens import SAE, upload_saes_to_huggingface
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.registry import get_sae_training_class
 
-from sae_lens_scale.files import dump_json
+from sae_lens_scale.files import dump_json, read_json
 from sae_lens_scale.saes.mixture import MixtureSAE
+
+from .errors import is_of_the_machine
 
 METRICS_FILENAME = "metrics.json"
 
@@ -118,8 +120,10 @@ def _load_export(folder: Path) -> MixtureSAE[Any]:
         raise FileNotFoundError(f"{folder} is no folder")
     try:
         sae = SAE.load_from_disk(folder)
-        cfg = json.loads((folder / SAE_CFG_FILENAME).read_text())
+        cfg = read_json(folder / SAE_CFG_FILENAME)
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         # Few of these name the file.
         raise ValueError(
             f"{folder} cannot be loaded: {type(error).__name__}: {error}"
@@ -149,14 +153,16 @@ def _metrics(
             return []
     path = Path(path)
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         results = content if isinstance(content, list) else [content]
         evaluated = [_comparable(result["sae_cfg"]) for result in results]
         for result in results:
-            dict(result["metrics"])
+            dict(result.get("eval_cfg", {}))
+            for group in result["metrics"].values():
+                dict(group)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"metrics: {path} was not written by sae-lens-scale evaluate --output"
+            f"metrics: {path} must be JSON that sae-lens-scale evaluate --output wrote"
         ) from error
     ours = _comparable(sae.cfg.to_dict())
     matching = [r for r, cfg in zip(results, evaluated, strict=True) if cfg == ours]
@@ -202,7 +208,7 @@ def _section(
     cfg, metadata = sae.cfg, sae.cfg.metadata
     architecture = cfg.architecture()
     runner_cfg = folder / RUNNER_CFG_FILENAME
-    run = json.loads(runner_cfg.read_text()) if runner_cfg.exists() else {}
+    run = read_json(runner_cfg) if runner_cfg.exists() else {}
     trained = {name: run[name] for name in _RUN if name in run}
     trained |= metadata.training_architecture_details or {}
     hook, model, text = (

@@ -35,9 +35,13 @@ def load_text(
         The documents, in the column ``"text"``.
 
     Raises:
-        ValueError: ``split`` is none of the three, or there are too few texts to split.
+        ValueError: ``name`` is empty, ``split`` is none of the three, or there are too few
+            texts to split.
         FileNotFoundError: There is no such text.
     """
+    if not name:
+        # As a folder, it would be the current one.
+        raise ValueError("name must not be empty")
     if split not in ("train", "test", "all"):
         raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
     if name == "docstrings":
@@ -54,7 +58,13 @@ def load_text(
         return Dataset.from_dict({"text": test if split == "test" else documents})
     dataset = load_dataset(name, split="train", streaming=True)
     if split == "train":
-        return dataset.skip(_HELD_OUT_DOCUMENTS)
+        rest = dataset.skip(_HELD_OUT_DOCUMENTS)
+        if next(iter(rest), None) is None:
+            raise ValueError(
+                f"{name} must hold more than the {_HELD_OUT_DOCUMENTS:,} documents that "
+                "are held out"
+            )
+        return rest
     return dataset.take(_HELD_OUT_DOCUMENTS) if split == "test" else dataset
 
 

@@ -157,6 +157,14 @@ def test_docstring_corpus_refuses_too_little_text_and_unknown_splits(packages: P
         docstring_corpus("train", roots=[packages])
     with pytest.raises(ValueError, match="'validation'"):
         docstring_corpus("validation", roots=[packages])  # type: ignore[arg-type]
+    for name in ("max_documents", "max_characters"):
+        with pytest.raises(ValueError, match=f"{name} must be positive, got -1"):
+            _split("train", packages, **{name: -1})
+
+
+def test_one_folder_needs_no_list(packages: Path):
+    one = docstring_corpus("train", roots=str(packages), min_total_characters=0)
+    assert list(one["text"]) == _split("train", packages)
 
 
 @pytest.fixture

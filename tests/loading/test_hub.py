@@ -179,13 +179,17 @@ def test_of_several_evaluations_those_of_the_SAE_count(hub: Hub, tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "was not written by sae-lens-scale evaluate"),
-        ("[3]", "was not written by sae-lens-scale evaluate"),
+        ("{", "must be JSON that sae-lens-scale evaluate"),
+        ("[3]", "must be JSON that sae-lens-scale evaluate"),
         ("[]", "is about another SAE"),
-        ('{"saes": {}}', "was not written by sae-lens-scale evaluate"),
+        ('{"saes": {}}', "must be JSON that sae-lens-scale evaluate"),
         (evaluation_of(SWITCH), "is about another SAE"),
+        (
+            evaluation_of(SCALE, metrics={"l0": 3.25}),
+            "must be JSON that sae-lens-scale",
+        ),
     ],
-    ids=["no JSON", "numbers", "nothing", "other metrics", "another SAE"],
+    ids=["no JSON", "numbers", "nothing", "other metrics", "another SAE", "no groups"],
 )
 def test_foreign_metrics_are_refused(
     content: str, message: str, hub: Hub, tmp_path: Path
@@ -216,6 +220,14 @@ def test_what_is_no_export_is_refused(hub: Hub, tmp_path: Path):
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ValueError, match="damaged cannot be loaded: SafetensorError"):
         upload(damaged, REPO)
+    assert not hub.requests
+
+
+def test_a_damaged_config_of_the_run_is_named(hub: Hub, tmp_path: Path):
+    folder = shutil.copytree(SCALE, tmp_path / "a")
+    (folder / "runner_cfg.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a/runner_cfg.json is not JSON: Expecting"):
+        upload(folder, REPO)
     assert not hub.requests
 
 

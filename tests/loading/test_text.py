@@ -57,13 +57,24 @@ def test_html_is_read_as_a_reader_sees_it(tmp_path: Path):
     assert texts(tmp_path, "all") == ["Why & how\nOne long sentence.\nfirst\nsecond"]
 
 
-def test_what_is_no_text_is_refused(tmp_path: Path):
+def test_what_is_no_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(FileNotFoundError):
         load_text(str(tmp_path), "all")
     (tmp_path / "one.txt").write_text("One text.")
     with pytest.raises(ValueError, match="must hold more than one text"):
         load_text(str(tmp_path / "one.txt"), "train")
+    # Not the texts of the current folder.
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="name must not be empty"):
+        load_text("", "all")
     with pytest.raises(ValueError, match="split must be 'train', 'test' or 'all'"):
         texts(tmp_path, "nonsense")
     with pytest.raises(ValueError, match="'train' or 'test' for docstrings"):
         load_text("docstrings", "all")
+
+
+def test_a_data_set_that_is_held_out_whole_is_refused(tmp_path: Path):
+    rows = '{"text": "A document."}\n' * 2_000
+    (tmp_path / "texts.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match="must hold more than the 2,000 documents"):
+        load_text(str(tmp_path), "train")

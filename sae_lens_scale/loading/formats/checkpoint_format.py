@@ -59,8 +59,8 @@ class CheckpointFormat(ABC):
         Check that a state dict has this format, and return the sizes of the axes.
 
         Raises:
-            ValueError: If a tensor is missing, unknown, not of floating point, not finite
-                or of another shape.
+            ValueError: If a tensor is missing, unknown, not dense, not of floating point,
+                not finite or of another shape.
         """
         sizes: dict[str, int] = {}
         prefixes = tuple({n.partition("{i}")[0] for n in self.axes if "{i}" in n})
@@ -91,6 +91,10 @@ def _check_tensor(name: str, tensor: Any, letters: str, sizes: dict[str, int]) -
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in _DTYPES:
         kind = getattr(tensor, "dtype", type(tensor).__name__)
         raise ValueError(f"{name} must be one of {_DTYPES}, got {kind}")
+    # Sparse ones, and those on the meta device, hold no numbers that could be read.
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = tensor.device if tensor.is_meta else tensor.layout
+        raise ValueError(f"{name} must be a dense tensor, got {kind}")
     shape = list(tensor.shape)
     if len(shape) != len(letters) or any(
         size == 0 or sizes.get(letter, size) != size
