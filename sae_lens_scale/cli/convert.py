@@ -2,12 +2,12 @@
 
 import argparse
 import shlex
-from pathlib import Path
 from typing import Any
 
 from sae_lens_scale.loading import convert_authors_checkpoint
 from sae_lens_scale.loading.formats import FORMATS
 
+from .arguments import filled, path, positive
 from .output import note
 
 
@@ -20,24 +20,28 @@ def add_parser(commands: Any) -> None:
         description=f"Convert a checkpoint of the authors' code ({names}) to a folder "
         "that SAE.load_from_disk reads.",
     )
-    parser.add_argument("source", type=Path, help="their file, or the folder of it")
-    parser.add_argument("target", type=Path, help="folder to create")
+    parser.add_argument("source", type=path, help="their file, or the folder of it")
+    parser.add_argument("target", type=path, help="folder to create")
     parser.add_argument(
         "--k",
-        type=int,
+        type=positive,
         help="latents kept per token; this and the next two by default from the "
         "config.json beside the file",
     )
     parser.add_argument(
-        "--experts_per_token", type=int, help="experts that each token selects"
+        "--experts_per_token",
+        type=positive,
+        help="experts that each token selects",
     )
     parser.add_argument(
         "--heaviside",
         action=argparse.BooleanOptionalAction,
         help="whether its gates are 1",
     )
-    parser.add_argument("--model_name", help="language model, for the metadata")
-    parser.add_argument("--hook_name", help="its hook, for the metadata")
+    parser.add_argument(
+        "--model_name", type=filled, help="language model, for the metadata"
+    )
+    parser.add_argument("--hook_name", type=filled, help="its hook, for the metadata")
     parser.set_defaults(run=_run)
 
 

@@ -3,24 +3,32 @@
 import argparse
 import gc
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from sae_lens import SAE
-from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, DTYPE_MAP
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import load_model
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
-from sae_lens_scale.files import dump_json, write_whole
+from sae_lens_scale.files import dump_json, require_writable, write_whole
 from sae_lens_scale.loading.docstrings import docstring_corpus
-from sae_lens_scale.loading.errors import naming_model, naming_text, require_text
+from sae_lens_scale.loading.errors import (
+    first_prompt,
+    naming_model,
+    naming_text,
+    require_context,
+    require_hook,
+    require_text,
+)
 from sae_lens_scale.loading.smollm2 import load_smollm2
 
+from .arguments import filled, path, positive
 from .output import note, table
 from .sae_argument import find_saes, load_sae
 
@@ -53,6 +61,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "saes",
+        type=filled,
         nargs="+",
         metavar="sae",
         help="folders on disk; or a release of SAELens and an SAE of it, each a name or "
@@ -64,36 +73,47 @@ def add_parser(commands: Any) -> None:
         help="default: %(default)s",
     )
     parser.add_argument(
-        "--dtype", help="by default the SAE's own on disk, float32 from the hub"
+        "--dtype",
+        choices=list(DTYPE_MAP),
+        help="by default the SAE's own on disk, float32 from the hub",
     )
     parser.add_argument(
         "--model",
+        type=filled,
         help="language model, by default the one that the SAE was trained on: a name "
         'or folder that SAELens can load, or "smollm2" (from PyPI, no hub needed)',
     )
     parser.add_argument(
-        "--model_class_name", help="SAELens's model class, such as AutoModelForCausalLM"
+        "--model_class_name",
+        type=filled,
+        help="SAELens's model class, such as AutoModelForCausalLM",
     )
     # An option with several values would take the SAE that follows it for one.
     parser.add_argument(
         "--dataset",
+        type=filled,
         action="append",
         help="text, by default what the SAE was trained on: a name or folder that "
         'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
     )
     parser.add_argument(
-        "--datasets", dest="dataset", nargs="+", action="extend", help="several texts"
+        "--datasets",
+        dest="dataset",
+        type=filled,
+        nargs="+",
+        action="extend",
+        help="several texts",
     )
     parser.add_argument(
         "--context_size",
-        type=_positive,
+        type=positive,
         action="append",
         help="tokens per prompt, by default as in training",
     )
     parser.add_argument(
         "--ctx_lens",
         dest="context_size",
-        type=_positive,
+        type=positive,
         nargs="+",
         action="extend",
         help="several context sizes",
@@ -104,17 +124,17 @@ def add_parser(commands: Any) -> None:
         help="whether prompts begin with the BOS token, by default as in training",
     )
     parser.add_argument(
-        "--batch_size_prompts", type=_positive, default=16, help="default: %(default)s"
+        "--batch_size_prompts", type=positive, default=16, help="default: %(default)s"
     )
     parser.add_argument(
         "--n_eval_reconstruction_batches",
-        type=_positive,
+        type=positive,
         default=10,
         help="batches for cross-entropy and KL divergence (default: %(default)s)",
     )
     parser.add_argument(
         "--n_eval_sparsity_variance_batches",
-        type=_positive,
+        type=positive,
         default=10,
         help="batches for all else (default: %(default)s)",
     )
@@ -129,18 +149,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         help="also write JSON with all metrics, those of each latent included, here; or, "
         "if it ends in .csv, a table with a row for each evaluation; written anew after "
         "each of them",
     )
     parser.set_defaults(run=_run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
 
 
 def _run(options: argparse.Namespace) -> str:
@@ -150,6 +164,9 @@ def _run(options: argparse.Namespace) -> str:
             raise FileNotFoundError(f"--output: {output.parent} is no folder")
         if output.is_dir():
             raise IsADirectoryError(f"--output: {output} is a folder")
+        if not output.exists() or output.is_file():
+            # It is replaced by a new one.
+            require_writable("--output", output.parent)
     # A pipe or a device would get one file after the other.
     once = output is not None and output.exists() and not output.is_file()
     results = []
@@ -191,9 +208,12 @@ def _summary(result: dict[str, Any]) -> dict[str, Any]:
 def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Evaluate each SAE on each text with each context size."""
     saes = find_saes(options.saes)
-    # A wrong name is an error now, not after hours.
+    # A wrong name, or file, is an error now, not after hours.
     for dataset in options.dataset or ():
         _require_text(dataset)
+    if len(saes) > 1:
+        for name, sae_id in saes:
+            _load(options, name, sae_id)
     cfg = _eval_config(options)
     numbers = count(1)
     # Where none is given there is one, the SAE's own.
@@ -203,43 +223,56 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     total = len(saes) * n_texts * n_sizes
     model = store = loaded = None
     for name, sae_id in saes:
-        sae = load_sae(name, sae_id, options.device, options.dtype)
-        if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
-            _fold_scaler(sae, Path(name, ACTIVATION_SCALER_CFG_FILENAME))
-        # As it is on disk, before options change what it says of prompts.
-        sae_cfg = sae.cfg.to_dict()
-        datasets, sizes, wanted = _settings(options, sae)
+        sae, sae_cfg, datasets, sizes, wanted = _load(options, name, sae_id)
         if wanted != loaded:
             # Released first, by its store too, and collected, for its parts refer to each
             # other: there may be no memory for two.
             model = store = None
             gc.collect()
             model, loaded = _load_model(options.device, *wanted), wanted
-        _require_hook(model, wanted[0], sae)
-        for dataset in datasets:
-            text = docstring_corpus("test") if dataset == "docstrings" else dataset
-            for size in sizes:
-                note(
-                    f"evaluation {next(numbers)} of {total}: "
-                    f"{' '.join(filter(None, (name, sae_id)))} on {dataset}, "
-                    f"{_cost(cfg, size)}"
-                )
-                with naming_text("--dataset", dataset):
-                    store = _store(sae, model, text, size, cfg)
-                by_group, by_latent = _evaluate(sae, model, store, dataset, cfg)
-                yield {
-                    "sae": name,
-                    "sae_id": sae_id,
-                    "sae_cfg": sae_cfg,
-                    "eval_cfg": {
-                        "dataset": dataset,
-                        "context_size": size,
-                        "prepend_bos": sae.cfg.metadata.prepend_bos,
-                        **vars(cfg),
-                    },
-                    "metrics": by_group,
-                    "feature_metrics": by_latent,
-                }
+        texts = {
+            dataset: docstring_corpus("test") if dataset == "docstrings" else dataset
+            for dataset in datasets
+        }
+        metadata = sae.cfg.metadata
+        hook = (metadata.hook_name, metadata.hook_head_index, sae.cfg.d_in)
+        for dataset, size in product(datasets, sizes):
+            require_context("--context_size", size, model)
+            store, prompt = _store(sae, model, dataset, texts[dataset], size, cfg)
+            require_hook(model, wanted[0], prompt, *hook)
+        for dataset, size in product(datasets, sizes):
+            note(
+                f"evaluation {next(numbers)} of {total}: "
+                f"{' '.join(filter(None, (name, sae_id)))} on {dataset}, "
+                f"{_cost(cfg, size)}"
+            )
+            store, _ = _store(sae, model, dataset, texts[dataset], size, cfg)
+            by_group, by_latent = _evaluate(sae, model, store, dataset, cfg)
+            yield {
+                "sae": name,
+                "sae_id": sae_id,
+                "sae_cfg": sae_cfg,
+                "eval_cfg": {
+                    "dataset": dataset,
+                    "context_size": size,
+                    "prepend_bos": metadata.prepend_bos,
+                    **vars(cfg),
+                },
+                "metrics": by_group,
+                "feature_metrics": by_latent,
+            }
+
+
+def _load(
+    options: argparse.Namespace, name: str, sae_id: str | None
+) -> tuple[SAE[Any], dict[str, Any], list[str], list[int], tuple[Any, ...]]:
+    """Load an SAE: itself, its config as it is on disk, and its :func:`_settings`."""
+    sae = load_sae(name, sae_id, options.device, options.dtype)
+    if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
+        _fold_scaler(sae, Path(name, ACTIVATION_SCALER_CFG_FILENAME))
+    # Before options change what it says of prompts.
+    sae_cfg = sae.cfg.to_dict()
+    return sae, sae_cfg, *_settings(options, name, sae)
 
 
 def _eval_config(options: argparse.Namespace) -> EvalConfig:
@@ -269,7 +302,7 @@ def _cost(cfg: EvalConfig, context_size: int) -> str:
 
 
 def _settings(
-    options: argparse.Namespace, sae: SAE[Any]
+    options: argparse.Namespace, name: str, sae: SAE[Any]
 ) -> tuple[list[str], list[int], tuple[Any, ...]]:
     """Texts, context sizes and what makes the model: as given or as in the metadata."""
     metadata = sae.cfg.metadata
@@ -280,9 +313,24 @@ def _settings(
     sizes = options.context_size or [_recorded(sae, "context_size", int)]
     if options.prepend_bos is not None:
         metadata.prepend_bos = options.prepend_bos
-    _recorded(sae, "prepend_bos", bool)
+    # A prompt of a BOS alone, or of one token, predicts nothing.
+    least = 3 if _recorded(sae, "prepend_bos", bool) else 2
+    if min(sizes) < least:
+        raise ValueError(
+            f"--context_size must be at least {least}: a token, the one that it predicts"
+            f"{' and the BOS' if least == 3 else ''}, got {min(sizes)}"
+        )
     if not metadata.hook_name:
-        raise ValueError("the SAE's metadata name no hook")
+        raise ValueError(
+            f"{name}: the SAE's metadata name no hook (convert takes it as --hook_name)"
+        )
+    out = metadata.hook_name_out or metadata.hook_name
+    if out != metadata.hook_name:
+        # SAELens would put the output in the place of the input.
+        raise ValueError(
+            f"{name} must be an SAE of one hook, got a transcoder from "
+            f"{metadata.hook_name} to {out}"
+        )
     model = (
         options.model or _recorded(sae, "model_name", str, "model"),
         options.model_class_name or metadata.model_class_name or "HookedTransformer",
@@ -305,21 +353,29 @@ def _recorded(sae: SAE[Any], name: str, kind: type, option: str | None = None) -
 
 
 def _store(
-    sae: SAE[Any], model: Any, text: Any, context_size: int, cfg: EvalConfig
-) -> ActivationsStore:
+    sae: SAE[Any],
+    model: Any,
+    dataset: str,
+    text: Any,
+    context_size: int,
+    cfg: EvalConfig,
+) -> tuple[ActivationsStore, torch.Tensor]:
+    """A store at the beginning of a text, and its first prompt, ``[1, context_size]``."""
     metadata = sae.cfg.metadata
-    return ActivationsStore.from_sae(
-        model,
-        sae,
-        dataset=text,
-        context_size=context_size,
-        store_batch_size_prompts=cfg.batch_size_prompts or 1,
-        # Against a warning that a training run would need more.
-        total_tokens=0,
-        device=str(sae.device),
-        disable_concat_sequences=bool(metadata.disable_concat_sequences),
-        sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
-    )
+    with naming_text("--dataset", dataset):
+        store = ActivationsStore.from_sae(
+            model,
+            sae,
+            dataset=text,
+            context_size=context_size,
+            store_batch_size_prompts=cfg.batch_size_prompts or 1,
+            # Against a warning that a training run would need more.
+            total_tokens=0,
+            device=str(sae.device),
+            disable_concat_sequences=bool(metadata.disable_concat_sequences),
+            sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
+        )
+    return store, first_prompt(f"--dataset {dataset}", store)
 
 
 def _evaluate(
@@ -328,21 +384,15 @@ def _evaluate(
     """Run SAELens's evaluation: metrics by group, and those of each latent."""
     first_reading = store.iterable_sequences
     exclude = sae.cfg.metadata.exclude_special_tokens
-    try:
-        by_group, by_latent = run_evals(
-            sae,
-            store,
-            model,
-            ActivationScaler(),
-            cfg,
-            exclude_special_tokens=True if exclude is None else exclude,
-            verbose=True,
-        )
-    except StopIteration as stop:
-        raise ValueError(
-            f"--dataset {dataset} must hold a prompt of {store.context_size} tokens at "
-            "least, got less"
-        ) from stop
+    by_group, by_latent = run_evals(
+        sae,
+        store,
+        model,
+        ActivationScaler(),
+        cfg,
+        exclude_special_tokens=True if exclude is None else exclude,
+        verbose=True,
+    )
     if store.iterable_sequences is not first_reading:
         note(f"{dataset} has less text than that: some was read more than once")
     if not cfg.compute_featurewise_density_statistics:
@@ -386,17 +436,4 @@ def _load_model(
     with naming_model("--model", name):
         return load_model(
             class_name, name, device=device, model_from_pretrained_kwargs=settings
-        )
-
-
-def _require_hook(model: Any, name: str, sae: SAE[Any]) -> None:
-    hook, head = sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_head_index
-    if hook not in model.hook_dict:
-        raise ValueError(f"{name} has no hook {hook!r}, the SAE's")
-    token = torch.zeros(1, 1, dtype=torch.long, device=sae.device)
-    activation = model.run_with_cache(token, names_filter=[hook])[1][hook][0, 0]
-    width = (activation if head is None else activation[head]).numel()
-    if width != sae.cfg.d_in:
-        raise ValueError(
-            f"{name} must be {sae.cfg.d_in} wide at {hook}, as the SAE, got {width}"
         )

@@ -8,6 +8,7 @@ import torch
 from sae_lens_scale.files import dump_json
 from sae_lens_scale.saes.mixture import MixtureSAE
 
+from .arguments import filled
 from .output import table
 from .sae_argument import load_sae
 
@@ -26,10 +27,12 @@ def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of an argparse parser."""
     parser = commands.add_parser("info", help="describe an SAE")
     parser.add_argument(
-        "sae", help="folder on disk, release of SAELens or repository on the hub"
+        "sae",
+        type=filled,
+        help="folder on disk, release of SAELens or repository on the hub",
     )
     parser.add_argument(
-        "sae_id", nargs="?", help="the SAE in the release or repository"
+        "sae_id", type=filled, nargs="?", help="the SAE in the release or repository"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run)

@@ -5,9 +5,10 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+from sae_lens_scale.loading.errors import is_of_the_machine, require_device
 
 from .output import error_text
 
@@ -59,6 +60,8 @@ def load_sae(name: str, sae_id: str | None, device: str, dtype: str | None) -> S
     """
     Load an SAE as it was saved.
 
+    Errors of the machine (:func:`.is_of_the_machine`) pass as they are.
+
     Args:
         name: Folder on disk, release or repository.
         sae_id: The SAE in the release or repository.
@@ -67,18 +70,20 @@ def load_sae(name: str, sae_id: str | None, device: str, dtype: str | None) -> S
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, or the device not be used.
     """
     if sae_id is None:
         _require_folder(name)
     # SAELens's own message for a device that is not there is about pinned memory.
-    torch.empty(0, device=device)
+    require_device("--device", device)
     try:
         if sae_id is None:
             return SAE.load_from_disk(name, device=device, dtype=dtype)
         given: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         return SAE.from_pretrained(name, sae_id, device=device, **given)
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         # Few of these say which.
         whole = name if sae_id is None else f"{name} {sae_id}"
         raise ValueError(f"{whole} cannot be loaded: {error_text(error)}") from error

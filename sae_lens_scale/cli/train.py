@@ -3,10 +3,10 @@
 import argparse
 import contextlib
 import io
+import math
 import shlex
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sae_lens_scale.recipes import (
@@ -18,6 +18,7 @@ from sae_lens_scale.recipes import (
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import _parse_cfg_args
 
+from .arguments import filled, positive
 from .output import complain, error_text, note, print_result
 
 # What a recipe depends on, and the defaults of SAELens's command.
@@ -30,6 +31,18 @@ _SIZES = {
     "num_experts": None,
     "experts_per_token": None,
 }
+# An empty one, such as a variable that the shell does not know, is no name.
+_NAMES = (
+    "model_name",
+    "model_class_name",
+    "hook_name",
+    "dataset_path",
+    "cached_activations_path",
+    "from_pretrained_path",
+    "resume_from_checkpoint",
+    "checkpoint_path",
+    "output_path",
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -76,23 +89,14 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
 
     Raises:
         SystemExit: If SAELens's parser is asked for help or refuses an argument.
-        ValueError: If there is nothing to train on.
-        NotADirectoryError: If a folder to write into is no folder.
+        ValueError: If the recipe cannot be made for these sizes, or the architecture has
+            none; and as :class:`.InterruptibleTrainingRunner`.
+        OSError: Likewise.
     """
     # SAELens takes no options at all for a call for help.
     if not arguments or {"-h", "--help"} & set(arguments):
         print_result(options.format_help())
     cfg = _with_recipe(options.recipe, arguments)
-    if cfg.training_tokens < 1:
-        raise ValueError(
-            f"--training_tokens must be positive, got {cfg.training_tokens}"
-        )
-    # SAELens would notice when it saves, at the end.
-    for name in ("output_path", "checkpoint_path"):
-        path = Path(getattr(cfg, name) or ".").absolute()
-        existing = next(p for p in (path, *path.parents) if p.exists())
-        if not existing.is_dir():
-            raise NotADirectoryError(f"--{name}: {existing} is no folder")
     InterruptibleTrainingRunner(
         cfg,
         fused_optimizer=options.fused_optimizer,
@@ -111,24 +115,13 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
         SystemExit: If SAELens's parser is asked for help or refuses an argument.
         ValueError: If the recipe cannot be made for these sizes, or the architecture has none.
     """
-    wants_help = bool({"-h", "--help"} & set(arguments))
-    if name == "none" or wants_help:
+    if {"-h", "--help"} & set(arguments):
         return _parse(arguments)
-    # A config made of the sizes alone may be invalid: the recipe divides the latents.
-    sizes = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, exit_on_error=False
-    )
-    sizes.add_argument("--architecture", default="standard")
-    sizes.add_argument("--from_pretrained_path")
-    for size, default in _SIZES.items():
-        sizes.add_argument(f"--{size}", type=int, default=default)
-    try:
-        chosen = vars(sizes.parse_known_args(arguments)[0])
-    except argparse.ArgumentError:
-        # SAELens's parser says it in its own words.
+    given = _read(arguments, {"architecture": str, **dict.fromkeys(_NAMES, filled)})
+    architecture = given["architecture"] or "standard"
+    pretrained = given["from_pretrained_path"]
+    if name == "none":
         return _parse(arguments)
-    architecture = chosen.pop("architecture")
-    pretrained = chosen.pop("from_pretrained_path")
     if architecture not in ARCHITECTURES or pretrained is not None:
         if name is not None:
             raise ValueError(
@@ -136,6 +129,9 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
                 f"{', '.join(ARCHITECTURES)}, got {pretrained or architecture}"
             )
         return _parse(arguments)
+    # A config made of the sizes alone may be invalid: the recipe divides the latents.
+    sizes = _read(arguments, dict.fromkeys(_SIZES, positive))
+    chosen = {n: sizes[n] or default for n, default in _SIZES.items()}
     recipe = recipe_of(name or "recommended", architecture, **chosen)
     settings = recipe.runner | recipe.sae
     expected = settings | {n: size for n, size in chosen.items() if size is not None}
@@ -152,6 +148,22 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     ]
     note("\n".join([f"recipe {name or 'recommended'} for {architecture}:", *lines]))
     return cfg
+
+
+def _read(
+    arguments: Sequence[str], types: Mapping[str, Callable[[str], Any]]
+) -> dict[str, Any]:
+    """Read some options, written in full, by their types; None for those that are left out."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    for name, kind in types.items():
+        parser.add_argument(f"--{name}", type=kind)
+    try:
+        return vars(parser.parse_known_args(arguments)[0])
+    except argparse.ArgumentError as error:
+        complain(error_text(error))
+        raise SystemExit(2) from error
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -176,15 +188,24 @@ def _parse(arguments: Sequence[str]) -> Any:
         if stop.code:
             complain(printed.getvalue().strip().rsplit("error: ", 1)[-1])
         raise
+    except ZeroDivisionError as error:
+        # What SAELens says of the run to come divides by them.
+        raise ValueError(
+            "train_batch_size_tokens, feature_sampling_window and wandb_log_frequency "
+            "must be positive, got 0"
+        ) from error
     sys.stderr.write(printed.getvalue())
     return cfg
 
 
 def _lr_factor(text: str) -> tuple[str, float]:
-    name, _, factor = text.partition("=")
-    try:
-        return name, float(factor)
-    except ValueError as error:
+    name, _, number = text.partition("=")
+    factor = math.nan
+    with contextlib.suppress(ValueError):
+        factor = float(number)
+    if not name or not 0 <= factor < math.inf:
         raise argparse.ArgumentTypeError(
-            f"must be NAME=FACTOR, such as b_enc=0.5, got {text!r}"
-        ) from error
+            "must be NAME=FACTOR, such as b_enc=0.5, with a finite factor of at least "
+            f"0, got {text!r}"
+        )
+    return name, factor

@@ -1,10 +1,11 @@
 """``sae-lens-scale upload``: an export and its model card on the Hugging Face hub."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from sae_lens_scale.loading.hub import METRICS_FILENAME, upload
+
+from .arguments import filled, path
 
 
 def add_parser(commands: Any) -> None:
@@ -15,14 +16,17 @@ def add_parser(commands: Any) -> None:
         description="Upload an export with SAELens, and describe it in the repository's "
         "model card. Log in first, with `hf auth login` or HF_TOKEN.",
     )
-    parser.add_argument("sae", type=Path, help="folder of the export")
-    parser.add_argument("repo", help="OWNER/NAME, made if there is none")
+    parser.add_argument("sae", type=path, help="folder of the export")
+    parser.add_argument("repo", type=filled, help="OWNER/NAME, made if there is none")
     parser.add_argument(
-        "sae_id", nargs="?", help="name of the SAE in it, by default the folder's"
+        "sae_id",
+        type=filled,
+        nargs="?",
+        help="name of the SAE in it, by default the folder's",
     )
     parser.add_argument(
         "--metrics",
-        type=Path,
+        type=path,
         help="what `evaluate --output` wrote, for the card; by default "
         f"{METRICS_FILENAME} in the folder, if there is one",
     )

@@ -35,6 +35,8 @@ def test_convert_writes_a_folder_that_SAELens_loads(tmp_path: Path, run: Run):
     assert facts["model_name"] == "gpt2"
     assert facts["hook_name"] == "blocks.8.hook_resid_post"
     assert "target must not exist" in run(command, 1).err
+    inside = command.replace(str(target), str(tmp_path / "ae.pt" / "converted"))
+    assert f"target: {tmp_path / 'ae.pt'} is no folder" in run(inside, 1).err
 
 
 def test_convert_help_names_every_format(run: Run):

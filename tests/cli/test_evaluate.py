@@ -216,10 +216,19 @@ def test_of_two_folders_a_mistyped_one_is_named(
         assert find_saes([first, "small"]) == [(first, "small")]
 
 
-def write_text(folder: Path, row: dict[str, Any]) -> Path:
+def write_text(folder: Path, *rows: dict[str, Any]) -> Path:
     folder.mkdir()
-    (folder / "train.jsonl").write_text(json.dumps(row))
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+def with_metadata(sae: Path, target: Path, **metadata: Any) -> Path:
+    """A copy of an SAE's folder that says other things of it."""
+    shutil.copytree(sae, target)
+    cfg = json.loads((target / "cfg.json").read_text())
+    cfg["metadata"].update(metadata)
+    (target / "cfg.json").write_text(json.dumps(cfg))
+    return target
 
 
 def test_what_cannot_be_loaded_is_named_before_anything_is_evaluated(
@@ -251,9 +260,9 @@ def test_what_cannot_be_loaded_is_named_before_anything_is_evaluated(
 def test_what_was_evaluated_before_a_failure_is_kept(
     trained: Path, text_folder: Path, tmp_path: Path, run: Run
 ):
-    one_word = write_text(tmp_path / "word", {"text": "hello"})
+    holed = write_text(tmp_path / "holed", {"text": "hello " * 100}, {"text": None})
     command = f"evaluate {trained / 'sae'} {SHORT} --compute_l2_norms"
-    command += f" --datasets {text_folder} {one_word} --output"
+    command += f" --datasets {text_folder} {holed} --output"
     for name in ("metrics.json", "metrics.csv"):
         run(f"{command} {tmp_path / name}", 1)
     kept = json.loads((tmp_path / "metrics.json").read_text())
@@ -269,10 +278,8 @@ def test_one_model_is_released_before_the_next_is_loaded(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    other = shutil.copytree(trained / "sae", tmp_path / "sae")
-    cfg = json.loads((other / "cfg.json").read_text())
-    cfg["metadata"]["model_name"] = str(tiny_llama) + os.sep
-    (other / "cfg.json").write_text(json.dumps(cfg))
+    name = str(tiny_llama) + os.sep
+    other = with_metadata(trained / "sae", tmp_path / "sae", model_name=name)
     loaded: list[weakref.ref[Any]] = []
     load_model = evaluate.load_model
 
@@ -304,6 +311,44 @@ def test_text_that_is_too_short_is_no_silent_result(
     assert f"--dataset {one_word} must hold a prompt of 32 tokens" in err
     few = write_text(tmp_path / "few", {"text": "hello " * 100})
     assert f"{few} has less text than that" in run(f"{command} {few}").err
+
+
+def test_all_texts_and_sizes_are_looked_at_before_the_first_is_evaluated(
+    trained: Path, text_folder: Path, tmp_path: Path, run: Run
+):
+    word = write_text(tmp_path / "word", {"text": "hello"})
+    nothing = write_text(tmp_path / "nothing")
+    for options, message in (
+        (f"--datasets {text_folder} {word}", f"--dataset {word} must hold a prompt"),
+        (f"--datasets {text_folder} {nothing}", f"--dataset {nothing} cannot be"),
+        ("--ctx_lens 16 129", "--context_size must be at most the 128 tokens that the"),
+        ("--ctx_lens 16 2", "--context_size must be at least 3"),
+        ("--ctx_lens 16 1 --no-prepend_bos", "--context_size must be at least 2"),
+    ):
+        err = run(f"evaluate {trained / 'sae'} {SHORT} {options}", 1).err
+        assert message in err.splitlines()[-1]
+        assert "evaluation 1" not in err
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"hook_name": None}, "metadata name no hook"),
+        ({"context_size": None}, "--context_size is needed"),
+        ({"dataset_path": ""}, "--dataset is needed"),
+        (
+            {"hook_name_out": "model.layers.1"},
+            "must be an SAE of one hook, got a transcoder from model.layers.0 to model.",
+        ),
+    ],
+)
+def test_all_SAEs_are_looked_at_before_the_first_is_evaluated(
+    metadata: dict[str, Any], message: str, trained: Path, tmp_path: Path, run: Run
+):
+    other = with_metadata(trained / "sae", tmp_path / "other", **metadata)
+    err = run(f"evaluate {trained / 'sae'} {other} {SHORT}", 1).err
+    assert message in err.splitlines()[-1]
+    assert "evaluation 1" not in err
 
 
 def test_a_model_of_another_width_is_refused(trained: Path, tmp_path: Path, run: Run):

@@ -18,7 +18,16 @@ from sae_lens_scale.cli import main
     [
         ("train --architecture nonsense", 2, "invalid choice: 'nonsense'"),
         ("train --architecture scale --nonsense 1", 2, "arguments: --nonsense 1"),
-        ("train --architecture scale --num_experts x", 2, "invalid int value: 'x'"),
+        ("train --architecture scale --num_experts x", 2, "positive integer, got 'x'"),
+        ("train --architecture scale --d_sae x", 2, "--d_sae: must be a positive"),
+        ("train --architecture topk --k x", 2, "invalid int value: 'x'"),
+        ("train --recipe none --train_batch 0", 1, "must be positive, got 0"),
+        ("train --architecture topk --feature_sampling_window 0", 1, "got 0"),
+        (
+            "train --recipe none --n_batches_in_buffer 64 --resume_from_checkpoint no",
+            1,
+            "resume_from_checkpoint: there is no no/runner_cfg.json",
+        ),
         ("train --architecture scale --num_experts 7", 1, "and num_experts=7"),
         ("train --architecture switch --k 1000", 1, "got d_sae=1024 and k=1000"),
         ("evaluate nowhere", 1, "nowhere is no folder"),
@@ -50,7 +59,9 @@ def test_errors_are_one_line_without_a_traceback(
 
 
 POSITIVE = "must be a positive integer, got"
-FACTOR = "must be NAME=FACTOR, such as b_enc=0.5, got"
+FACTOR = (
+    "must be NAME=FACTOR, such as b_enc=0.5, with a finite factor of at least 0, got"
+)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +77,45 @@ FACTOR = "must be NAME=FACTOR, such as b_enc=0.5, got"
         ("train --lr_factors W_router", f"{FACTOR} 'W_router'"),
         ("train --lr_factors W_router=", f"{FACTOR} 'W_router='"),
         ("train --lr_factors W_router=fast", f"{FACTOR} 'W_router=fast'"),
+        ("train --lr_factors W_router=-1", f"{FACTOR} 'W_router=-1'"),
+        ("train --lr_factors W_router=nan", f"{FACTOR} 'W_router=nan'"),
+        ("train --lr_factors =0.5", f"{FACTOR} '=0.5'"),
+        ("evaluate folder --dtype int8", "invalid choice: 'int8'"),
+        ("convert a b --k 0", f"--k: {POSITIVE} '0'"),
+        ("convert a b --experts_per_token -1", f"--experts_per_token: {POSITIVE} '-1'"),
     ],
 )
 def test_wrong_usage_exits_with_2(command: str, message: str, run: Run):
     err = run(command, 2).err
     assert err.startswith("usage: sae-lens-scale")
     assert message in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", ""],
+        ["info", "release", ""],
+        ["evaluate", "folder", ""],
+        ["evaluate", "folder", "--model", ""],
+        ["evaluate", "folder", "--datasets", "text", ""],
+        ["evaluate", "folder", "--output", ""],
+        ["convert", "", "target"],
+        ["convert", "ae.pt", "target", "--hook_name", ""],
+        ["upload", "", "lab/saes"],
+        ["upload", "folder", "lab/saes", "--metrics", ""],
+        # Both would write into the root folder, or the current one.
+        ["train", "--architecture", "scale", "--checkpoint_path", ""],
+        ["train", "--architecture", "topk", "--output_path="],
+    ],
+)
+def test_empty_arguments_are_wrong_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "must not be empty" in capsys.readouterr().err
 
 
 def test_version_is_the_packages(run: Run):

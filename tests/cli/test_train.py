@@ -58,9 +58,13 @@ def test_train_help_explains_our_fields(run: Run):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--training_tokens -5", "training_tokens must be a positive integer, got -5"),
-        ("--output_path {file}", "--output_path: {file} is no folder"),
-        ("--checkpoint_path {file}/x", "--checkpoint_path: {file} is no folder"),
+        ("--output_path {file}", "output_path: {file} is no folder"),
+        ("--checkpoint_path {file}/x", "checkpoint_path: {file} is no folder"),
+        ("--store_batch_size_prompts 0", "store_batch_size_prompts must be positive"),
+        ("--n_batches_in_buffer 7", "must be so many contexts of 32 tokens that they"),
+        ("--lr 0", "lr must be positive and finite, got 0.0"),
+        ("--lr_scheduler_name cosin", "lr_scheduler_name='cosin'"),
+        ("--device meta", "device 'meta' cannot be used"),
     ],
 )
 def test_train_refuses_what_would_cost_the_result(
@@ -88,6 +92,8 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
     tiny_llama: Path, text_folder: Path, tmp_path: Path, run: Run
 ):
     command = train_command("scale", tiny_llama, text_folder, tmp_path, tokens=10**8)
+    # A schedule without an end, so that the run may be shorter when it goes on.
+    command = f"{command} --recipe none"
     command = [sys.executable, "-m", "sae_lens_scale", *command.split()]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -106,8 +112,11 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
     seen = int(checkpoint.name)
     again = train_command("scale", tiny_llama, text_folder, tmp_path, seen + 512)
     # The checkpoint has the factors.
-    again = again.partition("--lr_factors")[0]
-    err = run(f"{again} --resume_from_checkpoint {checkpoint}").err
+    again = f"{again.partition('--lr_factors')[0]} --recipe none"
+    again += f" --resume_from_checkpoint {checkpoint}"
+    err = run(f"{again} --lr 1e-3", 1).err
+    assert f"error: lr must be 0.002, as in {checkpoint}, whose run goes on" in err
+    err = run(again).err
     assert f"next: sae-lens-scale evaluate {tmp_path / 'sae'}\n" in err
     after = SAE.load_from_disk(tmp_path / "sae")
     assert not after.get_parameter("b_enc").any()
