@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from helpers import scale_sae
 from integration.runs import (
     ARCHITECTURES,
@@ -294,9 +294,165 @@ def test_a_run_that_goes_on_has_its_lr_factors_unless_it_is_given_others(
         assert stayed == (name in (frozen if others is None else others))
 
 
+NEW_RUN = "from_pretrained_path begins another run from its weights"
+
+
+@pytest.mark.parametrize(
+    ("change", "before", "now"),
+    [
+        # Its schedule has an end, after which the rate is 0.
+        ({"training_tokens": 24 * BATCH}, 12 * BATCH, 24 * BATCH),
+        ({"train_batch_size_tokens": 128}, BATCH, 128),
+        ({"lr": 1e-3}, 5e-3, 1e-3),
+        ({"lr_decay_steps": 3}, 2, 3),
+        ({"lr_warm_up_steps": 1}, 0, 1),
+        ({"lr_scheduler_name": "cosineannealing"}, "constant", "cosineannealing"),
+        ({"adam_beta1": 0.5}, 0.9, 0.5),
+        ({"normalize_activations": "none"}, "expected_average_only_in", "none"),
+    ],
+)
+def test_a_run_does_not_go_on_with_settings_that_would_be_ignored(
+    change: dict[str, Any], before: Any, now: Any, make: Make
+):
+    make = partial(make, lr_decay_steps=2)
+    checkpoint = interrupted(make())
+    (name,) = change
+    message = f"{name} must be {before!r}, as in {checkpoint}, whose run goes on, got "
+    with pytest.raises(ValueError, match=f"^{message}{now!r}; {NEW_RUN}$"):
+        make(resume_from_checkpoint=checkpoint, **change)
+
+
+def test_a_run_whose_rate_is_constant_may_become_longer(make: Make):
+    checkpoint = interrupted(make())
+    longer = make(training_tokens=20 * BATCH, resume_from_checkpoint=checkpoint)
+    steps = at_step(longer)
+    longer.run()
+    assert len(steps) == 20 - 5
+
+
+def test_a_run_does_not_go_on_after_its_end(make: Make, tmp_path: Path):
+    make(save_final_checkpoint=True).run()
+    (final,) = checkpoints(tmp_path)
+    # Its weights are those for raw activations; the scale would be estimated anew.
+    with pytest.raises(
+        ValueError, match="^normalize_activations must be 'none', as in"
+    ):
+        make(resume_from_checkpoint=str(final), training_tokens=20 * BATCH)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(make: Make):
+    checkpoint = Path(interrupted(make()))
+    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint: there is no"):
+        make(resume_from_checkpoint=str(checkpoint.parent))
+    for content, message in (
+        ("{", "is not JSON"),
+        ("[]", r"must hold settings, got \[\]"),
+    ):
+        (checkpoint / "runner_cfg.json").write_text(content)
+        with pytest.raises(ValueError, match=f"runner_cfg.json {message}"):
+            make(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"training_tokens": 0}, "^training_tokens must be positive, got 0"),
+        (
+            {"store_batch_size_prompts": -1},
+            "^store_batch_size_prompts must be positive",
+        ),
+        ({"n_batches_for_norm_estimate": 0}, "^n_batches_for_norm_estimate must be"),
+        ({"feature_sampling_window": 0}, "^feature_sampling_window must be positive"),
+        # Prompts of nothing but the BOS.
+        (
+            {"context_size": 1},
+            "^context_size must be at least 2, with prepend_bos=True",
+        ),
+        ({"n_batches_in_buffer": 7}, "hold train_batch_size_tokens=256, got 7"),
+        ({"activations_mixing_fraction": 1.5}, "^activations_mixing_fraction must be"),
+        ({"lr": float("nan")}, "^lr must be positive and finite, got nan"),
+        ({"lr": "fast", "lr_end": 0.1}, "^lr must be positive and finite, got 'fast'"),
+        ({"adam_beta1": 1.5}, "adam_beta1=1.5.*Invalid beta parameter"),
+        ({"lr_scheduler_name": "cosin"}, "lr_scheduler_name='cosin'.*Unsupported"),
+        (
+            {
+                "lr_scheduler_name": "cosineannealingwarmrestarts",
+                "n_restart_cycles": 0,
+            },
+            "n_restart_cycles=0.*zero",
+        ),
+        ({"dtype": "int8"}, "^Invalid dtype: int8"),
+        ({"act_store_device": "meta"}, "^act_store_device 'meta' cannot be used"),
+        (
+            {"use_cached_activations": True, "cached_activations_path": "nowhere"},
+            "^cached_activations_path: nowhere is no folder",
+        ),
+        ({"from_pretrained_path": "nowhere"}, "^from_pretrained_path: there is no now"),
+        ({"resume_from_checkpoint": "nowhere"}, "^resume_from_checkpoint: there is no"),
+        ({"output_path": "{file}/sae"}, "^output_path: {file} is no folder"),
+    ],
+)
+def test_wrong_settings_are_refused_before_the_model_is_loaded(
+    settings: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    file = tmp_path / "file"
+    file.touch()
+    load = Mock()
+    monkeypatch.setattr(llm_sae_training_runner, "load_model", load)
+    settings = {
+        name: value.format(file=file) if isinstance(value, str) else value
+        for name, value in settings.items()
+    }
+    with pytest.raises(
+        (ValueError, TypeError, OSError), match=message.format(file=file)
+    ):
+        InterruptibleTrainingRunner(runner_config(sae_config("scale"), **settings))
+    assert not load.called
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hook_name": "blocks.9.hook_resid_post"}, "^tiny has no hook 'blocks.9"),
+        ({"hook_name": "blocks.0.mlp.hook_post"}, "^tiny must be 32 wide at .* got 64"),
+        ({"hook_head_index": 4}, "^hook_head_index must be a head of tiny"),
+        ({"context_size": 129}, "^context_size must be at most the 128 tokens"),
+    ],
+)
+def test_what_does_not_suit_the_model_is_refused_before_training(
+    settings: dict[str, Any], message: str, make: Make
+):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["hello"], "^override_dataset must hold a prompt of 32 tokens at least"),
+        ([], "^override_dataset must not be empty"),
+    ],
+)
+def test_a_text_without_a_prompt_is_refused_before_training(
+    texts: list[str], message: str, tiny_model: HookedSAETransformer
+):
+    rows = [{"text": text} for text in texts]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    for dataset in (Dataset.from_dict({"text": texts}), stream):
+        with pytest.raises(ValueError, match=message):
+            InterruptibleTrainingRunner(
+                runner_config(sae_config("scale")), dataset, override_model=tiny_model
+            )
+
+
 @pytest.mark.parametrize(
     ("lr_factors", "message"),
     [
+        (0.1, "must be factors by name of the parameter, got 0.1"),
+        ({"b_enc": "0.1"}, r"lr_factors\['b_enc'\] must be .* got '0\.1'"),
         (
             {"nonsense": 1.0},
             r"must name parameters of the SAE \(.*\), got \['nonsense'\]",
@@ -306,7 +462,7 @@ def test_a_run_that_goes_on_has_its_lr_factors_unless_it_is_given_others(
     ],
 )
 def test_runner_refuses_lr_factors_before_it_trains(
-    lr_factors: dict[str, float], message: str, make: Make
+    lr_factors: Any, message: str, make: Make
 ):
     with pytest.raises(ValueError, match=message):
         make(options={"lr_factors": lr_factors})
