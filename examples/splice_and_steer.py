@@ -34,8 +34,8 @@ def steer(acts: torch.Tensor, hook: Any, latent: int, strength: float) -> torch.
 
 @torch.no_grad()
 def main(settings: Settings) -> None:
-    model = load_smollm2()
     sae = SAE.load_from_disk(settings.sae)
+    model = load_smollm2()
     hook = sae.cfg.metadata.hook_name
     tokens = model.to_tokens(settings.text)
 

