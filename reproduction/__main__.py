@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from sae_lens_scale.cli.arguments import positive
 from sae_lens_scale.cli.output import error_text, print_result
 from sae_lens_scale.files import write_whole
 
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     cache = _add(commands, "cache", "cache a language model's activations", _cache)
-    cache.add_argument("--prompts_per_batch", type=int, default=16)
+    cache.add_argument("--prompts_per_batch", type=positive, default=16)
 
     run = _add(commands, "run", "train what has no record yet", _run)
     run.add_argument(
@@ -86,8 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         help="change a setting of the runs, or a field of their SAEs, such as lr=8e-4; "
         "several values, separated by commas, make a run each",
     )
-    run.add_argument("--workers", type=int, default=1, help="runs at the same time")
-    run.add_argument("--threads", type=int, help="of each; by default cores / workers")
+    run.add_argument(
+        "--workers", type=positive, default=1, help="runs at the same time"
+    )
+    run.add_argument(
+        "--threads", type=positive, help="of each; by default cores / workers"
+    )
     run.add_argument(
         "--keep_weights",
         action="store_true",
@@ -99,7 +104,10 @@ def _parser() -> argparse.ArgumentParser:
         commands, "evaluate", "add the language model's loss to the records", _evaluate
     )
     evaluate.add_argument(
-        "--contexts", type=int, default=64, help="of each text (default: %(default)s)"
+        "--contexts",
+        type=positive,
+        default=64,
+        help="of each text (default: %(default)s)",
     )
 
     report = _add(commands, "report", "print tables of the runs, draw figures", _report)
@@ -172,10 +180,6 @@ def _run(options: argparse.Namespace) -> str:
     )
     if options.list:
         return "\n".join(run.name for run in runs)
-    for name in ("workers", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be positive, got {value}")
     folder = _folder(options)
     cache = ActivationCache.open(folder / "activations", _cache_settings(options))
     run_grid(
@@ -212,7 +216,7 @@ def _report(options: argparse.Namespace) -> str:
     base = PRESETS[options.preset].base
     records = options.records or _folder(options) / "runs"
     found = tables(records, base)
-    filled = {path: fill(path.read_text(), found) for path in options.documents}
+    filled = {path: fill(path.read_text("utf-8"), found) for path in options.documents}
     for path, text in filled.items():
         write_whole(path, text)
     if options.images is not None:

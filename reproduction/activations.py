@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from .settings import set_number_types
+from .settings import set_types
 
 Split = Literal["train", "in_domain", "other_domain", "unseen_text"]
 
@@ -50,7 +50,7 @@ class CacheSettings:
     context_size: int = 256
 
     def __post_init__(self) -> None:
-        set_number_types(self)
+        set_types(self)
         for name in ("train_tokens", "test_tokens", "other_tokens", "context_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

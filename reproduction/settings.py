@@ -3,7 +3,8 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.registry import get_sae_training_class
@@ -93,12 +94,12 @@ class RunSettings:
     variant: str = ""
 
     def __post_init__(self) -> None:
-        set_number_types(self)
+        set_types(self)
         kinds = self.sae_fields()
-        sae = {n: typed_number(n, v, kinds.get(n)) for n, v in self.sae.items()}
+        sae = {n: _typed(n, v, kinds.get(n, Any)) for n, v in self.sae.items()}
         object.__setattr__(self, "sae", sae)
         factors = {
-            name: typed_number(f"lr_factors[{name!r}]", value, float)
+            name: _typed(f"lr_factors[{name!r}]", value, float)
             for name, value in self.lr_factors.items()
         }
         object.__setattr__(self, "lr_factors", factors)
@@ -223,29 +224,45 @@ class RunSettings:
         return f"{stem}-s{self.seed}-{digest}"
 
 
-def set_number_types(settings: Any) -> None:
+# Types of fields that are checked here, as messages call their values.
+_TYPES: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: 'an object such as {"name": 0.1}',
+    NoneType: "null",
+}
+
+
+def set_types(settings: Any) -> None:
     """
     Convert the numbers of a dataclass, which may be frozen, to the types of its fields, so that
-    equal settings have one name; a field for a number that has anything else is a ValueError.
+    equal settings have one name; a value of another type than its field is a ValueError.
     """
     for name, kind in get_type_hints(type(settings)).items():
-        value = typed_number(name, getattr(settings, name), kind)
+        value = _typed(name, getattr(settings, name), kind)
         object.__setattr__(settings, name, value)
 
 
-def typed_number(name: str, value: Any, kind: Any) -> Any:
+def _typed(name: str, value: Any, kind: Any) -> Any:
     """
-    Convert a number to a type, however it is written: 1e6 may be an int. Anything else stays as it
-    is, or is a ValueError that names the setting if the type is a number's.
+    Convert a number to a field's type, however it is written: 1e6 may be an int.
+
+    Raises:
+        ValueError: If the value is of none of the field's types.
     """
-    number = type(value) in (int, float)
-    if number and float in (get_args(kind) or (kind,)):
-        return float(value)
-    if number and kind is int and float(value).is_integer():
-        return int(value)
-    if kind in (int, float):
-        whole = "whole " if kind is int else ""
-        raise ValueError(f"{name} must be a {whole}number, got {value!r}")
+    union = get_origin(kind) in (Union, UnionType)
+    kinds = [get_origin(k) or k for k in (get_args(kind) if union else (kind,))]
+    if type(value) in (int, float):
+        if float in kinds:
+            return float(value)
+        if int in kinds and float(value).is_integer():
+            return int(value)
+    # Names among a few are checked where they are used.
+    if set(kinds) <= set(_TYPES) and type(value) not in kinds:
+        wanted = " or ".join(_TYPES[k] for k in kinds)
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return value
 
 

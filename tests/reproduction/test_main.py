@@ -151,7 +151,17 @@ def test_evaluate_says_what_has_no_weights(
         ("run --set lr=high", "lr must be a number, got 'high'"),
         ("run --set k=8.5", "k must be a whole number, got 8.5"),
         ("cache --cache train_tokens=1e-3", "train_tokens must be a whole number, got"),
-        ("run --workers 0", "--workers must be positive, got 0"),
+        ("run --set autocast=False", "autocast must be true or false, got 'False'"),
+        ("run --set autocast=0", "autocast must be true or false, got 0"),
+        ("run --set lr_factors=0.1", "lr_factors must be an object such as"),
+        ("run --set sae=5", "sae must be an object such as"),
+        ("run --set variant=5", "variant must be a text, got 5"),
+        ("run --set lr_end=high", "lr_end must be a number or null, got 'high'"),
+        (
+            "run --set use_sparse_activations=no",
+            "use_sparse_activations must be true or false, got 'no'",
+        ),
+        ("cache --cache text=5", "text must be a text, got 5"),
         ("cache --cache train_tokens=0", "train_tokens must be positive, got 0"),
         ("evaluate --folder nowhere", "nowhere/runs is no folder"),
         ("table --folder nowhere --output tables", "nowhere/runs is no folder"),
@@ -175,7 +185,16 @@ def test_errors_are_one_line(
 
 
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]):
-    for command in ([], ["run"], ["run", "--preset", "nonsense"]):
+    preset = ["--preset", "smollm2"]
+    for command in (
+        [],
+        ["run"],
+        ["run", "--preset", "nonsense"],
+        ["run", *preset, "--workers", "0"],
+        ["run", *preset, "--threads", "-1"],
+        ["cache", *preset, "--prompts_per_batch", "0"],
+        ["evaluate", *preset, "--contexts", "0"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(command)
         assert stop.value.code == 2

@@ -77,6 +77,14 @@ def test_the_config_is_SAELenss_own():
         ({"seed": "0"}, "seed must be a whole number, got '0'"),
         ({"sae": {"d_sae": 64.5}}, "d_sae must be a whole number, got 64.5"),
         ({"lr_factors": {"W_router": "0.1"}}, r"lr_factors\['W_router'\] must be a"),
+        ({"lr_factors": 0.1}, "lr_factors must be an object such as .* got 0.1"),
+        ({"autocast": "False"}, "autocast must be true or false, got 'False'"),
+        ({"variant": 5}, "variant must be a text, got 5"),
+        ({"lr_end": "0.1"}, "lr_end must be a number or null, got '0.1'"),
+        (
+            {"sae": {"d_sae": 64, "rescale_acts_by_decoder_norm": 1}},
+            "rescale_acts_by_decoder_norm must be true or false, got 1",
+        ),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, Any], message: str):
