@@ -10,9 +10,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from helpers import draw, scale_sae
 from integration.hub import running_hub
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
+from torch.torch_version import TorchVersion
 
 from sae_lens_scale import ScaleTrainingSAEConfig, SwitchTrainingSAEConfig
 from sae_lens_scale.cli import main
@@ -77,6 +80,23 @@ def test_code_that_extends_the_package_runs(
         mock.patch.dict(SAE_TRAINING_CLASS_REGISTRY),
     ):
         run_python(DOCS / "extend" / f"{name}.md", {})
+
+
+@pytest.mark.skipif(
+    torch.__version__ < TorchVersion("2.13"), reason="the limits speak of 2.13"
+)
+def test_derivatives_are_as_the_limits_say():
+    sae = scale_sae()
+    x = draw(3, 10)
+    of_each = torch.vmap(torch.func.jacrev(sae))(x)
+    want = torch.stack([torch.func.jacfwd(sae)(row) for row in x])
+    torch.testing.assert_close(of_each, want, atol=1e-9, rtol=1e-9)
+    x.requires_grad_()
+    out = sae(x)
+    with pytest.raises(RuntimeError, match="Sparse CSR"):
+        torch.autograd.grad(
+            out, x, torch.ones(2, *out.shape).to(x), is_grads_batched=True
+        )
 
 
 def test_table_of_config_fields_states_the_defaults():
