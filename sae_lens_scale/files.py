@@ -38,14 +38,19 @@ def require_writable(setting: str, folder: str | Path) -> None:
 
     Raises:
         NotADirectoryError: If it is, or is to be made in, something other than a folder.
-        PermissionError: If nothing may be written there.
+        OSError: If nothing can be written there.
     """
     path = Path(folder).absolute()
     existing = next(p for p in (path, *path.parents) if p.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{setting}: {existing} is no folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{setting}: nothing may be written into {existing}")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{setting}: nothing can be written into {existing}: {error.strerror}"
+        ) from error
 
 
 def read_json(path: Path) -> Any:

@@ -27,6 +27,9 @@ try:
 
     HAS_HOOKED_TRANSFORMER = True
 except ImportError:
+    from sae_lens.analysis.sae_transformer_bridge import (
+        SAETransformerBridge as HookedSAETransformer,  # type: ignore[assignment]  # noqa: F401
+    )
 
     HAS_HOOKED_TRANSFORMER = False
 

@@ -4,7 +4,7 @@ import argparse
 import os
 import pickle
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -29,10 +29,8 @@ def print_result(text: str) -> None:
     Raises:
         OSError: If it cannot be written for any other reason.
     """
-    encoding = sys.stdout.encoding or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(text, flush=True)  # noqa: T201
+        _print(text, sys.stdout)
     except OSError as error:
         # Python flushes once more at exit, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -42,12 +40,18 @@ def print_result(text: str) -> None:
 
 def complain(text: str) -> None:
     """Print an error in one line."""
-    print(f"sae-lens-scale: error: {text}", file=sys.stderr)  # noqa: T201
+    _print(f"sae-lens-scale: error: {text}", sys.stderr)
 
 
 def note(text: str) -> None:
     """Print what a reader of the terminal wants to know, beside the result."""
-    print(f"sae-lens-scale: {text}", file=sys.stderr)  # noqa: T201
+    _print(f"sae-lens-scale: {text}", sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    encoding = stream.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    print(text, file=stream, flush=True)  # noqa: T201
 
 
 def error_text(error: BaseException) -> str:

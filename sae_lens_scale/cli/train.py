@@ -31,8 +31,6 @@ _SIZES = {
     "num_experts": None,
     "experts_per_token": None,
 }
-# SAELens divides by these while it parses.
-_COUNTS = ("train_batch_size_tokens", "feature_sampling_window", "wandb_log_frequency")
 # An empty one, such as a variable that the shell does not know, is no name.
 _NAMES = (
     "model_name",
@@ -119,14 +117,7 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     """
     if {"-h", "--help"} & set(arguments):
         return _parse(arguments)
-    given = _read(
-        arguments,
-        {
-            "architecture": str,
-            **dict.fromkeys(_NAMES, filled),
-            **dict.fromkeys(_COUNTS, positive),
-        },
-    )
+    given = _read(arguments, {"architecture": str, **dict.fromkeys(_NAMES, filled)})
     architecture = given["architecture"] or "standard"
     pretrained = given["from_pretrained_path"]
     if name == "none":
@@ -197,6 +188,12 @@ def _parse(arguments: Sequence[str]) -> Any:
         if stop.code:
             complain(printed.getvalue().strip().rsplit("error: ", 1)[-1])
         raise
+    except ZeroDivisionError as error:
+        # What SAELens says of the run to come divides by them.
+        raise ValueError(
+            "train_batch_size_tokens, feature_sampling_window and wandb_log_frequency "
+            "must be positive, got 0"
+        ) from error
     sys.stderr.write(printed.getvalue())
     return cfg
 

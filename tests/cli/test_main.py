@@ -21,8 +21,8 @@ from sae_lens_scale.cli import main
         ("train --architecture scale --num_experts x", 2, "positive integer, got 'x'"),
         ("train --architecture scale --d_sae x", 2, "--d_sae: must be a positive"),
         ("train --architecture topk --k x", 2, "invalid int value: 'x'"),
-        ("train --recipe none --train_batch_size_tokens 0", 2, "positive integer"),
-        ("train --architecture topk --feature_sampling_window 0", 2, "got '0'"),
+        ("train --recipe none --train_batch 0", 1, "must be positive, got 0"),
+        ("train --architecture topk --feature_sampling_window 0", 1, "got 0"),
         (
             "train --recipe none --n_batches_in_buffer 64 --resume_from_checkpoint no",
             1,

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sae_lens_scale.cli.output import print_result
+from sae_lens_scale.cli.output import complain, print_result
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,10 @@ from sae_lens_scale.cli.output import print_result
 def test_characters_that_the_terminal_lacks_do_not_cost_the_result(
     encoding: str, printed: bytes, monkeypatch: pytest.MonkeyPatch
 ):
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding))
     print_result("mödel … \udcff")
-    assert written.getvalue() == printed
+    assert sys.stdout.buffer.getvalue() == printed  # type: ignore[attr-defined]
+    complain("mödel … \udcff")
+    error = b"sae-lens-scale: error: " + printed
+    assert sys.stderr.buffer.getvalue() == error  # type: ignore[attr-defined]
