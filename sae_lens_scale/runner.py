@@ -19,6 +19,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import str_to_dtype
+from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_scale.files import read_json, require_writable, write_whole
@@ -51,6 +52,8 @@ _LENGTH = ("training_tokens", "train_batch_size_tokens")
 # Fields of the SAE's config that its weights, and the scale of activations that they expect,
 # decide. After its end a run has folded that scale in.
 _WEIGHTS = ("architecture", "d_in", "d_sae", "num_experts", "normalize_activations")
+# Normalisations that SAELens estimates before the first step.
+_ESTIMATED = ("expected_average_only_in", "covariance_whitening")
 
 
 def require_lr_factors(sae: TrainingSAE[Any], lr_factors: Mapping[str, float]) -> None:
@@ -140,7 +143,10 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     Args:
         cfg: Config of the run.
         override_dataset: The text, instead of the config's.
-        *args: Further arguments of SAELens's runner.
+        override_model: The language model, instead of the config's.
+        override_sae: The SAE to train, instead of a new one, or of the one in
+            ``from_pretrained_path``. Of both, and not of ``cfg.sae``, is all of the SAE's
+            own config.
         fused_optimizer: Let Adam update all of a parameter's state in one pass over memory
             (torch's ``fused=True``): several times faster, equal up to rounding. A run that
             goes on from a checkpoint may choose anew.
@@ -148,7 +154,6 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             ``{"b_enc": 0.5}``; those of ``W_router`` and ``b_router`` multiply the config's
             ``router_lr_factor``. They are in the runner's checkpoints: a run that goes on
             from one has them unless it is given others.
-        **kwargs: Further arguments of SAELens's runner.
 
     Raises:
         ValueError: If a setting is wrong, also beside the checkpoint's; if the model or the
@@ -162,10 +167,11 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         self,
         cfg: LanguageModelSAERunnerConfig[Any],
         override_dataset: HfDataset | None = None,
-        *args: Any,
+        override_model: HookedRootModule | None = None,
+        override_sae: TrainingSAE[Any] | None = None,
+        *,
         fused_optimizer: bool = False,
         lr_factors: Mapping[str, float] | None = None,
-        **kwargs: Any,
     ):
         checkpoint = cfg.resume_from_checkpoint
         if lr_factors is None and checkpoint is not None:
@@ -178,10 +184,17 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         if override_dataset is not None and not override_dataset:
             raise ValueError("override_dataset must not be empty")
         _require_settings(cfg)
+        # These would be ignored where the runner is given what they are for.
+        if override_model is None:
+            require_device("llm_device", str(cfg.llm_device))
+        if override_sae is None and cfg.from_pretrained_path is not None:
+            file = Path(cfg.from_pretrained_path, SAE_CFG_FILENAME)
+            if not file.is_file():
+                raise FileNotFoundError(f"from_pretrained_path: there is no {file}")
         if checkpoint is not None:
-            _require_settings_of(Path(checkpoint), cfg)
+            _require_same(Path(checkpoint), RUNNER_CFG_FILENAME, _schedule_of(cfg))
         try:
-            super().__init__(cfg, override_dataset, *args, **kwargs)
+            super().__init__(cfg, override_dataset, override_model, override_sae)
         except Exception as error:
             # SAELens sets cfg, then loads the model unless it is given one, then the text,
             # and its errors name neither.
@@ -197,6 +210,11 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             if isinstance(error, StopIteration):
                 raise ValueError("override_dataset must not be empty") from error
             raise
+        if checkpoint is not None:
+            # Of the SAE that goes on, which may be none of the config.
+            weights = self.sae.cfg.to_dict()
+            weights = {name: weights[name] for name in _WEIGHTS if name in weights}
+            _require_same(Path(checkpoint), SAE_CFG_FILENAME, weights)
         self.fused_optimizer = fused_optimizer
         require_lr_factors(self.sae, lr_factors)
         self.lr_factors = {n: float(f) for n, f in lr_factors.items()}
@@ -266,10 +284,11 @@ def _require_settings(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             "train_batch_size_tokens",
             "store_batch_size_prompts",
             buffer,
-            "n_batches_for_norm_estimate",
             "feature_sampling_window",
         )
     }
+    if cfg.sae.normalize_activations in _ESTIMATED:
+        counts["n_batches_for_norm_estimate"] = cfg.n_batches_for_norm_estimate
     if cfg.logger.log_to_wandb:
         for name in ("wandb_log_frequency", "eval_every_n_wandb_logs"):
             counts[name] = getattr(cfg.logger, name)
@@ -294,7 +313,7 @@ def _require_settings(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         )
     _require_schedule(cfg)
     str_to_dtype(cfg.dtype)
-    for name in ("device", "llm_device", "act_store_device"):
+    for name in ("device", "act_store_device"):
         require_device(name, getattr(cfg, name))
     for name in ("output_path", "checkpoint_path"):
         # SAELens would notice when it saves, at the end.
@@ -307,10 +326,6 @@ def _require_settings(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         raise NotADirectoryError(
             f"cached_activations_path: {cfg.cached_activations_path} is no folder"
         )
-    if cfg.from_pretrained_path is not None:
-        file = Path(cfg.from_pretrained_path, SAE_CFG_FILENAME)
-        if not file.is_file():
-            raise FileNotFoundError(f"from_pretrained_path: there is no {file}")
 
 
 def _require_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -339,27 +354,32 @@ def _require_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         ) from error
 
 
-def _require_settings_of(
-    checkpoint: Path, cfg: LanguageModelSAERunnerConfig[Any]
-) -> None:
-    """Refuse a config whose run cannot go on from a checkpoint."""
+def _schedule_of(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
+    """Settings that a checkpoint decides, but for those that the scheduler ignores."""
+    scheduler = cfg.lr_scheduler_name.lower()
     names: list[str] = [*_SCHEDULE]
-    if cfg.lr_scheduler_name.lower() != "constant" or cfg.lr_decay_steps:
+    if scheduler != "cosineannealingwarmrestarts":
+        names.remove("n_restart_cycles")
+    if scheduler == "constant":
+        names.remove("lr_end")
+    if scheduler != "constant" or cfg.lr_decay_steps:
         names += _LENGTH
-    settings = {name: getattr(cfg, name) for name in names}
-    weights = {n: v for n, v in cfg.sae.to_dict().items() if n in _WEIGHTS}
-    for file, now in ((RUNNER_CFG_FILENAME, settings), (SAE_CFG_FILENAME, weights)):
-        path = checkpoint / file
-        if not path.is_file():
-            raise FileNotFoundError(f"resume_from_checkpoint: there is no {path}")
-        before = read_json(path)
-        if not isinstance(before, dict):
-            raise ValueError(f"{path} must hold settings, got {before!r}")
-        for name, value in now.items():
-            # Of another version, it may lack one.
-            if before.get(name, value) != value:
-                raise ValueError(
-                    f"{name} must be {before[name]!r}, as in {checkpoint}, whose run "
-                    f"goes on, got {value!r}; from_pretrained_path begins another run "
-                    "from its weights"
-                )
+    return {name: getattr(cfg, name) for name in names}
+
+
+def _require_same(checkpoint: Path, filename: str, settings: dict[str, Any]) -> None:
+    """Refuse settings other than those in a file of the checkpoint that a run goes on from."""
+    path = checkpoint / filename
+    if not path.is_file():
+        raise FileNotFoundError(f"resume_from_checkpoint: there is no {path}")
+    before = read_json(path)
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} must hold settings, got {before!r}")
+    for name, value in settings.items():
+        # Of another version, it may lack one.
+        if before.get(name, value) != value:
+            raise ValueError(
+                f"{name} must be {before[name]!r}, as in {checkpoint}, whose run "
+                f"goes on, got {value!r}; from_pretrained_path begins another run "
+                "from its weights"
+            )

@@ -330,6 +330,42 @@ def test_a_run_whose_rate_is_constant_may_become_longer(make: Make):
     assert len(steps) == 20 - 5
 
 
+def test_settings_that_the_schedule_ignores_may_change(make: Make):
+    checkpoint = interrupted(make(lr_decay_steps=2))
+    change: dict[str, Any] = {"lr_end": 1e-4, "n_restart_cycles": 3}
+    make(lr_decay_steps=2, resume_from_checkpoint=checkpoint, **change)
+
+
+def test_a_run_from_another_SAEs_weights_goes_on(make: Make, tmp_path: Path):
+    make().run()
+    # An export, whose scale is folded in; the config's own SAE is not trained.
+    pretrained = {"from_pretrained_path": str(tmp_path / "sae")}
+    checkpoint = interrupted(make(**pretrained))
+    resumed = make(**pretrained, resume_from_checkpoint=checkpoint)
+    steps = at_step(resumed)
+    resumed.run()
+    assert len(steps) == STEPS - 5
+    # SAELens would train another SAE there.
+    with pytest.raises(ValueError, match="^normalize_activations must be 'none', as"):
+        make(resume_from_checkpoint=checkpoint)
+
+
+def test_settings_of_what_a_runner_is_given_do_not_matter(
+    tiny_model: HookedSAETransformer,
+):
+    cfg = runner_config(
+        sae_config("scale", normalize_activations="none"),
+        llm_device="meta",
+        from_pretrained_path="nowhere",
+        n_batches_for_norm_estimate=0,
+    )
+    sae = scale_sae(d_in=32)
+    runner = make_runner(
+        cfg, tiny_model, override_sae=sae, runner_class=InterruptibleTrainingRunner
+    )
+    assert runner.sae is sae
+
+
 def test_a_run_does_not_go_on_after_its_end(make: Make, tmp_path: Path):
     make(save_final_checkpoint=True).run()
     (final,) = checkpoints(tmp_path)
@@ -409,7 +445,8 @@ def test_wrong_settings_are_refused_before_the_model_is_loaded(
     with pytest.raises(
         (ValueError, TypeError, OSError), match=message.format(file=file)
     ):
-        InterruptibleTrainingRunner(runner_config(sae_config("scale"), **settings))
+        sae = sae_config("scale", normalize_activations="expected_average_only_in")
+        InterruptibleTrainingRunner(runner_config(sae, **settings))
     assert not load.called
 
 

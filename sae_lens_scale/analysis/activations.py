@@ -63,7 +63,7 @@ def of_heads(sae: SAE[Any], x: torch.Tensor, hook: str, width: int) -> torch.Ten
     head = sae.cfg.metadata.hook_head_index
     if head is not None:
         heads = x.shape[2] if x.ndim == 4 else 0
-        if head not in range(heads):
+        if head not in range(-heads, heads):
             raise ValueError(
                 "sae.cfg.metadata.hook_head_index must be one of the "
                 f"{heads} heads at {hook}, got {head!r}"

@@ -142,6 +142,8 @@ def to_tensor(name: str, values: Any) -> torch.Tensor:
     if isinstance(values, torch.Tensor):
         return values
     try:
+        if isinstance(values, list) and values and isinstance(values[0], torch.Tensor):
+            return torch.stack(values)
         return torch.tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(

@@ -7,8 +7,12 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from sae_lens.constants import SAE_CFG_FILENAME
+
+from sae_lens_scale.files import read_json
 from sae_lens_scale.recipes import (
     ARCHITECTURES,
     CONTEXT_SIZE,
@@ -31,6 +35,8 @@ _SIZES = {
     "num_experts": None,
     "experts_per_token": None,
 }
+# Of an SAE that is loaded, which its folder decides.
+_SAE_SIZES = ("d_in", "d_sae", "k", "num_experts", "experts_per_token")
 # An empty one, such as a variable that the shell does not know, is no name.
 _NAMES = (
     "model_name",
@@ -120,6 +126,8 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     given = _read(arguments, {"architecture": str, **dict.fromkeys(_NAMES, filled)})
     architecture = given["architecture"] or "standard"
     pretrained = given["from_pretrained_path"]
+    if pretrained is not None:
+        _require_sizes_of(pretrained, arguments)
     if name == "none":
         return _parse(arguments)
     if architecture not in ARCHITECTURES or pretrained is not None:
@@ -164,6 +172,19 @@ def _read(
     except argparse.ArgumentError as error:
         complain(error_text(error))
         raise SystemExit(2) from error
+
+
+def _require_sizes_of(folder: str, arguments: Sequence[str]) -> None:
+    """Refuse other sizes than those of the SAE in a folder: training would ignore them."""
+    file = Path(folder, SAE_CFG_FILENAME)
+    # The runner says what is missing.
+    saved = read_json(file) if file.is_file() else {}
+    for name, size in _read(arguments, dict.fromkeys(_SAE_SIZES, positive)).items():
+        if size is not None and saved.get(name, size) != size:
+            raise ValueError(
+                f"{name} must be left out or {saved[name]}, as in {folder}, whose SAE is "
+                f"trained, got {size}"
+            )
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:

@@ -38,8 +38,10 @@ def test_heads_are_joined_or_one_is_taken_and_put_back(make_sae: Any):
     assert torch.equal(of_heads(joined, Z, "z", 32), Z.view(2, 3, 32))
     assert torch.equal(into_heads(joined, Z, -Z.view(2, 3, 32)), -Z)
     one = make_sae(d_in=8)
-    one.cfg.metadata.hook_head_index = 2
-    assert torch.equal(of_heads(one, Z, "z", 8), Z[:, :, 2])
+    # The second from the end, in SAELens's own indexing too.
+    for head in (2, -2):
+        one.cfg.metadata.hook_head_index = head
+        assert torch.equal(of_heads(one, Z, "z", 8), Z[:, :, 2])
     before = Z.clone()
     new = into_heads(one, Z, torch.zeros(2, 3, 8))
     assert torch.equal(Z, before)
@@ -51,7 +53,7 @@ def test_heads_are_joined_or_one_is_taken_and_put_back(make_sae: Any):
     ("head", "x", "message"),
     [
         (4, Z, "hook_head_index must be one of the 4 heads at z, got 4"),
-        (-1, Z, "hook_head_index must be one of the 4 heads at z, got -1"),
+        (-5, Z, "hook_head_index must be one of the 4 heads at z, got -5"),
         (0, Z.flatten(2), "hook_head_index must be one of the 0 heads at z, got 0"),
         (0, Z, "sae must be as wide as the model at z, 8, got 32"),
         (None, Z[..., 0], "sae must be as wide as the model at z, 4, got 32"),

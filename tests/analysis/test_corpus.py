@@ -34,6 +34,7 @@ def test_batches_are_read_from_tensors_arrays_and_lists_alike(tmp_path: Path):
         IDS,
         tuple(map(tuple, IDS)),
         np.array(IDS),
+        list(torch.tensor(IDS)),
         saved(IDS, tmp_path),
     ]
     found = list(token_batches(iter(batches), None))

@@ -1,5 +1,6 @@
 """``sae-lens-scale train`` on a language model in a folder."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from cli.runs import Run, checkpoint_of, train_command
+from helpers import scale_sae
 from sae_lens.saes.sae import SAE
 
 from sae_lens_scale import recommended_config
@@ -168,6 +170,18 @@ def test_a_recipe_that_cannot_be_is_refused(
 ):
     with pytest.raises(ValueError, match=message):
         train._with_recipe(recipe, f"--d_sae 8192 --k 8 {options}".split())
+
+
+def test_sizes_of_an_SAE_that_is_loaded_are_its_own(tmp_path: Path):
+    scale_sae().save_model(tmp_path)
+    k = json.loads((tmp_path / "cfg.json").read_text())["k"]
+    pretrained = f"--architecture scale --from_pretrained_path {tmp_path}"
+    train._with_recipe(None, f"{pretrained} --k {k}".split())
+    for recipe in (None, "none"):
+        with pytest.raises(
+            ValueError, match=f"^k must be left out or {k}, as in .* 3$"
+        ):
+            train._with_recipe(recipe, f"{pretrained} --k 3".split())
 
 
 @pytest.mark.parametrize("options", ["", "--architecture topk"])

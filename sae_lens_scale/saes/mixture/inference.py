@@ -283,7 +283,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         self.cfg.validate()
         require_sizes(self.cfg, dict(self.named_parameters()))
         # A TopK that replaced the config's own is in no file.
-        if type(self.activation_fn) is TopK and self._k != self.cfg.k:
+        if isinstance(self.activation_fn, TopK) and self._k != self.cfg.k:
             raise ValueError(
                 f"k must be {self._k}, as in activation_fn, got {self.cfg.k}"
             )

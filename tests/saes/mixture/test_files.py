@@ -83,9 +83,16 @@ def test_changes_that_fit_are_saved(make_either: Any, tmp_path: Path):
     assert_close(loaded(X), sae(X))
 
 
-def test_a_k_that_only_activation_fn_has_is_not_lost(make_either: Any, tmp_path: Path):
+class OwnTopK(TopK):
+    """A TopK of a user's."""
+
+
+@pytest.mark.parametrize("kind", [TopK, OwnTopK])
+def test_a_k_that_only_activation_fn_has_is_not_lost(
+    kind: type[TopK], make_either: Any, tmp_path: Path
+):
     sae = make_either()
-    sae.activation_fn = TopK(4)
+    sae.activation_fn = kind(4)
     with pytest.raises(ValueError, match="k must be 4, as in activation_fn, got 6"):
         sae.save_model(tmp_path)
     sae.cfg.k = 4
