@@ -218,7 +218,7 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         self.fused_optimizer = fused_optimizer
         require_lr_factors(self.sae, lr_factors)
         self.lr_factors = {n: float(f) for n, f in lr_factors.items()}
-        # Where activations are cached, the model is not run.
+        # The model is not run if activations are cached.
         if not cfg.use_cached_activations:
             self._require_activations(override_dataset is None)
 

@@ -1,4 +1,4 @@
-"""What the analysis asks of a language model, whichever of SAELens's kinds it is."""
+"""Access to a language model of any kind that SAELens knows: hooks, tokens, text, sizes."""
 
 from typing import Any, Protocol
 

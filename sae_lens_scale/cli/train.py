@@ -210,7 +210,7 @@ def _parse(arguments: Sequence[str]) -> Any:
             complain(printed.getvalue().strip().rsplit("error: ", 1)[-1])
         raise
     except ZeroDivisionError as error:
-        # What SAELens says of the run to come divides by them.
+        # SAELens divides by them in its message about the run to come.
         raise ValueError(
             "train_batch_size_tokens, feature_sampling_window and wandb_log_frequency "
             "must be positive, got 0"

@@ -1,6 +1,6 @@
 """Errors that name the setting at fault, before any work is done with it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from textwrap import shorten
 from typing import Any
@@ -84,7 +84,7 @@ def is_of_the_machine(error: BaseException) -> bool:
     """Tell a missing package or a lack of memory, which no other name or file would mend."""
     if isinstance(error, (ImportError, MemoryError, torch.OutOfMemoryError)):
         return True
-    # What torch raises where the CPU's memory is short has no type of its own.
+    # Torch's error where the CPU's memory is short has no type of its own.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
@@ -153,13 +153,13 @@ def first_prompt(text: str, store: ActivationsStore) -> torch.Tensor:
             f"{text} must hold a prompt of {store.context_size} tokens at least, got less"
         )
 
-    def whole() -> Iterator[torch.Tensor]:
+    def whole() -> Generator[torch.Tensor, None, None]:
         yield first
         yield from rest
 
-    store.iterable_sequences = whole()  # type: ignore[assignment]
+    store.iterable_sequences = whole()
     tokens = store.get_batch_tokens(1)
-    store.iterable_sequences = whole()  # type: ignore[assignment]
+    store.iterable_sequences = whole()
     return tokens
 
 

@@ -1,4 +1,4 @@
-"""What the analysis asks of the three kinds of language models."""
+"""Access to the three kinds of language models that SAELens knows."""
 
 from pathlib import Path
 from typing import Any
