@@ -148,8 +148,11 @@ def encode_sparsely(
             part = part.to(sae.device)
             found = sae.encode_sparse(part)
             finite = _finite(found.values) & _finite(part)
-            yield finite, found._replace(
-                values=found.values.masked_fill(~finite.unsqueeze(-1), 0)
+            yield (
+                finite,
+                found._replace(
+                    values=found.values.masked_fill(~finite.unsqueeze(-1), 0)
+                ),
             )
 
 

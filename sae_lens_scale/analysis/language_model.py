@@ -118,7 +118,8 @@ def direct_logits(
         not say which is their final norm, and go without it.
     """
     d_model = _size(model, "d_model", "hidden_size")
-    if not _OF_RESIDUAL_STREAM.fullmatch(hook) or directions.shape[1] != d_model:
+    of_stream = _OF_RESIDUAL_STREAM.fullmatch(hook) and directions.shape[1] == d_model
+    if not of_stream or d_model is None:
         return None
     if hasattr(model, "unembed"):
         norm, unembed = model.ln_final, model.unembed

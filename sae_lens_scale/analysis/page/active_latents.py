@@ -8,15 +8,14 @@ import torch
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
-from sae_lens_scale.saes.mixture import MixtureSAE
-
-from ..activations import (
+from sae_lens_scale.analysis.activations import (
     encode_sparsely,
     heads_are_joined,
     hook_activations,
     require_finite,
 )
-from ..language_model import LanguageModel, hook_of
+from sae_lens_scale.analysis.language_model import LanguageModel, hook_of
+from sae_lens_scale.saes.mixture import MixtureSAE
 
 # Bytes of one token in the page before compression, which about makes up for base64: its id
 # and number of latents; of one latent that fires on it, or one expert: index and strength.

@@ -6,10 +6,9 @@ import torch
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
+from sae_lens_scale.analysis.language_model import LanguageModel, direct_logits
+from sae_lens_scale.analysis.redundancy import PROGRESS_DELAY, unit_rows
 from sae_lens_scale.saes.mixture import MixtureSAE
-
-from ..language_model import LanguageModel, direct_logits
-from ..redundancy import PROGRESS_DELAY, unit_rows
 
 # Neighbours and tokens that are listed for a latent.
 _LISTED = 8
@@ -72,10 +71,7 @@ def directions_of(
         disable=not verbose,
     )
     blocks = [
-        Directions(
-            *_neighbours(units, experts, block),
-            *_effects(model, out, units[block]),
-        )
+        (*_neighbours(units, experts, block), *_effects(model, out, units[block]))
         for block in progress
     ]
     return Directions(*(torch.cat(parts).cpu() for parts in zip(*blocks, strict=True)))

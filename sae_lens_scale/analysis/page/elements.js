@@ -25,6 +25,11 @@ function visible(text) {
       (c) => `⟨${c.charCodeAt(0).toString(16)}⟩`);
 }
 
+// Text for a screen reader, which says nothing of spaces.
+function spoken(text) {
+  return text.trim() ? visible(text) : text ? "space" : "empty";
+}
+
 function color(expert) {
   return `hsl(${(expert * 137.5) % 360} 65% var(--swatch))`;
 }

@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from sae_lens_scale.analysis.autointerp.results import Interpretability, QuantileScores
+from sae_lens_scale.analysis.corpus import Tokens, excluded_ids, token_batches
+from sae_lens_scale.analysis.language_model import (
+    LanguageModel,
+    hook_of,
+    text_ids,
+    token_strings,
+)
 from sae_lens_scale.saes.mixture import MixtureSAE
 
-from ..autointerp.results import Interpretability, QuantileScores
-from ..corpus import Tokens, excluded_ids, token_batches
-from ..language_model import LanguageModel, hook_of, text_ids, token_strings
 from .active_latents import ActiveLatents, find_active_latents
 from .directions import Directions, directions_of
 from .html import pack, page
@@ -65,9 +70,7 @@ def explorer(
     found = find_active_latents(
         model,
         sae,
-        chain(
-            (torch.tensor([ids]) for ids in read), _batches(tokens, max_batches)
-        ),
+        chain((torch.tensor([ids]) for ids in read), _batches(tokens, max_batches)),
         excluded,
         total,
         verbose,

@@ -11,7 +11,6 @@ import torch
 
 from sae_lens_scale.files import dump_json
 
-
 # In the order in which the browser runs them.
 _SCRIPTS = ("data.js", "elements.js", "views.js", "page.js")
 
@@ -28,7 +27,9 @@ def pack(array: torch.Tensor) -> dict[str, str]:
         least, most = (int(values.min()), int(values.max())) if values.size else (0, 0)
         types = ("i1", "<i2", "<i4") if least < 0 else ("u1", "<u2", "<u4")
         values = values.astype(
-            next(t for t in types if np.iinfo(t).min <= least and most <= np.iinfo(t).max)
+            next(
+                t for t in types if np.iinfo(t).min <= least and most <= np.iinfo(t).max
+            )
         )
     # Without the time of day the same data make the same page.
     packed = gzip.compress(values.tobytes(), compresslevel=6, mtime=0)
@@ -46,7 +47,7 @@ def page(facts: dict[str, Any], arrays: dict[str, dict[str, str]]) -> str:
         facts: All that is no array; text in it may be of any kind.
         arrays: Results of :func:`pack` by name.
     """
-    folder = files(__package__)
+    folder = files("sae_lens_scale.analysis.page")
     parts = {
         "style": folder.joinpath("page.css").read_text(encoding="utf-8"),
         # No text in it can end the element that it is in, or begin another.

@@ -40,7 +40,7 @@ function passage(corpus, token, row, route, { before = 14, after = 10, label = "
     }
     const share = Math.round(100 * Math.abs(strength));
     const classes = [
-      t === token && row !== null && "peak", share > 45 && "strong", corpus.excluded[corpus.tokens[t]] && "excluded",
+      t === token && row !== null && "peak", corpus.excluded[corpus.tokens[t]] && "excluded",
     ].filter(Boolean).join(" ");
     const activation = strength ? number(strength * corpus.largest[row]) : null;
     words.push(element("a", {
@@ -48,7 +48,7 @@ function passage(corpus, token, row, route, { before = 14, after = 10, label = "
       class: classes || null,
       tabindex: t === token ? 0 : -1,
       title: activation,
-      "aria-label": activation && `${visible(corpus.text(t))}, activation ${activation}`,
+      "aria-label": [spoken(corpus.text(t)), activation && `activation ${activation}`].filter(Boolean).join(", "),
       style: share ? `background:color-mix(in srgb, var(--${strength < 0 ? "opposes" : "fires"}) ${share}%, transparent)` : null,
     }, visible(corpus.text(t))));
   }
@@ -92,7 +92,7 @@ function expertsView(corpus, route, state, redraw) {
       { number: kind }, { number: shown() }];
   });
   const last = ["omega", "cosine within", "cosine between"].includes(state.expertOrder) ? state.expertOrder : "live";
-  const made = table(["expert", "", { number: "tokens" }, { number: last }], rows);
+  const made = table(["expert", "use", { number: "tokens" }, { number: last }], rows);
   order.forEach((x, i) => {
     if (x === route.expert) made.tBodies[0].rows[i].setAttribute("aria-current", "true");
   });
