@@ -82,6 +82,16 @@ def test_code_that_extends_the_package_runs(
         run_python(DOCS / "extend" / f"{name}.md", {})
 
 
+def test_synthetic_data_of_the_page_on_scores_gives_features_that_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {}
+    run_python(DOCS / "score.md", namespace)
+    assert namespace["scores"]["recovered"] > 0.1
+
+
 @pytest.mark.skipif(
     torch.__version__ < TorchVersion("2.13"), reason="the limits speak of 2.13"
 )

@@ -1,7 +1,6 @@
 """``sae-lens-scale score``: the field's standard scores of several SAEs at once."""
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,12 @@ from sae_lens_scale.analysis.scores.probing import (
 )
 from sae_lens_scale.analysis.scores.stored import digest, stored
 from sae_lens_scale.extras import require
-from sae_lens_scale.files import dump_json, require_writable, write_whole
+from sae_lens_scale.files import (
+    dump_json,
+    replacing_files,
+    require_writable,
+    write_whole,
+)
 from sae_lens_scale.loading.errors import require_context, require_hook
 
 from .arguments import filled, path, positive
@@ -341,10 +345,8 @@ def _show(
     )
     write_whole(options.output / "scores.json", content)
     figure = plot_scores([c.name for c in columns], [c.scores for c in columns])
-    with tempfile.TemporaryDirectory(dir=options.output) as temporary:
-        picture = Path(temporary, "scores.png")
-        figure.savefig(picture, dpi=150)
-        picture.replace(options.output / picture.name)
+    with replacing_files(options.output) as folder:
+        figure.savefig(folder / "scores.png", dpi=150)
     note(f"scores.json and scores.png are in {options.output}")
     if options.json:
         return content

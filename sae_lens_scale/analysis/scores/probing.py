@@ -9,13 +9,13 @@ few of them. See `Are Sparse Autoencoders Useful? <https://arxiv.org/abs/2502.16
 
 import io
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
@@ -200,10 +200,9 @@ def _keeping_sides(tokenizer: Any) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what sae-probes prints, and its progress bars, from the terminal."""
-    with (
-        redirect_stdout(io.StringIO()),
-        redirect_stderr(io.StringIO()),
-        torch.no_grad(),
-    ):
+    """Keep what sae-probes and scikit-learn print from the terminal, progress bars too."""
+    out, err = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())
+    with out, err, warnings.catch_warnings():
+        # Of arguments that scikit-learn 1.8 has renamed.
+        warnings.simplefilter("ignore")
         yield
