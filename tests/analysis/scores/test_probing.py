@@ -2,13 +2,13 @@
 
 import copy
 import os
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import random_transformer
+from helpers import files_no_larger_than, random_transformer
 from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
 from sae_probes.utils_data import get_yvals, read_numbered_dataset_df
 
@@ -81,7 +81,6 @@ def test_a_data_set_is_read_once_and_the_tokenizer_left_as_it_was(
     small_model: HookedSAETransformer,
     dataset: str,
     folder: Path,
-    capsys: pytest.CaptureFixture[str],
 ):
     tokenizer: Any = small_model.tokenizer
     assert tokenizer.truncation_side == "right"
@@ -89,23 +88,12 @@ def test_a_data_set_is_read_once_and_the_tokenizer_left_as_it_was(
     os.utime(file, (0, 0))
     cache_activations(small_model, HOOK, [dataset], folder, 8, "cpu")
     assert file.stat().st_mtime == 0
-    assert capsys.readouterr().out == ""
 
 
-def test_an_interruption_leaves_no_part_of_a_file(
+def test_a_full_disk_leaves_no_part_of_a_file(
     small_model: HookedSAETransformer, dataset: str, tmp_path: Path
 ):
-    runs: list[int] = []
-
-    def interrupt(x: torch.Tensor, hook: Any) -> None:
-        runs.append(len(x))
-        if len(runs) == 2:
-            raise KeyboardInterrupt
-
-    with (
-        small_model.hooks(fwd_hooks=[(HOOK, interrupt)]),
-        pytest.raises(KeyboardInterrupt),
-    ):
+    with files_no_larger_than(10_000), pytest.raises((OSError, RuntimeError)):
         cache_activations(small_model, HOOK, [dataset], tmp_path, 8, "cpu")
     assert files(tmp_path) == []
     assert missing_activations([dataset], HOOK, tmp_path) == [dataset]
@@ -126,15 +114,15 @@ def test_a_tokenizer_that_cannot_pad_is_refused(
         cache_activations(small_model, HOOK, [dataset], tmp_path, 8, "cpu")
 
 
-@pytest.fixture
-def identity() -> Iterator[StandardSAE]:
+@pytest.fixture(scope="module")
+def identity() -> StandardSAE:
     """SAE whose 18 latents are the numbers of its input, where these are positive."""
     sae = StandardSAE(
         StandardSAEConfig(d_in=18, d_sae=18, normalize_activations="none")
     )
     for weights in (sae.W_enc, sae.W_dec):
         weights.data = torch.eye(18)
-    yield sae
+    return sae
 
 
 def plant(file: Path, dataset: str, concepts: int) -> None:
@@ -150,18 +138,31 @@ def plant(file: Path, dataset: str, concepts: int) -> None:
 
 @pytest.mark.parametrize("concepts", [0, 1, 4])
 def test_probes_find_a_concept_with_as_many_latents_as_it_has(
-    concepts: int, identity: StandardSAE, dataset: str, folder: Path, tmp_path: Path
+    concepts: int,
+    identity: StandardSAE,
+    dataset: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     (file,) = files(folder)
     planted = tmp_path / file.relative_to(folder)
     planted.parent.mkdir()
     plant(planted, dataset, concepts)
     found = sparse_probing(identity, HOOK, dataset, tmp_path)
+    assert capsys.readouterr().out == ""
     assert list(found) == ["1", "5", "16"]
     least = {0: (0, 0, 0), 1: (1, 1, 1), 4: (0.55, 1, 1)}[concepts]
     most = {0: (0.65, 0.65, 0.65), 1: (1, 1, 1), 4: (0.75, 1, 1)}[concepts]
     for low, auc, high in zip(least, found.values(), most, strict=True):
         assert low - 1e-6 <= auc <= high + 1e-6
+
+
+def test_without_sae_probes_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    dataset_characters.cache_clear()
+    monkeypatch.setitem(sys.modules, "sae_probes", None)
+    with pytest.raises(ImportError, match=r'pip install "sae-lens-scale\[score\]"'):
+        shortest_datasets(1)
 
 
 def test_missing_activations_are_no_reason_to_look_for_a_model(
