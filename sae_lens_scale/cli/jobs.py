@@ -88,17 +88,6 @@ class Models:
             )
 
 
-def require_known_text(name: str) -> None:
-    """
-    Refuse a text that cannot be read.
-
-    Raises:
-        ValueError: If it cannot; the message names --dataset.
-    """
-    if name != "docstrings":
-        require_text("--dataset", name)
-
-
 def job_of(options: argparse.Namespace, name: str, sae_id: str | None) -> Job:
     """
     Load an SAE to see that it can be scored, and with which model and text.
@@ -142,7 +131,8 @@ def job_of(options: argparse.Namespace, name: str, sae_id: str | None) -> Job:
             f"predicts, and any BOS, got {context_size}"
         )
     text = _recorded(sae, name, "dataset_path", options.dataset, str, "dataset")
-    require_known_text(text)
+    if text != "docstrings":
+        require_text("--dataset", text)
     return Job(
         name,
         sae_id,

@@ -35,14 +35,7 @@ from sae_lens_scale.files import (
 from sae_lens_scale.loading.errors import require_context, require_hook
 
 from .arguments import filled, path, positive
-from .jobs import (
-    Job,
-    Models,
-    job_of,
-    require_different,
-    require_known_text,
-    store_of,
-)
+from .jobs import Job, Models, job_of, require_different, store_of
 from .output import note, table
 from .sae_argument import find_saes, load_sae
 
@@ -132,8 +125,6 @@ def _run(options: argparse.Namespace) -> str:
     require("matplotlib", "score")
     datasets = shortest_datasets(options.probing_datasets)
     require_writable("--output", options.output)
-    if options.dataset is not None:
-        require_known_text(options.dataset)
     jobs = [job_of(options, *name) for name in find_saes(options.saes)]
     require_different(jobs)
     models = Models(options.device)

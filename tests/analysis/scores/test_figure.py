@@ -1,13 +1,11 @@
 """The picture of scores."""
 
-from pathlib import Path
-
 import pytest
 
 from sae_lens_scale.analysis.scores import Spread, plot_scores
 
 
-def test_each_score_has_a_panel_and_each_sae_a_row(tmp_path: Path):
+def test_each_score_has_a_panel_and_each_sae_a_row():
     scores = [
         {"fvu": Spread(0.1, 0.01), "redundancy": Spread(None, None)},
         {"fvu": Spread(0.3, None), "redundancy": Spread(0.2, None)},
@@ -21,8 +19,6 @@ def test_each_score_has_a_panel_and_each_sae_a_row(tmp_path: Path):
     ends = fvu.containers[0][2][0].get_segments()[0]
     assert ends[:, 0] == pytest.approx([0.09, 0.11])
     assert len(redundancy.containers) == 1
-    figure.savefig(tmp_path / "scores.png")
-    assert (tmp_path / "scores.png").stat().st_size > 5_000
 
 
 def test_nothing_to_draw_is_refused():
