@@ -123,9 +123,10 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> str:
     require("matplotlib", "score")
-    datasets = shortest_datasets(options.probing_datasets)
     require_writable("--output", options.output)
-    jobs = [job_of(options, *name) for name in find_saes(options.saes)]
+    names = find_saes(options.saes)
+    datasets = shortest_datasets(options.probing_datasets)
+    jobs = [job_of(options, *name) for name in names]
     require_different(jobs)
     models = Models(options.device)
     checked = [_check(options, job, models, datasets) for job in jobs]
