@@ -23,6 +23,7 @@ from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_scale.files import read_json, require_writable, write_whole
+from sae_lens_scale.loading.docstrings import docstring_corpus
 from sae_lens_scale.loading.errors import (
     first_prompt,
     naming_model,
@@ -31,6 +32,7 @@ from sae_lens_scale.loading.errors import (
     require_device,
     require_hook,
 )
+from sae_lens_scale.loading.smollm2 import load_smollm2
 from sae_lens_scale.upstream import InterruptedException, buffer_argument
 
 LR_FACTORS_FILENAME = "lr_factors.json"
@@ -136,7 +138,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     the main thread, as SAELens's does.
 
     Settings that cannot work are refused before anything is loaded, and those that do not
-    suit the model or the text before the first step. A run that goes on from a checkpoint
+    suit the model or the text before the first step. The config's ``model_name`` may be
+    "smollm2", and its ``dataset_path`` "docstrings", which need no hub. A run that goes on from a checkpoint
     goes on with its optimizer and its schedule of the learning rate, so that its config must
     name the same; a schedule that ends needs the same ``training_tokens``.
 
@@ -193,6 +196,10 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
                 raise FileNotFoundError(f"from_pretrained_path: there is no {file}")
         if checkpoint is not None:
             _require_same(Path(checkpoint), RUNNER_CFG_FILENAME, _schedule_of(cfg))
+        if override_model is None and cfg.model_name == "smollm2":
+            override_model = load_smollm2(device=str(cfg.llm_device))
+        if override_dataset is None and cfg.dataset_path == "docstrings":
+            override_dataset = docstring_corpus("train")
         try:
             super().__init__(cfg, override_dataset, override_model, override_sae)
         except Exception as error:

@@ -6,7 +6,7 @@ import io
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ _SIZES = {
 }
 # Of an SAE that is loaded, which its folder decides.
 _SAE_SIZES = ("d_in", "d_sae", "k", "num_experts", "experts_per_token")
+# Other names of options in SAELens's parser.
+_ALIASES = {"architecture": "sae"}
 # An empty one, such as a variable that the shell does not know, is no name.
 _NAMES = (
     "model_name",
@@ -58,7 +60,9 @@ def add_parser(commands: Any) -> None:
         "train",
         help="train an SAE with SAELens's runner",
         description="Options besides those of SAELens's runner, which follow. "
-        "`train --architecture scale --help` has the SAE's own, such as --k.",
+        "`train --architecture scale --help` has the SAE's own, such as --k. The model "
+        '"smollm2" (from PyPI) and the text "docstrings" (of the installed packages) '
+        "need no hub.",
         add_help=False,
         allow_abbrev=False,
     )
@@ -128,27 +132,23 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     pretrained = given["from_pretrained_path"]
     if pretrained is not None:
         _require_sizes_of(pretrained, arguments)
-    if name == "none":
-        return _parse(arguments)
-    if architecture not in ARCHITECTURES or pretrained is not None:
-        if name is not None:
+    if architecture not in ARCHITECTURES or pretrained is not None or name == "none":
+        if name not in (None, "none"):
             raise ValueError(
                 f"--recipe {name} is for fresh SAEs of the architectures "
                 f"{', '.join(ARCHITECTURES)}, got {pretrained or architecture}"
             )
-        return _parse(arguments)
+        cfg = _parse(arguments)
+        if cfg.sae.architecture() != architecture:
+            # SAELens's parser takes the abbreviation, and trains its default.
+            raise ValueError(f"write --architecture {architecture} in full")
+        return cfg
     # A config made of the sizes alone may be invalid: the recipe divides the latents.
     sizes = _read(arguments, dict.fromkeys(_SIZES, positive))
     chosen = {n: sizes[n] or default for n, default in _SIZES.items()}
     recipe = recipe_of(name or "recommended", architecture, **chosen)
     settings = recipe.runner | recipe.sae
-    expected = settings | {n: size for n, size in chosen.items() if size is not None}
     cfg = _parse([*_flags(settings), *arguments])
-    if any(_field(cfg, n) != expected[n] for n in chosen if n in expected):
-        raise ValueError(
-            f"write the names of {', '.join(f'--{n}' for n in chosen)} in full: a recipe "
-            "depends on them"
-        )
     used = {n: _field(cfg, n) for n in settings}
     lines = [
         f"  {n} {used[n]}" + ("" if used[n] == v else f" (given; the recipe's is {v})")
@@ -161,29 +161,27 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
 def _read(
     arguments: Sequence[str], types: Mapping[str, Callable[[str], Any]]
 ) -> dict[str, Any]:
-    """Read some options, written in full, by their types; None for those that are left out."""
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, exit_on_error=False
-    )
+    """Read some options by their types; None for those that are left out."""
+    # Abbreviations, too, as SAELens's parser takes them.
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     for name, kind in types.items():
-        parser.add_argument(f"--{name}", type=kind)
-    try:
+        names = (name, _ALIASES[name]) if name in _ALIASES else (name,)
+        parser.add_argument(*(f"--{n}" for n in names), type=kind)
+    with _errors_in_one_line():
         return vars(parser.parse_known_args(arguments)[0])
-    except argparse.ArgumentError as error:
-        complain(error_text(error))
-        raise SystemExit(2) from error
 
 
 def _require_sizes_of(folder: str, arguments: Sequence[str]) -> None:
-    """Refuse other sizes than those of the SAE in a folder: training would ignore them."""
+    """Refuse what is not so of the SAE in a folder: training would ignore it."""
     file = Path(folder, SAE_CFG_FILENAME)
     # The runner says what is missing.
     saved = read_json(file) if file.is_file() else {}
-    for name, size in _read(arguments, dict.fromkeys(_SAE_SIZES, positive)).items():
-        if size is not None and saved.get(name, size) != size:
+    types = {"architecture": str, **dict.fromkeys(_SAE_SIZES, positive)}
+    for name, value in _read(arguments, types).items():
+        if value is not None and saved.get(name, value) != value:
             raise ValueError(
                 f"{name} must be left out or {saved[name]}, as in {folder}, whose SAE is "
-                f"trained, got {size}"
+                f"trained, got {value}"
             )
 
 
@@ -197,11 +195,24 @@ def _field(cfg: Any, name: str) -> Any:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    # SAELens's parser prints its usage, over a hundred options, before each error.
+    try:
+        with _errors_in_one_line():
+            return _parse_cfg_args(arguments)
+    except ZeroDivisionError as error:
+        # SAELens divides by them in its message about the run to come.
+        raise ValueError(
+            "train_batch_size_tokens, feature_sampling_window and wandb_log_frequency "
+            "must be positive, got 0"
+        ) from error
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Leave out the usage that argparse, SAELens's of over a hundred options, prints."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            cfg = _parse_cfg_args(arguments)
+            yield
     except argparse.ArgumentError as error:
         complain(error_text(error))
         raise SystemExit(2) from error
@@ -209,14 +220,9 @@ def _parse(arguments: Sequence[str]) -> Any:
         if stop.code:
             complain(printed.getvalue().strip().rsplit("error: ", 1)[-1])
         raise
-    except ZeroDivisionError as error:
-        # SAELens divides by them in its message about the run to come.
-        raise ValueError(
-            "train_batch_size_tokens, feature_sampling_window and wandb_log_frequency "
-            "must be positive, got 0"
-        ) from error
-    sys.stderr.write(printed.getvalue())
-    return cfg
+    # It is none where the caller has closed it.
+    if sys.stderr is not None:
+        sys.stderr.write(printed.getvalue())
 
 
 def _lr_factor(text: str) -> tuple[str, float]:
