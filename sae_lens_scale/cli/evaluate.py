@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 from sae_lens import SAE
-from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, DTYPE_MAP
+from sae_lens.constants import DTYPE_MAP
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import load_model
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -30,9 +30,8 @@ from sae_lens_scale.loading.smollm2 import load_smollm2
 
 from .arguments import filled, path, positive
 from .output import note, table
-from .sae_argument import find_saes, load_sae
+from .sae_argument import find_saes, fold_scaler, load_sae
 
-_SCALED_BY_THE_TRAINER = ("expected_average_only_in", "covariance_whitening")
 # Of EvalConfig, and what each measures.
 _SWITCHES = {
     "compute_kl": "KL divergence of the language model's predictions with the SAE from "
@@ -49,6 +48,11 @@ _SWITCHES = {
 _RECONSTRUCTION = {"compute_kl", "compute_ce_loss"}
 # Computed from the weights alone.
 _WEIGHTS = {"compute_featurewise_weight_based_metrics"}
+_ADVICE = (
+    "; smaller --n_eval_reconstruction_batches and --n_eval_sparsity_variance_batches "
+    "shorten it"
+)
+_OF_EACH_LATENT = _WEIGHTS | {"compute_featurewise_density_statistics"}
 
 
 def add_parser(commands: Any) -> None:
@@ -167,6 +171,10 @@ def _run(options: argparse.Namespace) -> str:
         if not output.exists() or output.is_file():
             # It is replaced by a new one.
             require_writable("--output", output.parent)
+    if output is None or _is_table(output):
+        for name in options.compute or ():
+            if name in _OF_EACH_LATENT:
+                raise ValueError(f"--{name} needs --output, and JSON there, not CSV")
     # A pipe or a device would get one file after the other.
     once = output is not None and output.exists() and not output.is_file()
     results = []
@@ -189,8 +197,12 @@ def _run(options: argparse.Namespace) -> str:
     return dump_json(summaries if len(results) > 1 else summaries[0])
 
 
+def _is_table(output: Path) -> bool:
+    return output.suffix.lower() == ".csv"
+
+
 def _write(output: Path, results: list[dict[str, Any]]) -> None:
-    if output.suffix == ".csv":
+    if _is_table(output):
         summaries = [_summary(result) for result in results]
         text = pd.json_normalize(summaries).to_csv(index=False)
     else:
@@ -241,10 +253,11 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             store, prompt = _store(sae, model, dataset, texts[dataset], size, cfg)
             require_hook(model, wanted[0], prompt, *hook)
         for dataset, size in product(datasets, sizes):
+            number = next(numbers)
             note(
-                f"evaluation {next(numbers)} of {total}: "
+                f"evaluation {number} of {total}: "
                 f"{' '.join(filter(None, (name, sae_id)))} on {dataset}, "
-                f"{_cost(cfg, size)}"
+                f"{_cost(cfg, size)}{_ADVICE if number == 1 else ''}"
             )
             store, _ = _store(sae, model, dataset, texts[dataset], size, cfg)
             by_group, by_latent = _evaluate(sae, model, store, dataset, cfg)
@@ -268,8 +281,7 @@ def _load(
 ) -> tuple[SAE[Any], dict[str, Any], list[str], list[int], tuple[Any, ...]]:
     """Load an SAE: itself, its config as it is on disk, and its :func:`_settings`."""
     sae = load_sae(name, sae_id, options.device, options.dtype)
-    if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
-        _fold_scaler(sae, Path(name, ACTIVATION_SCALER_CFG_FILENAME))
+    fold_scaler(sae, name)
     # Before options change what it says of prompts.
     sae_cfg = sae.cfg.to_dict()
     return sae, sae_cfg, *_settings(options, name, sae)
@@ -405,27 +417,6 @@ def _evaluate(
 def _require_text(dataset: str) -> None:
     if dataset != "docstrings":
         require_text("--dataset", dataset)
-
-
-def _fold_scaler(sae: SAE[Any], path: Path) -> None:
-    # A training checkpoint expects activations as the trainer had scaled them.
-    scaler = ActivationScaler()
-    if path.exists():
-        scaler.load(path)
-    if scaler.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-    if scaler.whitening is not None:
-        sae.fold_activation_whitening(
-            scaler.whitening.mean,
-            scaler.whitening.matrix,
-            scaler.whitening.inverse_matrix,
-        )
-    # Each fold sets it to "none".
-    if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
-        raise ValueError(
-            f"{path} is missing or incomplete: it does not say how activations were "
-            f"scaled (normalize_activations={sae.cfg.normalize_activations!r})"
-        )
 
 
 def _load_model(

@@ -119,6 +119,7 @@ def test_every_sae_meets_every_text_and_context_size_and_one_model(
     # 2 batches of 4 prompts of 16 tokens.
     assert f"evaluation 8 of 8: {saes[1]} on {texts[1]}, 2 batches" in captured.err
     assert "16 tokens, 128 tokens" in captured.err
+    assert captured.err.count("smaller --n_eval_reconstruction_batches") == 1
 
     rows = pd.read_csv(tmp_path / "metrics.csv")
     combinations = [(s, t, c) for s in saes for t in texts for c in (8, 16)]
@@ -165,6 +166,17 @@ def test_only_the_metrics_that_are_asked_for_are_computed(
         "encoder_bias",
         "encoder_decoder_cosine_sim",
     }
+
+
+@pytest.mark.parametrize("output", ["", " --output metrics.csv"])
+def test_metrics_of_each_latent_are_not_measured_for_nothing(
+    output: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("density_statistics", "weight_based_metrics"):
+        switch = f"--compute_featurewise_{name}"
+        err = run(f"evaluate nowhere --compute_kl {switch}{output}", 1).err
+        assert f"error: {switch} needs --output, and JSON there" in err
 
 
 def test_patterns_choose_SAEs_of_releases(
@@ -263,11 +275,11 @@ def test_what_was_evaluated_before_a_failure_is_kept(
     holed = write_text(tmp_path / "holed", {"text": "hello " * 100}, {"text": None})
     command = f"evaluate {trained / 'sae'} {SHORT} --compute_l2_norms"
     command += f" --datasets {text_folder} {holed} --output"
-    for name in ("metrics.json", "metrics.csv"):
+    for name in ("metrics.json", "metrics.CSV"):
         run(f"{command} {tmp_path / name}", 1)
     kept = json.loads((tmp_path / "metrics.json").read_text())
     assert kept["eval_cfg"]["dataset"] == str(text_folder)
-    rows = pd.read_csv(tmp_path / "metrics.csv")
+    rows = pd.read_csv(tmp_path / "metrics.CSV")
     assert list(rows["dataset"]) == [str(text_folder)]
 
 
