@@ -48,7 +48,10 @@ def note(text: str) -> None:
     _print(f"sae-lens-scale: {text}", sys.stderr)
 
 
-def _print(text: str, stream: TextIO) -> None:
+def _print(text: str, stream: TextIO | None) -> None:
+    # Python has none where its caller closed it.
+    if stream is None:
+        return
     encoding = stream.encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     print(text, file=stream, flush=True)  # noqa: T201
