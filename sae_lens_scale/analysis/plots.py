@@ -25,7 +25,8 @@ def plot_token_explanations(
         title: Title of the picture.
 
     Returns:
-        The figure; save it with ``savefig``.
+        The figure; save it with ``savefig``. As pixels it holds about 700 tokens at 150 dpi,
+        in a vector format such as SVG any number.
 
     Raises:
         ImportError: If the package ``matplotlib`` is not installed.

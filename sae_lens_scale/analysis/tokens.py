@@ -133,6 +133,11 @@ def _read(
     """Token ids that come before a text, and its own, all of them."""
     if not isinstance(text, str):
         raise ValueError(f"text must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # A half of a surrogate pair, such as a byte of a command line that is no text.
+        raise ValueError(f"text must be Unicode text, got {text!r}") from error
     tokenizer = tokenizer_of(model, "text")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
