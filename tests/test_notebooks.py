@@ -52,7 +52,7 @@ SMALL = {
 def test_train_and_compare_leaves_three_SAEs_of_equal_cost_and_compares_them(
     tmp_path: Path,
 ):
-    out = run("train_and_compare", tmp_path, EVAL_BATCHES=1, **SMALL)
+    out = run("train_and_compare", tmp_path, EVAL_BATCHES=1, EVAL_PROMPTS=2, **SMALL)
     sizes = {}
     for name in ("scale", "switch", "topk"):
         cfg: Any = SAE.load_from_disk(tmp_path / "outputs/train_and_compare" / name).cfg
