@@ -13,6 +13,7 @@ from .experts import (
     expert_usage,
     scaling_factors,
 )
+from .page import explorer
 from .redundancy import feature_redundancy, max_cosine_similarity
 from .similarity import activation_similarity, overlap_histogram
 from .tokens import explain_tokens
@@ -23,6 +24,7 @@ __all__ = [
     "expert_similarity",
     "expert_usage",
     "explain_tokens",
+    "explorer",
     "feature_redundancy",
     "loss_recovered",
     "max_cosine_similarity",

@@ -9,6 +9,9 @@ from sae_lens import SAE
 from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
+from sae_lens_scale.ops import SparseLatents
+from sae_lens_scale.saes.mixture import MixtureSAE
+
 from .corpus import require_iterable, to_tensor
 from .language_model import LanguageModel, as_input
 
@@ -121,6 +124,36 @@ def encode_in_parts(sae: SAE[Any], x: torch.Tensor) -> Iterator[torch.Tensor]:
             if bad.any():
                 acts = acts.masked_fill(bad.unsqueeze(-1), torch.nan)
             yield acts
+
+
+def encode_sparsely(
+    sae: SAE[Any], x: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, SparseLatents]]:
+    """
+    Encode activations ``[passages, tokens, d_in]``, a part at a time, as
+    :func:`encode_in_parts`, for a mixture without d_sae-wide activations.
+
+    Yields:
+        Mask of the tokens that are finite as there, ``[part]``, and the next tokens' latents
+        and their activations, ``[part, m]``, which are 0 on the others.
+    """
+    if not isinstance(sae, MixtureSAE):
+        for acts in encode_in_parts(sae, x):
+            finite = ~acts[:, 0].isnan()
+            latents = torch.arange(sae.cfg.d_sae, device=acts.device).expand_as(acts)
+            yield finite, SparseLatents(acts.nan_to_num(0), latents)
+        return
+    with heads_are_joined(sae):
+        for part in x.flatten(0, 1).split(max(1, _MAX_ACTIVATIONS // sae.cfg.d_in)):
+            part = part.to(sae.device)
+            found = sae.encode_sparse(part)
+            finite = _finite(found.values) & _finite(part)
+            yield (
+                finite,
+                found._replace(
+                    values=found.values.masked_fill(~finite.unsqueeze(-1), 0)
+                ),
+            )
 
 
 def require_finite(

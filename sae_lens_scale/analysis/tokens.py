@@ -18,8 +18,8 @@ from .corpus import require_integer
 from .language_model import (
     LanguageModel,
     hook_of,
+    text_ids,
     token_strings,
-    tokenizer_of,
 )
 
 
@@ -87,7 +87,7 @@ def explain_tokens(
     """
     require_integer("max_latents", max_latents, 0)
     hook = hook_of(model, sae)
-    bos, ids = _read(model, sae, text)
+    bos, ids = text_ids(model, sae, text)
     x = hook_activations(model, sae, hook, torch.tensor([bos + ids]))
     top = []
     for acts in encode_in_parts(sae, x):
@@ -125,22 +125,3 @@ def explain_tokens(
         )
         for i, token in zip(positions, token_strings(model, ids), strict=True)
     ]
-
-
-def _read(
-    model: LanguageModel, sae: SAE[Any], text: str
-) -> tuple[list[int], list[int]]:
-    """Token ids that come before a text, and its own, all of them."""
-    if not isinstance(text, str):
-        raise ValueError(f"text must be a string, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        # A half of a surrogate pair, such as a byte of a command line that is no text.
-        raise ValueError(f"text must be Unicode text, got {text!r}") from error
-    tokenizer = tokenizer_of(model, "text")
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"text must have at least one token, got {text!r}")
-    bos = tokenizer.bos_token_id if sae.cfg.metadata.prepend_bos else None
-    return [] if bos is None else [bos], ids

@@ -260,6 +260,7 @@ def test_activations_of_experts_that_are_elsewhere_are_those_of_the_token():
     sae = subclass(OneExpertAtATime, plain)
     acts = plain.encode(X)
     assert_close(sae.encode(X), acts)
+    assert_close(sae.encode_sparse(X).to_dense(60), acts)
     assert_close(sae.encode(X.view(2, 4, 10)), acts.view(2, 4, 60))
     watch = [("hook_sae_acts_post", lambda acts, hook: 2 * acts)]
     assert_close(sae.run_with_hooks(X, fwd_hooks=watch), plain.decode(2 * acts))

@@ -11,7 +11,13 @@ from torch import nn
 from typing_extensions import override
 
 from sae_lens_scale.files import replacing_files
-from sae_lens_scale.ops import BufferPool, decode_dense, decoder_norm, sparse_decode
+from sae_lens_scale.ops import (
+    BufferPool,
+    SparseLatents,
+    decode_dense,
+    decoder_norm,
+    sparse_decode,
+)
 from sae_lens_scale.upstream import _disable_hooks
 
 from .dispatch import Rows
@@ -65,6 +71,30 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
             ValueError: If the last dimension of ``x`` is not d_in.
         """
         return self.hook_sae_acts_post(self._feature_acts(self._encode(x)))
+
+    def encode_sparse(self, x: torch.Tensor) -> SparseLatents:
+        """
+        Feature activations as :meth:`encode` returns them, compactly: nothing d_sae wide is
+        made, unless a hook or a subclass asks for it.
+
+        Args:
+            x: Activations of the language model, ``[..., d_in]``.
+
+        Returns:
+            The latents of each token and their activations, both ``[..., m]``: m is k, or,
+            where a hook turns others on, as many as any token has. Some activations may be
+            0. A latent that is there twice, because a hook selected its expert twice,
+            counts twice.
+
+        Raises:
+            ValueError: If the last dimension of ``x`` is not d_in.
+        """
+        if self._encodes_compactly() and not is_overridden(self, "dispatch"):
+            return self._encode(x).latents
+        acts = self.encode(x)
+        width = int(acts.count_nonzero(dim=-1).amax()) if acts.numel() else 0
+        indices = acts.abs().topk(width).indices
+        return SparseLatents(acts.gather(-1, indices), indices)
 
     def _feature_acts(self, encoding: Encoding) -> torch.Tensor:
         """Feature activations of each token, ``[..., d_sae]``."""
