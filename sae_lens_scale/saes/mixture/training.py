@@ -135,7 +135,7 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 One such step would turn every weight into NaN, without an error.
         """
         x = step_input.sae_in
-        if self._is_starting:
+        if self._is_starting and torch.is_grad_enabled():
             self._start_from_first_batches(x)
         if is_overridden(self, "encode_with_hidden_pre"):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
