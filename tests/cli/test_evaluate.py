@@ -21,7 +21,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 )
 from sae_lens.saes.sae import SAE
 
-from sae_lens_scale.cli import evaluate
+from sae_lens_scale.cli import sae_on_text
 from sae_lens_scale.cli.sae_argument import find_saes
 
 SHORT = (
@@ -106,8 +106,8 @@ def test_every_sae_meets_every_text_and_context_size_and_one_model(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    load = Mock(side_effect=evaluate.load_model)
-    monkeypatch.setattr(evaluate, "load_model", load)
+    load = Mock(side_effect=sae_on_text.load_model)
+    monkeypatch.setattr(sae_on_text, "load_model", load)
     other_text = shutil.copytree(text_folder, tmp_path / "other")
     saes = [str(trained / "sae"), str(checkpoint_of(trained))]
     texts = [str(text_folder), str(other_text)]
@@ -293,7 +293,7 @@ def test_one_model_is_released_before_the_next_is_loaded(
     name = str(tiny_llama) + os.sep
     other = with_metadata(trained / "sae", tmp_path / "sae", model_name=name)
     loaded: list[weakref.ref[Any]] = []
-    load_model = evaluate.load_model
+    load_model = sae_on_text.load_model
 
     def load(*args: Any, **kwargs: Any) -> Any:
         assert [model() for model in loaded] == [None] * len(loaded)
@@ -301,7 +301,7 @@ def test_one_model_is_released_before_the_next_is_loaded(
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(evaluate, "load_model", load)
+    monkeypatch.setattr(sae_on_text, "load_model", load)
     run(f"evaluate {trained / 'sae'} {other} {SHORT} --compute_l2_norms")
     assert len(loaded) == 2
 
