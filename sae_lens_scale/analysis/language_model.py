@@ -43,8 +43,13 @@ def hook_of(model: LanguageModel, sae: SAE[Any], field: str = "hook_name") -> st
 
     Raises:
         ValueError: If it names none, or one that the model lacks or that an SAE is
-            attached to.
+            attached to; if the model is of none of the kinds.
     """
+    if not hasattr(model, "hook_dict"):
+        raise ValueError(
+            "model must be a HookedTransformer, a SAETransformerBridge or a Hugging Face "
+            f"model of sae_lens.load_model, got {type(model).__name__}"
+        )
     name = sae.cfg.metadata[field]
     own_name = own_hook_name(model, name)
     if own_name not in model.hook_dict:

@@ -1,6 +1,6 @@
 """Picture of the latents and experts that each token activates."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sae_lens_scale.analysis.tokens import TokenExplanation
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def plot_token_explanations(
-    explanations: Sequence[TokenExplanation], title: str
+    explanations: Iterable[TokenExplanation], title: str
 ) -> "Figure":
     """
     Draw each token's strongest latents, grouped by expert (after figure 9 of the paper).
@@ -37,6 +37,7 @@ def plot_token_explanations(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    explanations = list(explanations)
     if not explanations:
         raise ValueError("explanations must not be empty")
     # A figure of its own, not pyplot's: it leaves the caller's backend alone.

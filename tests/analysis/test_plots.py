@@ -16,7 +16,7 @@ def test_plot_token_explanations_draws_every_latent(tmp_path: Path):
         TokenExplanation(" love", 1, [0, 3], [0.6, 0.4], love),
         TokenExplanation(" apples", 2, [1, 3], [0.9, 0.1], apples),
     ]
-    figure = plot_token_explanations(explanations, "title")
+    figure = plot_token_explanations(iter(explanations), "title")
     (axes,) = figure.axes
     bars = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
     # The bars of the first expert stand first, end to end.

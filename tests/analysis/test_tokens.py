@@ -177,3 +177,12 @@ def test_bad_arguments_are_refused(
     sae = make_sae(hook=arguments.pop("hook"))
     with pytest.raises(ValueError, match=message):
         explain_tokens(tiny_model, sae, **arguments)
+
+
+def test_the_default_device_does_not_matter(
+    tiny_model: HookedSAETransformer, make_sae: Any
+):
+    sae = make_sae()
+    with torch.device("meta"):
+        got = explain_tokens(tiny_model, sae, "I love apples")
+    assert got == explain_tokens(tiny_model, sae, "I love apples")
