@@ -31,6 +31,7 @@ from sae_lens_scale.loading.errors import (
     require_device,
     require_hook,
 )
+from sae_lens_scale.loading.text import skip_missing_texts
 from sae_lens_scale.upstream import InterruptedException, buffer_argument
 
 LR_FACTORS_FILENAME = "lr_factors.json"
@@ -228,11 +229,13 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         require_context("context_size", cfg.context_size, self.model)
         named = f"dataset_path {cfg.dataset_path}"
         text = named if dataset_is_named else "override_dataset"
+        skip_missing_texts(self.activations_store)
         tokens = first_prompt(text, self.activations_store)
         # A first run of another shape would be compiled.
         if not cfg.compile_llm:
             hook = (cfg.hook_name, cfg.hook_head_index, self.sae.cfg.d_in)
-            require_hook(self.model, cfg.model_name, tokens, *hook)
+            arguments = (*hook, cfg.model_kwargs)
+            require_hook(self.model, cfg.model_name, tokens, *arguments)
 
     @override
     def run_trainer_with_interruption_handling(

@@ -454,8 +454,11 @@ def test_wrong_settings_are_refused_before_the_model_is_loaded(
     ("settings", "message"),
     [
         ({"hook_name": "blocks.9.hook_resid_post"}, "^tiny has no hook 'blocks.9"),
-        ({"hook_name": "blocks.0.mlp.hook_post"}, "^tiny must be 32 wide at .* got 64"),
-        ({"hook_head_index": 4}, "^hook_head_index must be a head of tiny"),
+        (
+            {"hook_name": "blocks.0.mlp.hook_post"},
+            "^the SAE must be as wide as .* 64, got 32",
+        ),
+        ({"hook_head_index": 4}, "^hook_head_index must be one of the 0 heads"),
         ({"context_size": 129}, "^context_size must be at most the 128 tokens"),
     ],
 )
