@@ -362,4 +362,4 @@ def test_a_model_of_another_width_is_refused(trained: Path, tmp_path: Path, run:
     (narrow / "cfg.json").write_text(json.dumps(cfg))
     err = run(f"evaluate {narrow} {SHORT}", 1).err
     assert "--prepend_bos is needed: the SAE's metadata name none" in err
-    assert "wide at" in run(f"evaluate {narrow} {SHORT} --no-prepend_bos", 1).err
+    assert "as wide as" in run(f"evaluate {narrow} {SHORT} --no-prepend_bos", 1).err
