@@ -9,6 +9,7 @@ from sae_lens import SAE
 from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
+from sae_lens_scale.loading.errors import take_heads
 from sae_lens_scale.ops import SparseLatents
 from sae_lens_scale.saes.mixture import MixtureSAE
 
@@ -101,21 +102,7 @@ def of_heads(sae: SAE[Any], x: torch.Tensor, hook: str, width: int) -> torch.Ten
     Raises:
         ValueError: If there is no such head, or the width is another.
     """
-    head = sae.cfg.metadata.hook_head_index
-    if head is not None:
-        heads = x.shape[2] if x.ndim == 4 else 0
-        if head not in range(-heads, heads):
-            raise ValueError(
-                "sae.cfg.metadata.hook_head_index must be one of the "
-                f"{heads} heads at {hook}, got {head!r}"
-            )
-        x = x[:, :, head]
-    x = x.flatten(2)
-    if x.shape[-1] != width:
-        raise ValueError(
-            f"sae must be as wide as the model at {hook}, {x.shape[-1]}, got {width}"
-        )
-    return x
+    return take_heads(x, sae.cfg.metadata.hook_head_index, hook, width)
 
 
 def into_heads(sae: SAE[Any], x: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

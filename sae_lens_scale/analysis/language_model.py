@@ -8,7 +8,7 @@ from sae_lens import SAE
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
-from sae_lens_scale.upstream import input_device, own_hook_name
+from sae_lens_scale.upstream import input_device, model_size, own_hook_name
 
 # Hooks of HookedTransformer that are outside attention, MLP and norms, and Hugging Face's
 # layers.
@@ -150,13 +150,13 @@ def as_input(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
         ValueError: If a passage is longer than the model's context, or a token none of
             its vocabulary.
     """
-    n_ctx = _size(model, "n_ctx", "max_position_embeddings")
+    n_ctx = model_size(model, "n_ctx", "max_position_embeddings")
     if n_ctx is not None and ids.shape[1] > n_ctx:
         raise ValueError(
             f"a passage, or a text with its BOS, must have at most {n_ctx} tokens, the "
             f"model's context, got {ids.shape[1]}"
         )
-    d_vocab = _size(model, "d_vocab", "vocab_size")
+    d_vocab = model_size(model, "d_vocab", "vocab_size")
     if d_vocab is not None and ids.max() >= d_vocab:
         # Looked up on a GPU, it would end the process.
         raise ValueError(
@@ -166,11 +166,3 @@ def as_input(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
     device = input_device(model)
     # Embeddings that wait elsewhere until they are used: what brings them brings the ids, too.
     return ids if device.type == "meta" else ids.to(device)
-
-
-def _size(model: Any, name: str, hugging_face_name: str) -> int | None:
-    """Size of a model, by its names in TransformerLens and Hugging Face; None if it is silent."""
-    if hasattr(model, "cfg"):
-        return getattr(model.cfg, name, None)
-    config = getattr(getattr(model, "model", None), "config", None)
-    return getattr(config, hugging_face_name, None)

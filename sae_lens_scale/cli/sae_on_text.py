@@ -17,6 +17,7 @@ from sae_lens_scale.loading.errors import (
     require_text,
 )
 from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.loading.text import skip_missing_texts
 
 from .arguments import filled, positive
 from .sae_argument import fold_scaler, load_sae
@@ -160,6 +161,7 @@ def open_text(
             disable_concat_sequences=bool(metadata.disable_concat_sequences),
             sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
         )
+    skip_missing_texts(store)
     return store, first_prompt(f"--dataset {dataset}", store)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from sae_lens.constants import SAE_CFG_FILENAME
 
-from sae_lens_scale.files import read_json
 from sae_lens_scale.recipes import (
     ARCHITECTURES,
     CONTEXT_SIZE,
     RECIPES,
     recipe_of,
 )
+from sae_lens_scale.run_settings import SIZES, read_settings
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import _parse_cfg_args
 
@@ -35,10 +35,10 @@ _SIZES = {
     "num_experts": None,
     "experts_per_token": None,
 }
-# Of an SAE that is loaded, which its folder decides.
-_SAE_SIZES = ("d_in", "d_sae", "k", "num_experts", "experts_per_token")
 # Other names of options in SAELens's parser.
 _ALIASES = {"architecture": "sae"}
+# Of what the run saves; with "None" it does not.
+_FOLDERS = ("checkpoint_path", "output_path")
 # An empty one, such as a variable that the shell does not know, is no name.
 _NAMES = (
     "model_name",
@@ -130,14 +130,22 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     given = _read(arguments, {"architecture": str, **dict.fromkeys(_NAMES, filled)})
     architecture = given["architecture"] or "standard"
     pretrained = given["from_pretrained_path"]
+    is_fresh = pretrained is None and architecture in ARCHITECTURES
+    if name not in (None, "none") and not is_fresh:
+        raise ValueError(
+            f"--recipe {name} is for fresh SAEs of the architectures "
+            f"{', '.join(ARCHITECTURES)}, got {pretrained or architecture}"
+        )
     if pretrained is not None:
-        _require_sizes_of(pretrained, arguments)
-    if architecture not in ARCHITECTURES or pretrained is not None or name == "none":
-        if name not in (None, "none"):
-            raise ValueError(
-                f"--recipe {name} is for fresh SAEs of the architectures "
-                f"{', '.join(ARCHITECTURES)}, got {pretrained or architecture}"
-            )
+        saved = read_settings(
+            "from_pretrained_path", Path(pretrained, SAE_CFG_FILENAME)
+        )
+        # Its parser knows no options of another architecture, which the runner refuses.
+        if given["architecture"] in (None, saved.get("architecture")):
+            sizes = {n: saved[n] for n in SIZES if n in saved}
+            arguments = [*_flags(sizes), *arguments]
+            architecture = sizes.get("architecture", architecture)
+    if name == "none" or pretrained is not None or architecture not in ARCHITECTURES:
         cfg = _parse(arguments)
         if cfg.sae.architecture() != architecture:
             # SAELens's parser takes the abbreviation, and trains its default.
@@ -171,20 +179,6 @@ def _read(
         return vars(parser.parse_known_args(arguments)[0])
 
 
-def _require_sizes_of(folder: str, arguments: Sequence[str]) -> None:
-    """Refuse what is not so of the SAE in a folder: training would ignore it."""
-    file = Path(folder, SAE_CFG_FILENAME)
-    # The runner says what is missing.
-    saved = read_json(file) if file.is_file() else {}
-    types = {"architecture": str, **dict.fromkeys(_SAE_SIZES, positive)}
-    for name, value in _read(arguments, types).items():
-        if value is not None and saved.get(name, value) != value:
-            raise ValueError(
-                f"{name} must be left out or {saved[name]}, as in {folder}, whose SAE is "
-                f"trained, got {value}"
-            )
-
-
 def _flags(settings: dict[str, Any]) -> list[str]:
     return [part for n, v in settings.items() for part in (f"--{n}", str(v))]
 
@@ -197,13 +191,18 @@ def _field(cfg: Any, name: str) -> Any:
 def _parse(arguments: Sequence[str]) -> Any:
     try:
         with _errors_in_one_line():
-            return _parse_cfg_args(arguments)
+            cfg = _parse_cfg_args(arguments)
     except ZeroDivisionError as error:
         # SAELens divides by them in its message about the run to come.
         raise ValueError(
             "train_batch_size_tokens, feature_sampling_window and wandb_log_frequency "
             "must be positive, got 0"
         ) from error
+    for name, folder in _read(arguments, dict.fromkeys(_FOLDERS, str)).items():
+        # To SAELens's parser it is a folder's name.
+        if folder == "None":
+            setattr(cfg, name, None)
+    return cfg
 
 
 @contextlib.contextmanager

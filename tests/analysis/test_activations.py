@@ -54,8 +54,8 @@ def test_heads_are_joined_or_one_is_taken_and_put_back(make_sae: Any):
         (4, Z, "hook_head_index must be one of the 4 heads at z, got 4"),
         (-5, Z, "hook_head_index must be one of the 4 heads at z, got -5"),
         (0, Z.flatten(2), "hook_head_index must be one of the 0 heads at z, got 0"),
-        (0, Z, "sae must be as wide as the model at z, 8, got 32"),
-        (None, Z[..., 0], "sae must be as wide as the model at z, 4, got 32"),
+        (0, Z, "the SAE must be as wide as the model at z, 8, got 32"),
+        (None, Z[..., 0], "the SAE must be as wide as the model at z, 4, got 32"),
     ],
 )
 def test_activations_of_other_heads_or_widths_are_refused(

@@ -369,9 +369,9 @@ def test_a_model_of_another_width_is_refused(trained: Path, tmp_path: Path, run:
     cfg["metadata"]["hook_name"] = "model.layers.0.mlp.up_proj"
     (narrow / "cfg.json").write_text(json.dumps(cfg))
     err = run(f"evaluate {narrow} {SHORT}", 1).err
-    assert "must be 32 wide at model.layers.0.mlp.up_proj, as the SAE, got 64" in err
+    assert "as wide as the model at model.layers.0.mlp.up_proj, 64, got 32" in err
     cfg["metadata"]["prepend_bos"] = None
     (narrow / "cfg.json").write_text(json.dumps(cfg))
     err = run(f"evaluate {narrow} {SHORT}", 1).err
     assert "--prepend_bos is needed: the SAE's metadata name none" in err
-    assert "wide at" in run(f"evaluate {narrow} {SHORT} --no-prepend_bos", 1).err
+    assert "as wide as" in run(f"evaluate {narrow} {SHORT} --no-prepend_bos", 1).err

@@ -1,6 +1,5 @@
 """``sae-lens-scale train`` on a language model in a folder."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from sae_lens.saes.sae import SAE
 
 from sae_lens_scale import recommended_config, runner
 from sae_lens_scale.cli import train
+from sae_lens_scale.run_settings import SIZES
 
 
 def test_train_is_SAELenss_runner_with_our_architectures(trained: Path):
@@ -173,18 +173,21 @@ def test_a_recipe_that_cannot_be_is_refused(
 
 
 def test_sizes_of_an_SAE_that_is_loaded_are_its_own(tmp_path: Path):
-    scale_sae().save_model(tmp_path)
-    k = json.loads((tmp_path / "cfg.json").read_text())["k"]
-    pretrained = f"--architecture scale --from_pretrained_path {tmp_path}"
-    train._with_recipe(None, f"{pretrained} --k {k}".split())
-    for recipe in (None, "none"):
-        for options in (pretrained, pretrained.replace("_path", "")):
-            with pytest.raises(
-                ValueError, match=f"^k must be left out or {k}, as in .* 3$"
-            ):
-                train._with_recipe(recipe, f"{options} --k 3".split())
-    with pytest.raises(ValueError, match="^architecture must be left out or scale"):
-        train._with_recipe(None, pretrained.replace("scale ", "switch ").split())
+    sae = scale_sae(experts_per_token=3)
+    sae.save_model(tmp_path)
+    pretrained = ["--from_pretrained_path", str(tmp_path)]
+    # The runner refuses what is given otherwise.
+    cfg = train._with_recipe(None, [*pretrained, "--k", "3"])
+    saved, got = sae.cfg.to_dict(), cfg.sae.to_dict()
+    assert {n: got[n] for n in SIZES} == {n: saved[n] for n in SIZES} | {"k": 3}
+    cfg = train._with_recipe("none", [*pretrained, "--architecture", "topk"])
+    assert cfg.sae.architecture() == "topk"
+
+
+def test_None_is_no_folder():
+    folders = ["--output_path", "None", "--checkpoint_path", "None"]
+    cfg = train._with_recipe("none", folders)
+    assert (cfg.output_path, cfg.checkpoint_path) == (None, None)
 
 
 @pytest.mark.parametrize("options", ["", "--architecture topk"])
