@@ -127,7 +127,7 @@ def direct_logits(
         at the hook does not go into the residual stream as it is. Hugging Face models do
         not say which is their final norm, and go without it.
     """
-    d_model = _size(model, "d_model", "hidden_size")
+    d_model = model_size(model, "d_model", "hidden_size")
     of_stream = _OF_RESIDUAL_STREAM.fullmatch(hook) and directions.shape[1] == d_model
     if not of_stream or d_model is None:
         return None
