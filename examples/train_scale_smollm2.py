@@ -210,7 +210,13 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     names = strongest_tokens(model, scale_sae, held_out_tokens, explanations)
     figure = plot_token_explanations(explanations, title, names)
     figure.savefig(cfg.output / "tokens.png", dpi=150)
-    page = explorer(model, scale_sae, held_out_tokens, prompts=[cfg.sentence])
+    page = explorer(
+        model,
+        scale_sae,
+        held_out_tokens,
+        prompts=[cfg.sentence],
+        max_batches=len(held_out_tokens),
+    )
     write_whole(cfg.output / "explorer.html", page)
     say(explanation_text(explanations))
     say(metrics_table(metrics))
@@ -327,7 +333,9 @@ def strongest_tokens(
 ) -> dict[int, str]:
     """Find the token of a corpus that fires each latent of a sentence most."""
     latents = {active.latent for e in explanations for active in e.latents}
-    found = top_activating_contexts(model, sae, tokens, latents, n=1, window=0)
+    found = top_activating_contexts(
+        model, sae, tokens, latents, n=1, window=0, max_batches=len(tokens)
+    )
     return {
         one.latent: context.tokens[context.peak]
         for one in found
