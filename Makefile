@@ -59,6 +59,7 @@ lint: $(INSTALLED)
 # Into site/, offline.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "the site begins at site/index.html"
 
 $(VENV)/.docs: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"

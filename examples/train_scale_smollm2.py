@@ -3,7 +3,8 @@ Train, evaluate and explain a Scale SAE on SmolLM2-135M. `make demo` runs this.
 
 Trains a Scale SAE, a Switch SAE and a dense TopK SAE of the same cost per token on the
 same tokens of a language model, with SAELens's own runner, compares them with SAELens's own
-evaluation, and shows the Scale SAE's latents for each token of a sentence.
+evaluation, shows the Scale SAE's latents for each token of a sentence, and leaves a page to
+explore it with.
 
 Every setting is an option: `--training_tokens 2000000`, `--num_experts 256`, or
 `--model gpt2 --dataset Skylion007/openwebtext` with a model hub at hand.
@@ -37,7 +38,12 @@ from sae_lens.training.activations_store import ActivationsStore
 from simple_parsing import parse
 
 from sae_lens_scale import ScaleSAE, SwitchSAE, recommended_config
-from sae_lens_scale.analysis import expert_usage, explain_tokens
+from sae_lens_scale.analysis import (
+    expert_usage,
+    explain_tokens,
+    explorer,
+    top_activating_contexts,
+)
 from sae_lens_scale.analysis.plots import plot_token_explanations
 from sae_lens_scale.analysis.tokens import TokenExplanation
 from sae_lens_scale.cli.output import error_text, print_result
@@ -93,6 +99,8 @@ class DemoConfig:
         eval_batches (int): Batches of prompts for the cross-entropies; twice as
             many are used for the metrics that need no language-model loss.
         sentence (str): The sentence to explain token by token, of at most 200 tokens.
+        latents_per_token (int): Latents that the picture of the sentence shows for a token.
+        explorer_tokens (int): Held-out tokens on the page to explore the Scale SAE with.
         device (str): Device of the model and the SAEs.
         seed (int): Seed of the SAEs' initial weights.
     """
@@ -112,6 +120,8 @@ class DemoConfig:
     prompts_per_batch: int = 16
     eval_batches: int = 2
     sentence: str = "I love apples but hate oranges completely."
+    latents_per_token: int = 8
+    explorer_tokens: int = 32_768
     device: str = "cpu"
     seed: int = 0
 
@@ -126,6 +136,8 @@ class DemoConfig:
             "context_size",
             "prompts_per_batch",
             "eval_batches",
+            "latents_per_token",
+            "explorer_tokens",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -189,15 +201,28 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     write_whole(cfg.output / "metrics.json", dump_json(result))
 
     scale_sae = SAE.load_from_disk(cfg.output / "scale", device=cfg.device)
-    explanations = explain_tokens(model, scale_sae, cfg.sentence)
+    explanations = explain_tokens(model, scale_sae, cfg.sentence, cfg.latents_per_token)
     tokens = [asdict(explanation) for explanation in explanations]
     write_whole(cfg.output / "tokens.json", dump_json(tokens))
+    say(f"Reading {cfg.explorer_tokens:,} held-out tokens for pictures")
+    held_out_tokens = read_tokens(model, runners["scale"], test, cfg.explorer_tokens)
     title = f"Strongest latents of the Scale SAE at {cfg.hook_name}"
-    figure = plot_token_explanations(explanations, title)
+    names = strongest_tokens(model, scale_sae, held_out_tokens, explanations)
+    figure = plot_token_explanations(explanations, title, names)
     figure.savefig(cfg.output / "tokens.png", dpi=150)
+    page = explorer(
+        model,
+        scale_sae,
+        held_out_tokens,
+        prompts=[cfg.sentence],
+        max_batches=len(held_out_tokens),
+    )
+    write_whole(cfg.output / "explorer.html", page)
     say(explanation_text(explanations))
     say(metrics_table(metrics))
-    say(f"Everything is in {cfg.output}")
+    say(
+        f"Everything is in {cfg.output}; open {cfg.output / 'explorer.html'} in a browser"
+    )
     return result
 
 
@@ -286,6 +311,36 @@ def sample_activations(
     require_hook(model, small.model_name, prompt, *hook)
     n_batches = -(-n_tokens // batch_size)
     return torch.cat([next(store) for _ in range(n_batches)])
+
+
+def read_tokens(
+    model: HookedSAETransformer,
+    runner_cfg: LanguageModelSAERunnerConfig[Any],
+    text: Dataset | IterableDataset,
+    n_tokens: int,
+) -> list[torch.Tensor]:
+    """Read the start of a text, at least ``n_tokens``, in batches ``[prompts, tokens]``."""
+    store = ActivationsStore.from_config(model, runner_cfg, override_dataset=text)
+    batch = runner_cfg.store_batch_size_prompts * runner_cfg.context_size
+    return [store.get_batch_tokens() for _ in range(-(-n_tokens // batch))]
+
+
+def strongest_tokens(
+    model: HookedSAETransformer,
+    sae: SAE[Any],
+    tokens: list[torch.Tensor],
+    explanations: list[TokenExplanation],
+) -> dict[int, str]:
+    """Find the token of a corpus that fires each latent of a sentence most."""
+    latents = {active.latent for e in explanations for active in e.latents}
+    found = top_activating_contexts(
+        model, sae, tokens, latents, n=1, window=0, max_batches=len(tokens)
+    )
+    return {
+        one.latent: context.tokens[context.peak]
+        for one in found
+        for context in one.contexts
+    }
 
 
 def train_sae(

@@ -41,7 +41,8 @@ def require_writable(setting: str, folder: str | Path) -> None:
         OSError: If nothing can be written there.
     """
     path = Path(folder).absolute()
-    existing = next(p for p in (path, *path.parents) if p.exists())
+    # A link to nothing is in the way of a folder, too.
+    existing = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
     if not existing.is_dir():
         raise NotADirectoryError(f"{setting}: {existing} is no folder")
     try:

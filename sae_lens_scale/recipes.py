@@ -4,14 +4,14 @@ Recipes: training settings by the sizes of a run.
 docs/defaults.md says what they were measured on.
 """
 
+import warnings
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.registry import get_sae_training_class
 
-from sae_lens_scale.saes.mixture.config import require_choice
+from sae_lens_scale.saes.mixture.config import require_choice, require_positive_integer
 from sae_lens_scale.saes.scale_sae import default_experts_per_token
 from sae_lens_scale.upstream import buffer_argument
 
@@ -94,11 +94,8 @@ def recipe_of(
         "experts_per_token": experts_per_token,
     }
     for size, value in sizes.items():
-        is_open = value is None and size in _OPEN
-        if not is_open and (
-            not isinstance(value, Integral) or isinstance(value, bool) or value < 1
-        ):
-            raise ValueError(f"{size} must be a positive integer, got {value!r}")
+        if value is not None or size not in _OPEN:
+            require_positive_integer(size, value)
     batch_size = int(train_batch_size_tokens or _batch_size(name, training_tokens))
     training_tokens, k = int(training_tokens), int(k)
     if training_tokens < batch_size:
@@ -177,17 +174,31 @@ def _recommended(
 def _num_experts(
     architecture: Architecture, d_sae: int, k: int, experts_per_token: int | None
 ) -> int:
-    """Divide the latents: as finely as was measured, but not into experts of a few latents."""
+    """
+    Divide the latents: as finely as was measured, but not into experts of a few latents.
+
+    Warns where a d_sae that can be halved less often makes fewer experts than its size would.
+    """
     num_experts = 32
     if architecture == "scale":
         num_experts = 512 if k >= _LARGE_K else 256
+    most = 0
     while num_experts > 1:
         e = 1
         if architecture == "scale":
             e = experts_per_token or default_experts_per_token(num_experts)
         size, rest = divmod(d_sae, num_experts)
-        if not rest and size >= _LEAST_SIZE and e * size >= 2 * k:
-            return num_experts
+        if size >= _LEAST_SIZE and e * size >= 2 * k:
+            most = most or num_experts
+            if not rest:
+                if num_experts < most:
+                    warnings.warn(
+                        f"d_sae={d_sae} is divisible into {num_experts} experts, where its "
+                        f"size is enough for {most}: choose a multiple of {most}, such as "
+                        f"{round(d_sae / most) * most}, or name num_experts",
+                        stacklevel=4,
+                    )
+                return num_experts
         num_experts //= 2
     raise ValueError(
         f"d_sae must be divisible into experts of at least {_LEAST_SIZE} latents, and those "
@@ -247,7 +258,8 @@ def recommended_config(
 
     Measured in runs of up to 2,000,000 tokens on SmolLM2-135M (docs/defaults.md), not in long
     runs or on GPUs. SAELens's defaults stay for the device (the CPU) and for logging (Weights &
-    Biases).
+    Biases). For all heads of an attention layer (a hook whose name ends in ``_z``) it sets
+    ``reshape_activations``, without which the SAE could not be spliced.
 
     Args:
         architecture: "scale" or "switch".
@@ -259,7 +271,7 @@ def recommended_config(
         training_tokens: Tokens to train on.
         dataset_path: Name or folder of a text dataset.
         recipe: "recommended", or "paper" for the settings of the architecture's authors.
-        sae: Other fields of the SAE's config.
+        sae: Other fields of the SAE's config; None leaves numbers of experts to the recipe.
         **overrides: Other fields of the runner's config, such as device, logger and
             output_path.
 
@@ -268,9 +280,19 @@ def recommended_config(
 
     Raises:
         ValueError: As :func:`recipe_of`, and as the configs.
-        TypeError: If a field is given twice, or there is no such field.
+        TypeError: If a field is given twice, there is no such field, or ``sae`` is no mapping.
     """
-    fields = dict(sae or {})
+    if not isinstance(sae, Mapping | None):
+        raise TypeError(
+            f"sae must be a mapping of fields of the SAE's config, got {sae!r:.80}"
+        )
+    fields = {
+        name: value
+        for name, value in (sae or {}).items()
+        if value is not None or name not in _OPEN
+    }
+    if hook_name.endswith("_z") and overrides.get("hook_head_index") is None:
+        fields.setdefault("reshape_activations", "hook_z")
     chosen = recipe_of(
         recipe,
         architecture,

@@ -6,23 +6,23 @@ single parameters, and a fused optimizer.
 import json
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import DatasetDict, IterableDatasetDict
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
-from sae_lens.util import str_to_dtype
 from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
-from sae_lens_scale.files import read_json, require_writable, write_whole
+from sae_lens_scale.files import read_json, write_whole
+from sae_lens_scale.loading.docstrings import docstring_corpus
 from sae_lens_scale.loading.errors import (
     first_prompt,
     naming_model,
@@ -31,29 +31,17 @@ from sae_lens_scale.loading.errors import (
     require_device,
     require_hook,
 )
-from sae_lens_scale.upstream import InterruptedException, buffer_argument
+from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.loading.text import skip_missing_texts
+from sae_lens_scale.run_settings import (
+    require_checkpoint,
+    require_sae_of_checkpoint,
+    require_sae_of_folder,
+    require_settings,
+)
+from sae_lens_scale.upstream import InterruptedException
 
 LR_FACTORS_FILENAME = "lr_factors.json"
-
-# Settings of a run that the state of its trainer and optimizer, in a checkpoint, decides: other
-# values of the config would be ignored. Those of the run's length count if the learning rate
-# depends on it.
-_SCHEDULE = (
-    "lr",
-    "lr_scheduler_name",
-    "lr_warm_up_steps",
-    "lr_decay_steps",
-    "lr_end",
-    "n_restart_cycles",
-    "adam_beta1",
-    "adam_beta2",
-)
-_LENGTH = ("training_tokens", "train_batch_size_tokens")
-# Fields of the SAE's config that its weights, and the scale of activations that they expect,
-# decide. After its end a run has folded that scale in.
-_WEIGHTS = ("architecture", "d_in", "d_sae", "num_experts", "normalize_activations")
-# Normalisations that SAELens estimates before the first step.
-_ESTIMATED = ("expected_average_only_in", "covariance_whitening")
 
 
 def require_lr_factors(sae: TrainingSAE[Any], lr_factors: Mapping[str, float]) -> None:
@@ -136,7 +124,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     the main thread, as SAELens's does.
 
     Settings that cannot work are refused before anything is loaded, and those that do not
-    suit the model or the text before the first step. A run that goes on from a checkpoint
+    suit the model or the text before the first step. The config's ``model_name`` may be
+    "smollm2", and its ``dataset_path`` "docstrings", which need no hub. A run that goes on from a checkpoint
     goes on with its optimizer and its schedule of the learning rate, so that its config must
     name the same; a schedule that ends needs the same ``training_tokens``.
 
@@ -180,19 +169,19 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             lr_factors = read_json(saved) if saved.exists() else None
         lr_factors = {} if lr_factors is None else lr_factors
         _require_factors(lr_factors)
-        # SAELens would take dataset_path instead.
-        if override_dataset is not None and not override_dataset:
-            raise ValueError("override_dataset must not be empty")
-        _require_settings(cfg)
+        _require_override(override_dataset, override_sae, cfg.sae.d_in)
+        require_settings(cfg)
         # These would be ignored where the runner is given what they are for.
         if override_model is None:
             require_device("llm_device", str(cfg.llm_device))
         if override_sae is None and cfg.from_pretrained_path is not None:
-            file = Path(cfg.from_pretrained_path, SAE_CFG_FILENAME)
-            if not file.is_file():
-                raise FileNotFoundError(f"from_pretrained_path: there is no {file}")
+            require_sae_of_folder(cfg, Path(cfg.from_pretrained_path))
         if checkpoint is not None:
-            _require_same(Path(checkpoint), RUNNER_CFG_FILENAME, _schedule_of(cfg))
+            require_checkpoint(cfg, Path(checkpoint))
+        if override_model is None and cfg.model_name == "smollm2":
+            override_model = load_smollm2(device=str(cfg.llm_device))
+        if override_dataset is None and cfg.dataset_path == "docstrings":
+            override_dataset = docstring_corpus("train")
         try:
             super().__init__(cfg, override_dataset, override_model, override_sae)
         except Exception as error:
@@ -212,9 +201,7 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             raise
         if checkpoint is not None:
             # Of the SAE that goes on, which may be none of the config.
-            weights = self.sae.cfg.to_dict()
-            weights = {name: weights[name] for name in _WEIGHTS if name in weights}
-            _require_same(Path(checkpoint), SAE_CFG_FILENAME, weights)
+            require_sae_of_checkpoint(self.sae.cfg, Path(checkpoint))
         self.fused_optimizer = fused_optimizer
         require_lr_factors(self.sae, lr_factors)
         self.lr_factors = {n: float(f) for n, f in lr_factors.items()}
@@ -228,11 +215,23 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         require_context("context_size", cfg.context_size, self.model)
         named = f"dataset_path {cfg.dataset_path}"
         text = named if dataset_is_named else "override_dataset"
+        skip_missing_texts(self.activations_store)
         tokens = first_prompt(text, self.activations_store)
+        excluded = self.activations_store.exclude_special_tokens
+        if excluded is not None:
+            read = tokens[:, slice(*cfg.seqpos_slice)].to(excluded.device)
+            if torch.isin(read, excluded).all():
+                # SAELens would read on for a token to train on, for ever.
+                raise ValueError(
+                    "exclude_special_tokens must leave tokens to train on, got "
+                    f"{cfg.exclude_special_tokens!r}, which are all that the first "
+                    "prompt has"
+                )
         # A first run of another shape would be compiled.
         if not cfg.compile_llm:
             hook = (cfg.hook_name, cfg.hook_head_index, self.sae.cfg.d_in)
-            require_hook(self.model, cfg.model_name, tokens, *hook)
+            arguments = (*hook, cfg.model_kwargs)
+            require_hook(self.model, cfg.model_name, tokens, *arguments)
 
     @override
     def run_trainer_with_interruption_handling(
@@ -251,135 +250,59 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         apply_lr_factors(trainer.optimizer, self.sae, self.lr_factors)
         # An earlier run of this runner may have been interrupted.
         self._interrupted = False
-        before = {
-            s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
+        with _handling_signals(interrupt):
             return trainer.fit()
-        finally:
-            for signal_number, handler in before.items():
-                signal.signal(signal_number, handler)
+
+    @override
+    def save_final_sae(self, *args: Any, **kwargs: Any) -> None:
+        """Save the trained SAE; a signal that comes meanwhile takes effect afterwards."""
+        came: list[int] = []
+        with _handling_signals(lambda number, _: came.append(number)):
+            super().save_final_sae(*args, **kwargs)
+        for number in came:
+            signal.raise_signal(number)
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        super().save_checkpoint(checkpoint_path)
         message = "no checkpoint was saved: checkpoint_path is not set"
         if checkpoint_path is not None:
             factors = json.dumps(self.lr_factors)
+            # First: where a checkpoint lacks SAELens's last file, it is refused.
             write_whole(checkpoint_path / LR_FACTORS_FILENAME, factors)
             message = f"resume_from_checkpoint {checkpoint_path} goes on from here"
+        super().save_checkpoint(checkpoint_path)
         # Once training is over there is nothing to resume: the run ends as usual.
         is_final = checkpoint_path and checkpoint_path.name.startswith("final_")
         if self._interrupted and not is_final:
             raise InterruptedException(message)
 
 
-def _require_settings(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse settings of a run that would fail, or train nothing, once it has begun."""
-    (buffer,) = buffer_argument(1)
-    counts = {
-        name: getattr(cfg, name)
-        for name in (
-            "training_tokens",
-            "train_batch_size_tokens",
-            "store_batch_size_prompts",
-            buffer,
-            "feature_sampling_window",
-        )
-    }
-    if cfg.sae.normalize_activations in _ESTIMATED:
-        counts["n_batches_for_norm_estimate"] = cfg.n_batches_for_norm_estimate
-    if cfg.logger.log_to_wandb:
-        for name in ("wandb_log_frequency", "eval_every_n_wandb_logs"):
-            counts[name] = getattr(cfg.logger, name)
-    for name, value in counts.items():
-        if not (isinstance(value, Real) and float(value) >= 1):
-            raise ValueError(f"{name} must be positive, got {value!r}")
-    if cfg.context_size < 1 + cfg.prepend_bos:
-        raise ValueError(
-            f"context_size must be at least {1 + cfg.prepend_bos}, with "
-            f"prepend_bos={cfg.prepend_bos}, got {cfg.context_size}"
-        )
-    used = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    if used * counts[buffer] < cfg.train_batch_size_tokens:
-        raise ValueError(
-            f"{buffer} must be so many contexts of {used} tokens that they hold "
-            f"train_batch_size_tokens={cfg.train_batch_size_tokens}, got {counts[buffer]}"
-        )
-    if not 0 <= cfg.activations_mixing_fraction <= 1:
-        raise ValueError(
-            "activations_mixing_fraction must be from 0 to 1, got "
-            f"{cfg.activations_mixing_fraction!r}"
-        )
-    _require_schedule(cfg)
-    str_to_dtype(cfg.dtype)
-    for name in ("device", "act_store_device"):
-        require_device(name, getattr(cfg, name))
-    for name in ("output_path", "checkpoint_path"):
-        # SAELens would notice when it saves, at the end.
-        if (folder := getattr(cfg, name)) is not None:
-            require_writable(name, folder)
-    if (
-        cfg.use_cached_activations
-        and not Path(str(cfg.cached_activations_path)).is_dir()
-    ):
-        raise NotADirectoryError(
-            f"cached_activations_path: {cfg.cached_activations_path} is no folder"
-        )
-
-
-def _require_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    if not (isinstance(cfg.lr, Real) and 0 < cfg.lr < math.inf):
-        raise ValueError(f"lr must be positive and finite, got {cfg.lr!r}")
-    trainer_cfg = cfg.to_sae_trainer_config()
+@contextmanager
+def _handling_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Handle interruptions by a handler of one's own, and by those from before afterwards."""
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        # As SAELens's trainer, which is there only when all else is loaded.
-        optimizer = torch.optim.Adam(
-            [torch.zeros(1)], lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2)
-        )
-        get_lr_scheduler(
-            cfg.lr_scheduler_name,
-            optimizer,
-            training_steps=trainer_cfg.total_training_steps,
-            lr=cfg.lr,
-            warm_up_steps=cfg.lr_warm_up_steps,
-            decay_steps=cfg.lr_decay_steps,
-            lr_end=trainer_cfg.lr_end or 0.0,
-            num_cycles=cfg.n_restart_cycles,
-        )
-    except (ValueError, TypeError, ArithmeticError) as error:
-        settings = ", ".join(f"{n}={getattr(cfg, n)!r}" for n in _SCHEDULE)
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _require_override(dataset: Any, sae: Any, d_in: int) -> None:
+    """Refuse a text or an SAE that a runner is given and cannot train with."""
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         raise ValueError(
-            f"no schedule of the learning rate can be made of {settings}: {error}"
-        ) from error
-
-
-def _schedule_of(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
-    """Settings that a checkpoint decides, but for those that the scheduler ignores."""
-    scheduler = cfg.lr_scheduler_name.lower()
-    names: list[str] = [*_SCHEDULE]
-    if scheduler != "cosineannealingwarmrestarts":
-        names.remove("n_restart_cycles")
-    if scheduler == "constant":
-        names.remove("lr_end")
-    if scheduler != "constant" or cfg.lr_decay_steps:
-        names += _LENGTH
-    return {name: getattr(cfg, name) for name in names}
-
-
-def _require_same(checkpoint: Path, filename: str, settings: dict[str, Any]) -> None:
-    """Refuse settings other than those in a file of the checkpoint that a run goes on from."""
-    path = checkpoint / filename
-    if not path.is_file():
-        raise FileNotFoundError(f"resume_from_checkpoint: there is no {path}")
-    before = read_json(path)
-    if not isinstance(before, dict):
-        raise ValueError(f"{path} must hold settings, got {before!r}")
-    for name, value in settings.items():
-        # Of another version, it may lack one.
-        if before.get(name, value) != value:
-            raise ValueError(
-                f"{name} must be {before[name]!r}, as in {checkpoint}, whose run "
-                f"goes on, got {value!r}; from_pretrained_path begins another run "
-                "from its weights"
-            )
+            f"override_dataset must be one of its splits, got all of {list(dataset)}"
+        )
+    # SAELens would take dataset_path instead.
+    if dataset is not None and not dataset:
+        raise ValueError("override_dataset must not be empty")
+    if sae is None:
+        return
+    if not isinstance(sae, TrainingSAE):
+        raise ValueError(
+            f"override_sae must be a training SAE, got {type(sae).__name__}"
+        )
+    if sae.cfg.d_in != d_in:
+        # The store takes its width from the config.
+        raise ValueError(f"d_in must be {sae.cfg.d_in}, as of override_sae, got {d_in}")

@@ -109,3 +109,21 @@ def input_device(model: Any) -> torch.device:
         model: The model, of any kind that SAELens knows.
     """
     return torch.device(_get_input_token_device(model))
+
+
+def model_size(model: Any, name: str, hugging_face_name: str) -> int | None:
+    """
+    Find a size of a language model.
+
+    Args:
+        model: The model, of any kind that SAELens knows.
+        name: The size's name in TransformerLens's config.
+        hugging_face_name: Its name in Hugging Face's.
+
+    Returns:
+        The size; None where the model does not say it.
+    """
+    if hasattr(model, "cfg"):
+        return getattr(model.cfg, name, None)
+    config = getattr(getattr(model, "model", None), "config", None)
+    return getattr(config, hugging_face_name, None)

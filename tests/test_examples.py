@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from analysis.page.reading import read
 from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import SAE
 
@@ -31,7 +32,8 @@ def run(name: str, arguments: str) -> None:
 
 DEMO_ARGUMENTS = (
     "--training_tokens 2048 --batch_size 128 --expansion 2 --num_experts 8 "
-    "--k 16 --context_size 64 --eval_batches 1 --prompts_per_batch 8"
+    "--k 16 --context_size 64 --eval_batches 1 --prompts_per_batch 8 "
+    "--explorer_tokens 512"
 )
 
 
@@ -45,6 +47,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_demo_leaves_SAEs_metrics_and_picture(demo: Path):
     assert sorted(path.name for path in demo.iterdir()) == [
+        "explorer.html",
         "metrics.json",
         "scale",
         "switch",
@@ -65,6 +68,10 @@ def test_demo_leaves_SAEs_metrics_and_picture(demo: Path):
     tokens = json.loads((demo / "tokens.json").read_text())
     assert "".join(t["token"] for t in tokens) == DemoConfig().sentence
     assert (demo / "tokens.png").read_bytes().startswith(b"\x89PNG")
+    facts, arrays = read((demo / "explorer.html").read_text(encoding="utf-8"))
+    assert facts["num_experts"] == 8
+    assert facts["num_prompts"] == 1
+    assert arrays["lengths"].tolist()[1:] == [64] * 8
 
 
 def test_the_command_line_evaluates_what_the_demo_leaves(
@@ -166,7 +173,10 @@ def test_a_sentence_is_read_whole_and_is_not_too_long_for_a_picture(
     [
         ({"sentence": "word " * 300}, "sentence must have 1 to 200 tokens, got 3"),
         ({"hook_name": "blocks.99.hook_resid_post"}, "smollm2 has no hook 'blocks.99"),
-        ({"hook_name": "blocks.0.mlp.hook_post"}, "smollm2 must be 576 wide at"),
+        (
+            {"hook_name": "blocks.0.mlp.hook_post"},
+            "the SAE must be as wide as the model at .* got 576",
+        ),
         ({"context_size": 2_049}, "context_size must be at most the 2048 tokens"),
         ({"num_experts": 7}, "d_sae must be divisible by num_experts"),
         ({"dataset": "{folder}/no"}, "dataset {folder}/no cannot be loaded"),

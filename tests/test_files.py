@@ -16,6 +16,11 @@ def test_folders_that_cannot_be_written_into_are_refused(tmp_path: Path):
     for path in (file, file / "folder"):
         with pytest.raises(NotADirectoryError, match=f"^output: {file} is no folder"):
             require_writable("output", path)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    for path in (link, link / "folder"):
+        with pytest.raises(NotADirectoryError, match=f"^output: {link} is no folder"):
+            require_writable("output", path)
     # Nobody may write there, whoever runs the tests.
     with pytest.raises(OSError, match="^output: nothing can be written into /proc: "):
         require_writable("output", "/proc/new")

@@ -52,7 +52,7 @@ SMALL = {
 def test_train_and_compare_leaves_three_SAEs_of_equal_cost_and_compares_them(
     tmp_path: Path,
 ):
-    out = run("train_and_compare", tmp_path, EVAL_BATCHES=1, **SMALL)
+    out = run("train_and_compare", tmp_path, EVAL_BATCHES=1, EVAL_PROMPTS=2, **SMALL)
     sizes = {}
     for name in ("scale", "switch", "topk"):
         cfg: Any = SAE.load_from_disk(tmp_path / "outputs/train_and_compare" / name).cfg
@@ -74,7 +74,7 @@ def test_explore_trains_an_SAE_where_there_is_none_and_explores_it(
     tmp_path: Path,
 ):
     # Enough for an SAE that has learned next to nothing.
-    out = run("explore", tmp_path, BATCHES=1, STRENGTH=40.0, **SMALL)
+    out = run("explore", tmp_path, BATCHES=1, STRENGTH=40.0, WORDS=6, **SMALL)
     assert SAE.load_from_disk(tmp_path / "outputs/explore").cfg.d_sae == 2_304
     assert "2,304 latents in 64 experts" in out
     contexts = re.findall(r"^ +\d+\.\d  .*«.+».*$", out, re.MULTILINE)

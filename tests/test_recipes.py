@@ -1,6 +1,8 @@
 """Recipes: settings of a training run by its sizes."""
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,55 @@ def test_experts_that_are_given_decide_what_depends_on_them():
         8,
         3,
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "d_sae", "num_experts", "other"),
+    [("scale", 9_000, 8, 8_960), ("switch", 6_000, 16, 6_016)],
+)
+def test_a_d_sae_that_makes_few_experts_warns_and_names_a_better_one(
+    architecture: Any, d_sae: int, num_experts: int, other: int
+):
+    sizes = {**_SIZES, "d_sae": d_sae}
+    with pytest.warns(UserWarning, match=f"d_sae={d_sae} .* such as {other}") as caught:
+        cfg = recommended_config(architecture, **sizes, **_RUN)
+    assert caught[0].filename == __file__
+    assert cfg.sae.num_experts == num_experts
+    for quiet in (
+        {**sizes, "d_sae": other},
+        {**sizes, "sae": {"num_experts": num_experts}},
+        # Few, but as many as the size is enough for.
+        {**sizes, "d_sae": 576},
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            recommended_config(architecture, **quiet, **_RUN)
+
+
+def test_an_SAE_of_all_heads_joins_them():
+    def reshape(hook_name: str, **more: Any) -> str:
+        run = {**_RUN, "hook_name": hook_name, **more}
+        return recommended_config(**_SIZES, **run).sae.reshape_activations
+
+    assert reshape("blocks.8.attn.hook_z") == "hook_z"
+    assert reshape("blocks.8.attn.hook_z", hook_head_index=3) == "none"
+    assert reshape("blocks.8.hook_resid_post") == "none"
+    kept: dict[str, Any] = {"sae": {"reshape_activations": "none"}}
+    assert reshape("blocks.8.attn.hook_z", **kept) == "none"
+
+
+def test_numbers_of_experts_may_be_left_to_the_recipe_by_None(architecture: Any):
+    want = recommended_config(architecture, **_SIZES, **_RUN).sae
+    left = {"num_experts": None, "experts_per_token": None}
+    assert recommended_config(architecture, **_SIZES, **_RUN, sae=left).sae == want
+
+
+@pytest.mark.parametrize("sae", ["scale", [("gate", "softmax")], 3])
+def test_fields_of_the_SAE_that_are_no_mapping_are_refused(sae: Any):
+    with pytest.raises(
+        TypeError, match="sae must be a mapping .* got " + re.escape(repr(sae))
+    ):
+        recommended_config(**_SIZES, **_RUN, sae=sae)
 
 
 def test_a_size_cannot_be_given_twice():

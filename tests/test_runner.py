@@ -10,8 +10,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from helpers import scale_sae
+from datasets import Dataset, DatasetDict, IterableDataset
+from helpers import exported, scale_sae
 from integration.runs import (
     ARCHITECTURES,
     SHORT,
@@ -219,6 +219,48 @@ def test_signal_while_the_result_is_saved_does_not_cost_it(make: Make, tmp_path:
     make(kind=Interrupted, save_final_checkpoint=True).run()
     assert [path.name for path in checkpoints(tmp_path)] == [f"final_{STEPS * BATCH}"]
     assert (tmp_path / "sae" / "sae_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_the_SAE_is_saved_waits_for_that(
+    number: int, make: Make, tmp_path: Path
+):
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    runner = make()
+    save = runner.sae.save_inference_model
+    killing = Mock(side_effect=lambda path: kill(number) or save(path))
+    runner.sae.save_inference_model = killing
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stopped):
+            runner.run()
+    finally:
+        signal.signal(number, before)
+    assert {file.name for file in (tmp_path / "sae").iterdir()} == {
+        "cfg.json",
+        "runner_cfg.json",
+        "sae_weights.safetensors",
+        "sparsity.safetensors",
+    }
+
+
+def test_a_checkpoint_that_is_not_finished_does_not_lose_its_lr_factors(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save = Mock(side_effect=OSError("no space"))
+    monkeypatch.setattr(LanguageModelSAETrainingRunner, "save_checkpoint", save)
+    with pytest.raises(OSError, match="no space"):
+        make(n_checkpoints=1, options={"lr_factors": {"b_enc": 0.0}}).run()
+    (checkpoint,) = checkpoints(tmp_path)
+    assert (checkpoint / "lr_factors.json").exists()
+    # Which says that it lacks a file.
+    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint: there is no"):
+        make(resume_from_checkpoint=str(checkpoint))
 
 
 def fused_at_the_end(runner: LanguageModelSAETrainingRunner) -> bool | None:
@@ -454,9 +496,13 @@ def test_wrong_settings_are_refused_before_the_model_is_loaded(
     ("settings", "message"),
     [
         ({"hook_name": "blocks.9.hook_resid_post"}, "^tiny has no hook 'blocks.9"),
-        ({"hook_name": "blocks.0.mlp.hook_post"}, "^tiny must be 32 wide at .* got 64"),
-        ({"hook_head_index": 4}, "^hook_head_index must be a head of tiny"),
+        (
+            {"hook_name": "blocks.0.mlp.hook_post"},
+            "^the SAE must be as wide as .* 64, got 32",
+        ),
+        ({"hook_head_index": 4}, "^hook_head_index must be one of the 0 heads"),
         ({"context_size": 129}, "^context_size must be at most the 128 tokens"),
+        ({"model_kwargs": {"nonsense": 1}}, "^model_kwargs .* do not suit tiny: "),
     ],
 )
 def test_what_does_not_suit_the_model_is_refused_before_training(
@@ -470,11 +516,12 @@ def test_what_does_not_suit_the_model_is_refused_before_training(
     ("texts", "message"),
     [
         (["hello"], "^override_dataset must hold a prompt of 32 tokens at least"),
+        ([None, "hello"], "^override_dataset must hold a prompt of 32 tokens"),
         ([], "^override_dataset must not be empty"),
     ],
 )
 def test_a_text_without_a_prompt_is_refused_before_training(
-    texts: list[str], message: str, tiny_model: HookedSAETransformer
+    texts: list[str | None], message: str, tiny_model: HookedSAETransformer
 ):
     rows = [{"text": text} for text in texts]
     stream = IterableDataset.from_generator(lambda: iter(rows))
@@ -482,6 +529,37 @@ def test_a_text_without_a_prompt_is_refused_before_training(
         with pytest.raises(ValueError, match=message):
             InterruptibleTrainingRunner(
                 runner_config(sae_config("scale")), dataset, override_model=tiny_model
+            )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"exclude_special_tokens": list(range(10**5))},
+        # Nothing but the BOS is read.
+        {"exclude_special_tokens": True, "seqpos_slice": (0, 1)},
+    ],
+)
+def test_a_text_that_leaves_no_tokens_is_refused(change: dict[str, Any], make: Make):
+    with pytest.raises(ValueError, match="^exclude_special_tokens must leave tokens"):
+        make(**change, train_batch_size_tokens=16)
+
+
+def test_what_a_runner_is_given_must_be_of_the_right_kind(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    runner: Any = InterruptibleTrainingRunner
+    cfg = runner_config(sae_config("scale"))
+    rows = Dataset.from_dict({"text": ["text"]})
+    splits = DatasetDict({"train": rows})
+    for given, message in (
+        ({"override_dataset": splits}, r"override_dataset must .* \['train'\]"),
+        ({"override_sae": exported(scale_sae(), tmp_path)}, "override_sae must be a"),
+        ({"override_sae": scale_sae()}, "d_in must be 10, as of override_sae, got 32"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            runner(
+                cfg, **{"override_dataset": rows, **given}, override_model=tiny_model
             )
 
 

@@ -9,6 +9,7 @@ from sae_lens import SAE
 from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
+from sae_lens_scale.loading.errors import take_heads
 from sae_lens_scale.ops import SparseLatents
 from sae_lens_scale.saes.mixture import MixtureSAE
 
@@ -35,16 +36,54 @@ def hook_activations(
         ``[passages, tokens, d_in]``, on the model's device.
 
     Raises:
-        ValueError: If the activations are not as wide as the SAE, or lack its head; if a
-            passage is longer than the model's context.
+        ValueError: If the model does not reach the hook; if the activations there are not of
+            all tokens, are not as wide as the SAE, or lack its head; if a passage is longer
+            than the model's context.
     """
+    ids = as_input(model, ids)
     _, cache = model.run_with_cache(
-        as_input(model, ids),
+        ids,
         # Hugging Face models take no single name.
         names_filter=[hook],
         stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook),
     )
+    require_reached("hook_name", hook, hook in cache)
+    require_tokens(hook, cache[hook], ids.shape)
     return of_heads(sae, cache[hook], hook, sae.cfg.d_in)
+
+
+def require_reached(field: str, hook: str, reached: bool) -> None:
+    """
+    Refuse a hook that the model has, but whose activations it does not compute.
+
+    Args:
+        field: Field of the SAE's metadata that names the hook.
+        hook: The model's own name of the hook.
+        reached: Whether the model came past it.
+
+    Raises:
+        ValueError: If it did not.
+    """
+    if not reached:
+        raise ValueError(
+            f"sae.cfg.metadata.{field} must be a hook that the model reaches, got "
+            f"{hook!r}; in TransformerLens, methods such as set_use_attn_result turn "
+            "some on"
+        )
+
+
+def require_tokens(hook: str, x: torch.Tensor, shape: torch.Size) -> None:
+    """
+    Refuse activations that are not of each token, as those of positions are.
+
+    Raises:
+        ValueError: If their first dimensions are not ``shape``, passages and tokens.
+    """
+    if x.shape[:2] != shape:
+        raise ValueError(
+            f"activations at {hook} must be of each token, {tuple(shape)}, got shape "
+            f"{tuple(x.shape)}"
+        )
 
 
 def of_heads(sae: SAE[Any], x: torch.Tensor, hook: str, width: int) -> torch.Tensor:
@@ -63,21 +102,7 @@ def of_heads(sae: SAE[Any], x: torch.Tensor, hook: str, width: int) -> torch.Ten
     Raises:
         ValueError: If there is no such head, or the width is another.
     """
-    head = sae.cfg.metadata.hook_head_index
-    if head is not None:
-        heads = x.shape[2] if x.ndim == 4 else 0
-        if head not in range(-heads, heads):
-            raise ValueError(
-                "sae.cfg.metadata.hook_head_index must be one of the "
-                f"{heads} heads at {hook}, got {head!r}"
-            )
-        x = x[:, :, head]
-    x = x.flatten(2)
-    if x.shape[-1] != width:
-        raise ValueError(
-            f"sae must be as wide as the model at {hook}, {x.shape[-1]}, got {width}"
-        )
-    return x
+    return take_heads(x, sae.cfg.metadata.hook_head_index, hook, width)
 
 
 def into_heads(sae: SAE[Any], x: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -189,15 +214,28 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 
 
 def finite_batches(
-    activations: Iterable[torch.Tensor], device: torch.device
+    activations: Iterable[torch.Tensor], sae: SAE[Any]
 ) -> Iterator[torch.Tensor]:
     """
-    Move batches of activations, tensors or arrays ``[..., d_in]``, to a device.
+    Move batches of activations, tensors or arrays ``[..., d_in]``, to an SAE's device.
+
+    Heads of hook_z, ``[..., heads, d_head]``, are joined.
 
     Raises:
-        ValueError: If a batch is nothing of the kind, or holds NaN or infinite values.
+        ValueError: If a batch is nothing of the kind, is not as wide as the SAE, or holds NaN
+            or infinite values.
     """
+    d_in = sae.cfg.d_in
     for i, batch in enumerate(require_iterable("activations", activations)):
-        batch = to_tensor("activations", batch).to(device)
+        batch = to_tensor("activations", batch)
+        if sae.hook_z_reshaping_mode and batch.ndim > 1 and batch.shape[-1] != d_in:
+            batch = batch.flatten(-2)
+        # A dense SAE would stretch a last dimension of 1 to d_in without an error.
+        if batch.shape[-1:] != (d_in,) or batch.is_complex():
+            raise ValueError(
+                f"activations must be real numbers [..., d_in={d_in}], got "
+                f"{batch.dtype} of shape {tuple(batch.shape)}"
+            )
+        batch = batch.to(sae.device)
         require_finite("activations", batch, i)
         yield batch

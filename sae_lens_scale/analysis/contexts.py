@@ -111,8 +111,8 @@ def top_activating_contexts(
             activations at the hook, or of any of the SAE's latents, are NaN or infinite on
             a token that is not excluded.
     """
-    require_integer("n", n, 1)
-    require_integer("window", window, 0)
+    n = require_integer("n", n, 1)
+    window = require_integer("window", window, 0)
     latents = chosen_latents(latents, sae.cfg.d_sae)
     tokenizer_of(model, "the text of contexts")
     stream = latent_activations(
@@ -143,11 +143,12 @@ def _strongest_of_batch(
     positions = acts.abs().argmax(dim=1)
     peaks = acts.gather(1, positions[:, None]).squeeze(1)
     rows = peaks.abs().sort(dim=0, descending=True, stable=True).indices[:n].T
-    columns = torch.arange(acts.shape[2])[:, None]
+    columns = torch.arange(acts.shape[2], device=acts.device)[:, None]
     positions = positions[rows, columns]
     # No window reaches farther than from one end of a passage to the other.
     reach = min(window, ids.shape[1] - 1)
-    around = positions[..., None] + torch.arange(-reach, reach + 1)
+    offsets = torch.arange(-reach, reach + 1, device=acts.device)
+    around = positions[..., None] + offsets
     inside = (around >= 0) & (around < ids.shape[1])
     around = around.clamp(0, ids.shape[1] - 1)
     return {
@@ -179,7 +180,7 @@ def _widened(found: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tens
 
 def _strongest(found: dict[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
     order = found["activation"].abs().sort(dim=1, descending=True, stable=True).indices
-    latents = torch.arange(len(order))[:, None]
+    latents = torch.arange(len(order), device=order.device)[:, None]
     return {k: v[latents, order[:, :n]] for k, v in found.items()}
 
 

@@ -4,7 +4,7 @@ import operator
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -91,7 +91,7 @@ def excluded_ids(
         ids = get_special_token_ids(tokenizer_of(model, f"{name}=True"))
     else:
         ids = []
-    return torch.tensor(to_integers(name, ids), dtype=torch.long)
+    return torch.tensor(to_integers(name, ids), dtype=torch.long, device="cpu")
 
 
 def chosen_latents(latents: Iterable[int], d_sae: int) -> list[int]:
@@ -144,7 +144,8 @@ def to_tensor(name: str, values: Any) -> torch.Tensor:
     try:
         if isinstance(values, list) and values and isinstance(values[0], torch.Tensor):
             return torch.stack(values)
-        return torch.tensor(values)
+        # Not on the default device, which may be another than the model's.
+        return torch.tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name} must be numbers in tensors, arrays or lists of one length, got "
@@ -167,17 +168,33 @@ def require_iterable(name: str, values: Any) -> Iterable[Any]:
         ) from error
 
 
-def require_integer(name: str, value: Any, least: int) -> None:
+def require_integer(name: str, value: Any, least: int) -> int:
     """
-    Refuse a number that is no integer, or too small.
+    Read an integer of any type, such as NumPy's, whose arithmetic may overflow.
 
     Raises:
-        ValueError: The message begins with the name.
+        ValueError: If it is no integer, or too small; the message begins with the name.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, got {value!r}")
     if int(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def require_number(name: str, value: Any) -> float:
+    """
+    Read a number of any type, such as NumPy's or a tensor.
+
+    Raises:
+        ValueError: If it is no number; the message begins with the name.
+    """
+    number = value
+    if isinstance(value, (np.ndarray, torch.Tensor)) and not value.ndim:
+        number = value.item()
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise ValueError(f"{name} must be a number, got {_brief(value)}")
+    return float(number)
 
 
 def _brief(value: Any) -> str:

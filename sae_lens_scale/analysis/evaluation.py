@@ -12,7 +12,14 @@ from sae_lens.saes.transcoder import Transcoder
 from sae_lens.training.activation_scaler import ActivationScaler
 from tqdm.auto import tqdm
 
-from .activations import heads_are_joined, into_heads, of_heads, require_finite
+from .activations import (
+    heads_are_joined,
+    into_heads,
+    of_heads,
+    require_finite,
+    require_reached,
+    require_tokens,
+)
 from .corpus import Tokens, excluded_ids, token_batches
 from .language_model import LanguageModel, as_input, hook_of
 
@@ -86,13 +93,15 @@ def loss_recovered(
             the ablation changes nothing, or activations or losses are NaN or infinite.
     """
     source = hook_of(model, sae)
-    target = source
+    target, target_field = source, "hook_name"
     if isinstance(sae, Transcoder) or sae.cfg.metadata.hook_name_out:
-        target = hook_of(model, sae, "hook_name_out")
+        target_field = "hook_name_out"
+        target = hook_of(model, sae, target_field)
     scaler = activation_scaler or ActivationScaler()
     excluded = excluded_ids(model, exclude_special_tokens)
     sums: dict[str, float] = defaultdict(float)
     predictions = 0
+    reached: set[str] = set()
     batches = token_batches(tokens, max_batches)
     for i, ids in enumerate(
         tqdm(batches, desc="Loss recovered", total=max_batches, disable=not verbose)
@@ -103,7 +112,7 @@ def loss_recovered(
         hooks: dict[str, _Hooks] = {
             "with_sae": _splice(sae, source, target, scaler, ignored, i),
             "without_sae": [],
-            "with_ablation": [(target, _ablation(sae, target))],
+            "with_ablation": [(target, _ablation(sae, target, reached))],
         }
         for name, of_pass in hooks.items():
             with heads_are_joined(sae):
@@ -113,6 +122,7 @@ def loss_recovered(
             left_out = ignored[:, :-1].to(loss.device)
             require_finite(f"the loss {name}", loss.unsqueeze(-1), i, left_out)
             sums[name] += loss[~left_out].double().sum().item()
+        require_reached(target_field, target, target in reached)
     if not predictions:
         raise ValueError(
             "tokens must hold at least one token to predict that does not follow a "
@@ -149,12 +159,18 @@ def _splice(
 
     def keep(x: torch.Tensor, **_: Any) -> torch.Tensor:
         sae_in = of_heads(sae, x, source, sae.cfg.d_in)
+        require_tokens(source, x, ignored.shape)
         # A loss would not tell which token it was.
         require_finite("activations", sae_in, batch, ignored)
         read.append(sae_in)
         return x
 
     def replace(x: torch.Tensor, **_: Any) -> torch.Tensor:
+        if not read:
+            raise ValueError(
+                "sae.cfg.metadata.hook_name must be a hook that the model reaches before "
+                f"{target}, got {source!r}"
+            )
         old = of_heads(sae, x, target, sae.W_dec.shape[-1])
         sae_in = scaler.scale(read.pop().to(sae.device))
         sae_out = _reconstruct(sae, sae_in).to(old.dtype)
@@ -173,10 +189,13 @@ def _reconstruct(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
     return sae.decode(sae.encode(x))
 
 
-def _ablation(sae: SAE[Any], target: str) -> Callable[..., torch.Tensor]:
-    """Hook that puts zeros in place of activations."""
+def _ablation(
+    sae: SAE[Any], target: str, reached: set[str]
+) -> Callable[..., torch.Tensor]:
+    """Hook that puts zeros in place of activations, and notes that it was reached."""
 
     def ablate(x: torch.Tensor, **_: Any) -> torch.Tensor:
+        reached.add(target)
         old = of_heads(sae, x, target, sae.W_dec.shape[-1])
         return into_heads(sae, x, torch.zeros_like(old))
 

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from sae_lens_scale.saes.mixture import MixtureSAE
 
-from .activations import finite_batches, require_finite
-from .corpus import require_integer
+from .activations import finite_batches, heads_are_joined, require_finite
+from .corpus import require_integer, require_number
 from .redundancy import PROGRESS_DELAY, feature_redundancy, unit_rows
 
 # Latents whose unit vectors are in memory at once: an expert may have a million.
@@ -180,7 +180,7 @@ def expert_coactivation(
             tokens or num_strongest is negative.
     """
     _require_mixture(sae)
-    require_integer("num_strongest", num_strongest, 0)
+    num_strongest = require_integer("num_strongest", num_strongest, 0)
     num_experts = sae.cfg.num_experts
     counts = torch.zeros(
         num_experts * num_experts, dtype=torch.int64, device=sae.device
@@ -249,8 +249,9 @@ def expert_similarity(
             f"num_experts={cfg.num_experts}"
         )
     samples = cfg.num_experts if num_samples is None else num_samples
-    require_integer("num_samples", samples, 1)
-    generator = np.random.default_rng(seed)
+    samples = require_integer("num_samples", samples, 1)
+    threshold = require_number("threshold", threshold)
+    generator = np.random.default_rng(require_integer("seed", seed, 0))
     drawn = (
         generator.choice(cfg.d_sae, cfg.expert_size, replace=False)
         for _ in range(samples)
@@ -267,7 +268,7 @@ def expert_similarity(
     found = [_set_similarity(rows, threshold) for rows in progress]
     per_expert, per_sample = found[: cfg.num_experts], found[cfg.num_experts :]
     return ExpertSimilarity(
-        threshold=float(threshold),
+        threshold=threshold,
         intra=_mean_similarity(per_expert),
         inter=_mean_similarity(per_sample),
         per_expert=per_expert,
@@ -335,8 +336,9 @@ def _selected_experts(
     sae: MixtureSAE[Any], activations: Iterable[torch.Tensor]
 ) -> Iterator[Int[torch.Tensor, "tokens experts_per_token"]]:
     empty = True
-    for i, batch in enumerate(finite_batches(activations, sae.device)):
-        _, indices, probabilities = sae.route(batch)
+    for i, batch in enumerate(finite_batches(activations, sae)):
+        with heads_are_joined(sae):
+            _, indices, probabilities = sae.route(batch)
         require_finite("the router's probabilities", probabilities, i)
         empty = empty and not indices.numel()
         yield indices.reshape(-1, indices.shape[-1])

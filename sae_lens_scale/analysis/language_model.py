@@ -8,7 +8,7 @@ from sae_lens import SAE
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
-from sae_lens_scale.upstream import input_device, own_hook_name
+from sae_lens_scale.upstream import input_device, model_size, own_hook_name
 
 # Hooks of HookedTransformer that are outside attention, MLP and norms, and Hugging Face's
 # layers.
@@ -43,8 +43,13 @@ def hook_of(model: LanguageModel, sae: SAE[Any], field: str = "hook_name") -> st
 
     Raises:
         ValueError: If it names none, or one that the model lacks or that an SAE is
-            attached to.
+            attached to; if the model is of none of the kinds.
     """
+    if not hasattr(model, "hook_dict"):
+        raise ValueError(
+            "model must be a HookedTransformer, a SAETransformerBridge or a Hugging Face "
+            f"model of sae_lens.load_model, got {type(model).__name__}"
+        )
     name = sae.cfg.metadata[field]
     own_name = own_hook_name(model, name)
     if own_name not in model.hook_dict:
@@ -92,6 +97,11 @@ def text_ids(
     """
     if not isinstance(text, str):
         raise ValueError(f"text must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # A half of a surrogate pair, such as a byte of a command line that is no text.
+        raise ValueError(f"text must be Unicode text, got {text!r}") from error
     tokenizer = tokenizer_of(model, "text")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
@@ -117,7 +127,7 @@ def direct_logits(
         at the hook does not go into the residual stream as it is. Hugging Face models do
         not say which is their final norm, and go without it.
     """
-    d_model = _size(model, "d_model", "hidden_size")
+    d_model = model_size(model, "d_model", "hidden_size")
     of_stream = _OF_RESIDUAL_STREAM.fullmatch(hook) and directions.shape[1] == d_model
     if not of_stream or d_model is None:
         return None
@@ -140,13 +150,13 @@ def as_input(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
         ValueError: If a passage is longer than the model's context, or a token none of
             its vocabulary.
     """
-    n_ctx = _size(model, "n_ctx", "max_position_embeddings")
+    n_ctx = model_size(model, "n_ctx", "max_position_embeddings")
     if n_ctx is not None and ids.shape[1] > n_ctx:
         raise ValueError(
             f"a passage, or a text with its BOS, must have at most {n_ctx} tokens, the "
             f"model's context, got {ids.shape[1]}"
         )
-    d_vocab = _size(model, "d_vocab", "vocab_size")
+    d_vocab = model_size(model, "d_vocab", "vocab_size")
     if d_vocab is not None and ids.max() >= d_vocab:
         # Looked up on a GPU, it would end the process.
         raise ValueError(
@@ -156,11 +166,3 @@ def as_input(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
     device = input_device(model)
     # Embeddings that wait elsewhere until they are used: what brings them brings the ids, too.
     return ids if device.type == "meta" else ids.to(device)
-
-
-def _size(model: Any, name: str, hugging_face_name: str) -> int | None:
-    """Size of a model, by its names in TransformerLens and Hugging Face; None if it is silent."""
-    if hasattr(model, "cfg"):
-        return getattr(model.cfg, name, None)
-    config = getattr(getattr(model, "model", None), "config", None)
-    return getattr(config, hugging_face_name, None)

@@ -1,13 +1,13 @@
 """Redundancy: similarity of the latents of a dictionary."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
 
-from .corpus import require_integer, to_tensor
+from .corpus import require_integer, require_number, to_tensor
 
 # Seconds after which a computation shows a progress bar.
 PROGRESS_DELAY = 5
@@ -67,7 +67,7 @@ def max_cosine_similarity(
 
     Args:
         W_dec: Decoder weights, ``[d_sae, d_in]``, of any floating point type, on any
-            device. Norms of the rows do not matter.
+            device; or an array. Norms of the rows do not matter.
         block_size: Latents per block (b). Needs ``b (5 b + 24 d_in)`` bytes at most beside
             W_dec and the result.
 
@@ -78,7 +78,7 @@ def max_cosine_similarity(
         ValueError: If W_dec is not two-dimensional, has fewer than two rows or holds NaN
             or infinite values, or if block_size is not positive.
     """
-    return _max_cosines(W_dec, block_size).overall
+    return _max_cosines(_decoder(W_dec), block_size).overall
 
 
 @torch.no_grad()
@@ -110,9 +110,12 @@ def feature_redundancy(
             ``[d_sae]`` or marks fewer than two latents, num_experts does not divide d_sae,
             or as for :func:`max_cosine_similarity`.
     """
+    W_dec = _decoder(W_dec)
+    threshold = require_number("threshold", threshold)
     if not -1 <= threshold <= 1:
         raise ValueError(f"threshold must be between -1 and 1, got {threshold}")
-    if num_experts < 1 or len(W_dec) % num_experts:
+    num_experts = require_integer("num_experts", num_experts, 1)
+    if len(W_dec) % num_experts:
         raise ValueError(
             f"num_experts must divide d_sae={len(W_dec)}, got {num_experts}"
         )
@@ -137,6 +140,19 @@ def feature_redundancy(
     )
 
 
+def _decoder(W_dec: Any) -> Float[torch.Tensor, "d_sae d_in"]:
+    """Decoder weights, of a tensor, an array or lists."""
+    W_dec = to_tensor("W_dec", W_dec)
+    if W_dec.ndim != 2 or len(W_dec) < 2 or not W_dec.shape[1]:
+        raise ValueError(
+            "W_dec must have shape [d_sae, d_in] with at least two rows, got "
+            f"{tuple(W_dec.shape)}"
+        )
+    if W_dec.is_complex():
+        raise ValueError(f"W_dec must hold real numbers, got {W_dec.dtype}")
+    return W_dec
+
+
 class _MaxCosines(NamedTuple):
     """
     Largest cosines of each latent, all ``[d_sae]``.
@@ -158,12 +174,8 @@ def _max_cosines(
     alive: Bool[torch.Tensor, " d_sae"] | None = None,
     num_experts: int = 1,
 ) -> _MaxCosines:
-    if W_dec.ndim != 2 or len(W_dec) < 2:
-        raise ValueError(
-            "W_dec must have shape [d_sae, d_in] with at least two rows, got "
-            f"{tuple(W_dec.shape)}"
-        )
-    require_integer("block_size", block_size, 1)
+    # A block of more latents than there are is one of all.
+    block_size = min(require_integer("block_size", block_size, 1), len(W_dec))
     all_latents = torch.arange(len(W_dec), device=W_dec.device)
     experts = all_latents // (len(W_dec) // num_experts)
     if alive is None:
@@ -226,7 +238,7 @@ def _summary(
 
     return FeatureRedundancy(
         num_latents=len(largest),
-        threshold=float(threshold),
+        threshold=threshold,
         share_above=share_above(largest),
         mean_max_cosine=largest.cpu().double().mean().item(),
         alive=alive,

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from sae_lens_scale.saes.mixture import MixtureSAE
 from sae_lens_scale.saes.mixture.extension_points import is_hooked
 
-from .activations import finite_batches, require_finite
-from .corpus import require_integer
+from .activations import finite_batches, heads_are_joined, require_finite
+from .corpus import require_integer, require_number
 from .redundancy import PROGRESS_DELAY
 
 # Float32 values that overlaps of a block of tokens with all tokens may take: 64 MiB, and
@@ -97,8 +97,10 @@ def activation_similarity(
         ValueError: If there are fewer than two tokens, activations are not finite, k is
             not a positive number, or no latent fires where k is the mean L0.
     """
-    if k is not None and not (math.isfinite(k) and k > 0):
-        raise ValueError(f"k must be a positive number, got {k}")
+    if k is not None:
+        k = require_number("k", k)
+        if not (math.isfinite(k) and k > 0):
+            raise ValueError(f"k must be a positive number, got {k}")
     tokens = 0
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
     for lengths, latents in active_latents(sae, activations):
@@ -147,12 +149,12 @@ def overlap_histogram(
         ValueError: If there are fewer than two tokens, activations are not finite or
             max_tokens is less than 2.
     """
-    require_integer("max_tokens", max_tokens, 2)
-    generator = np.random.default_rng(seed)
+    max_tokens = require_integer("max_tokens", max_tokens, 2)
+    generator = np.random.default_rng(require_integer("seed", seed, 0))
     given = 0
     # Tokens get random ranks as they come; those of the lowest ranks stay.
-    ranks = torch.zeros(0, dtype=torch.float64)
-    lengths = latents = torch.zeros(0, dtype=torch.int64)
+    ranks = torch.zeros(0, dtype=torch.float64, device="cpu")
+    lengths = latents = torch.zeros(0, dtype=torch.int64, device="cpu")
     for new_lengths, new_latents in active_latents(sae, activations):
         given += len(new_lengths)
         new_ranks = torch.from_numpy(generator.random(len(new_lengths)))
@@ -223,20 +225,22 @@ def active_latents(
     Raises:
         ValueError: If activations, or feature activations, are not finite.
     """
-    for i, batch in enumerate(finite_batches(activations, sae.device)):
+    for i, batch in enumerate(finite_batches(activations, sae)):
         # A hook may change the values that encode returns, or select an expert twice.
         if (
             isinstance(sae, MixtureSAE)
             and sae._encodes_compactly()
             and not is_hooked(sae.hook_expert_indices)
         ):
-            values, indices = sae._encode(batch).latents
+            with heads_are_joined(sae):
+                values, indices = sae._encode(batch).latents
             require_finite("feature activations", values, i)
             indices = indices.reshape(-1, indices.shape[-1])
             active = values.reshape(indices.shape) != 0
             yield active.sum(dim=-1), indices[active]
         else:
-            acts = sae.encode(batch).to_dense()
+            with heads_are_joined(sae):
+                acts = sae.encode(batch).to_dense()
             require_finite("feature activations", acts, i)
             active = acts.reshape(-1, acts.shape[-1]) != 0
             yield active.sum(dim=-1), active.nonzero()[:, 1]

@@ -85,10 +85,10 @@ def explain_tokens(
             the text is none, has no tokens or more than the model's context; if
             ``max_latents`` is negative; if activations are NaN or infinite.
     """
-    require_integer("max_latents", max_latents, 0)
+    max_latents = require_integer("max_latents", max_latents, 0)
     hook = hook_of(model, sae)
     bos, ids = text_ids(model, sae, text)
-    x = hook_activations(model, sae, hook, torch.tensor([bos + ids]))
+    x = hook_activations(model, sae, hook, torch.tensor([bos + ids], device="cpu"))
     top = []
     for acts in encode_in_parts(sae, x):
         # One at least, which shows whether activations are finite.
@@ -96,7 +96,7 @@ def explain_tokens(
         top.append((acts.gather(1, latents).cpu(), latents.cpu()))
     activations, latents = (torch.cat(parts) for parts in zip(*top, strict=True))
     positions = range(len(bos), len(bos) + len(ids))
-    is_bos = torch.arange(positions.stop) < positions.start
+    is_bos = torch.arange(positions.stop, device="cpu") < positions.start
     require_finite("activations", activations, 0, is_bos)
     if isinstance(sae, MixtureSAE):
         expert_size = sae.cfg.expert_size

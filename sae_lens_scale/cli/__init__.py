@@ -1,8 +1,8 @@
 """
-The command line: ``sae-lens-scale train | evaluate | score | info | upload | convert``.
+The command line: ``sae-lens-scale train | evaluate | score | explore | info | upload | convert``.
 
 ``train`` is SAELens's own training command with the architectures of this package
-known to it; the others evaluate, score, describe, upload and convert SAEs.
+known to it; the others evaluate, score, show, describe, upload and convert SAEs.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sae_lens_scale._version import __version__
 from sae_lens_scale.upstream import InterruptedException
 
-from . import convert, evaluate, info, score, train, upload
+from . import convert, evaluate, explore, info, score, train, upload
 from .output import complain, error_text, print_result
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="sae-lens-scale",
-        description="Train, evaluate, score, describe, upload and convert Scale and Switch SAEs.",
+        description="Train, evaluate, score, explore, describe, upload and convert Scale and Switch SAEs.",
     )
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {__version__}"
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="show where an error came from (before the command)",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (train, evaluate, score, info, upload, convert):
+    for module in (train, evaluate, score, explore, info, upload, convert):
         module.add_parser(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "train":

@@ -8,31 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from sae_lens import SAE
-from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, DTYPE_MAP
 from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.load_model import load_model
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
-from sae_lens_scale.files import dump_json, require_writable, write_whole
-from sae_lens_scale.loading.docstrings import docstring_corpus
-from sae_lens_scale.loading.errors import (
-    first_prompt,
-    naming_model,
-    naming_text,
-    require_context,
-    require_hook,
-    require_text,
-)
-from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.files import dump_json, write_whole
+from sae_lens_scale.loading.errors import require_context, require_hook
 
 from .arguments import filled, path, positive
-from .output import note, table
-from .sae_argument import find_saes, load_sae
+from .output import note, require_output, table
+from .sae_argument import find_saes
+from .sae_on_text import (
+    Asked,
+    add_options,
+    load_asked,
+    load_model_of,
+    open_text,
+    require_dataset,
+)
 
-_SCALED_BY_THE_TRAINER = ("expected_average_only_in", "covariance_whitening")
 # Of EvalConfig, and what each measures.
 _SWITCHES = {
     "compute_kl": "KL divergence of the language model's predictions with the SAE from "
@@ -49,6 +44,11 @@ _SWITCHES = {
 _RECONSTRUCTION = {"compute_kl", "compute_ce_loss"}
 # Computed from the weights alone.
 _WEIGHTS = {"compute_featurewise_weight_based_metrics"}
+_ADVICE = (
+    "; smaller --n_eval_reconstruction_batches and --n_eval_sparsity_variance_batches "
+    "shorten it"
+)
+_OF_EACH_LATENT = _WEIGHTS | {"compute_featurewise_density_statistics"}
 
 
 def add_parser(commands: Any) -> None:
@@ -67,27 +67,7 @@ def add_parser(commands: Any) -> None:
         help="folders on disk; or a release of SAELens and an SAE of it, each a name or "
         "a regular expression; or a repository on the hub and an SAE in it",
     )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: %(default)s",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=list(DTYPE_MAP),
-        help="by default the SAE's own on disk, float32 from the hub",
-    )
-    parser.add_argument(
-        "--model",
-        type=filled,
-        help="language model, by default the one that the SAE was trained on: a name "
-        'or folder that SAELens can load, or "smollm2" (from PyPI, no hub needed)',
-    )
-    parser.add_argument(
-        "--model_class_name",
-        type=filled,
-        help="SAELens's model class, such as AutoModelForCausalLM",
-    )
+    add_options(parser)
     # An option with several values would take the SAE that follows it for one.
     parser.add_argument(
         "--dataset",
@@ -117,14 +97,6 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         action="extend",
         help="several context sizes",
-    )
-    parser.add_argument(
-        "--prepend_bos",
-        action=argparse.BooleanOptionalAction,
-        help="whether prompts begin with the BOS token, by default as in training",
-    )
-    parser.add_argument(
-        "--batch_size_prompts", type=positive, default=16, help="default: %(default)s"
     )
     parser.add_argument(
         "--n_eval_reconstruction_batches",
@@ -160,13 +132,11 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> str:
     output: Path | None = options.output
     if output is not None:
-        if not output.parent.is_dir():
-            raise FileNotFoundError(f"--output: {output.parent} is no folder")
-        if output.is_dir():
-            raise IsADirectoryError(f"--output: {output} is a folder")
-        if not output.exists() or output.is_file():
-            # It is replaced by a new one.
-            require_writable("--output", output.parent)
+        require_output(output)
+    if output is None or _is_table(output):
+        for name in options.compute or ():
+            if name in _OF_EACH_LATENT:
+                raise ValueError(f"--{name} needs --output, and JSON there, not CSV")
     # A pipe or a device would get one file after the other.
     once = output is not None and output.exists() and not output.is_file()
     results = []
@@ -189,8 +159,12 @@ def _run(options: argparse.Namespace) -> str:
     return dump_json(summaries if len(results) > 1 else summaries[0])
 
 
+def _is_table(output: Path) -> bool:
+    return output.suffix.lower() == ".csv"
+
+
 def _write(output: Path, results: list[dict[str, Any]]) -> None:
-    if output.suffix == ".csv":
+    if _is_table(output):
         summaries = [_summary(result) for result in results]
         text = pd.json_normalize(summaries).to_csv(index=False)
     else:
@@ -210,7 +184,7 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     saes = find_saes(options.saes)
     # A wrong name, or file, is an error now, not after hours.
     for dataset in options.dataset or ():
-        _require_text(dataset)
+        require_dataset(dataset)
     if len(saes) > 1:
         for name, sae_id in saes:
             _load(options, name, sae_id)
@@ -221,37 +195,36 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         len(given) if given else 1 for given in (options.dataset, options.context_size)
     )
     total = len(saes) * n_texts * n_sizes
+    prompts = options.batch_size_prompts
     model = store = loaded = None
     for name, sae_id in saes:
-        sae, sae_cfg, datasets, sizes, wanted = _load(options, name, sae_id)
-        if wanted != loaded:
+        asked = _load(options, name, sae_id)
+        if asked.model != loaded:
             # Released first, by its store too, and collected, for its parts refer to each
             # other: there may be no memory for two.
             model = store = None
             gc.collect()
-            model, loaded = _load_model(options.device, *wanted), wanted
-        texts = {
-            dataset: docstring_corpus("test") if dataset == "docstrings" else dataset
-            for dataset in datasets
-        }
-        metadata = sae.cfg.metadata
+            model, loaded = load_model_of(asked, options.device), asked.model
+        sae, metadata = asked.sae, asked.sae.cfg.metadata
         hook = (metadata.hook_name, metadata.hook_head_index, sae.cfg.d_in)
-        for dataset, size in product(datasets, sizes):
+        combinations = list(product(asked.datasets, asked.context_sizes))
+        for dataset, size in combinations:
             require_context("--context_size", size, model)
-            store, prompt = _store(sae, model, dataset, texts[dataset], size, cfg)
-            require_hook(model, wanted[0], prompt, *hook)
-        for dataset, size in product(datasets, sizes):
+            store, prompt = open_text(asked, model, dataset, size, prompts)
+            require_hook(model, asked.model[0], prompt, *hook)
+        for dataset, size in combinations:
+            number = next(numbers)
             note(
-                f"evaluation {next(numbers)} of {total}: "
+                f"evaluation {number} of {total}: "
                 f"{' '.join(filter(None, (name, sae_id)))} on {dataset}, "
-                f"{_cost(cfg, size)}"
+                f"{_cost(cfg, size)}{_ADVICE if number == 1 else ''}"
             )
-            store, _ = _store(sae, model, dataset, texts[dataset], size, cfg)
+            store, _ = open_text(asked, model, dataset, size, prompts)
             by_group, by_latent = _evaluate(sae, model, store, dataset, cfg)
             yield {
                 "sae": name,
                 "sae_id": sae_id,
-                "sae_cfg": sae_cfg,
+                "sae_cfg": asked.sae_cfg,
                 "eval_cfg": {
                     "dataset": dataset,
                     "context_size": size,
@@ -263,16 +236,18 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
-def _load(
-    options: argparse.Namespace, name: str, sae_id: str | None
-) -> tuple[SAE[Any], dict[str, Any], list[str], list[int], tuple[Any, ...]]:
-    """Load an SAE: itself, its config as it is on disk, and its :func:`_settings`."""
-    sae = load_sae(name, sae_id, options.device, options.dtype)
-    if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
-        _fold_scaler(sae, Path(name, ACTIVATION_SCALER_CFG_FILENAME))
-    # Before options change what it says of prompts.
-    sae_cfg = sae.cfg.to_dict()
-    return sae, sae_cfg, *_settings(options, name, sae)
+def _load(options: argparse.Namespace, name: str, sae_id: str | None) -> Asked:
+    """Load an SAE that SAELens's evaluation knows how to splice."""
+    asked = load_asked(options, name, sae_id)
+    metadata = asked.sae.cfg.metadata
+    out = metadata.hook_name_out or metadata.hook_name
+    if out != metadata.hook_name:
+        # SAELens would put the output in the place of the input.
+        raise ValueError(
+            f"{name} must be an SAE of one hook, got a transcoder from "
+            f"{metadata.hook_name} to {out}"
+        )
+    return asked
 
 
 def _eval_config(options: argparse.Namespace) -> EvalConfig:
@@ -301,83 +276,6 @@ def _cost(cfg: EvalConfig, context_size: int) -> str:
     )
 
 
-def _settings(
-    options: argparse.Namespace, name: str, sae: SAE[Any]
-) -> tuple[list[str], list[int], tuple[Any, ...]]:
-    """Texts, context sizes and what makes the model: as given or as in the metadata."""
-    metadata = sae.cfg.metadata
-    datasets = options.dataset
-    if datasets is None:
-        datasets = [_recorded(sae, "dataset_path", str, "dataset")]
-        _require_text(datasets[0])
-    sizes = options.context_size or [_recorded(sae, "context_size", int)]
-    if options.prepend_bos is not None:
-        metadata.prepend_bos = options.prepend_bos
-    # A prompt of a BOS alone, or of one token, predicts nothing.
-    least = 3 if _recorded(sae, "prepend_bos", bool) else 2
-    if min(sizes) < least:
-        raise ValueError(
-            f"--context_size must be at least {least}: a token, the one that it predicts"
-            f"{' and the BOS' if least == 3 else ''}, got {min(sizes)}"
-        )
-    if not metadata.hook_name:
-        raise ValueError(
-            f"{name}: the SAE's metadata name no hook (convert takes it as --hook_name)"
-        )
-    out = metadata.hook_name_out or metadata.hook_name
-    if out != metadata.hook_name:
-        # SAELens would put the output in the place of the input.
-        raise ValueError(
-            f"{name} must be an SAE of one hook, got a transcoder from "
-            f"{metadata.hook_name} to {out}"
-        )
-    model = (
-        options.model or _recorded(sae, "model_name", str, "model"),
-        options.model_class_name or metadata.model_class_name or "HookedTransformer",
-        metadata.model_from_pretrained_kwargs,
-    )
-    return datasets, sizes, model
-
-
-def _recorded(sae: SAE[Any], name: str, kind: type, option: str | None = None) -> Any:
-    """Take a value from the SAE's metadata for which no option was given."""
-    value = sae.cfg.metadata[name]
-    if value is None or value == "":
-        raise ValueError(f"--{option or name} is needed: the SAE's metadata name none")
-    if not isinstance(value, kind):
-        raise ValueError(
-            f"--{option or name} is needed: {name} must be of type {kind.__name__} in "
-            f"the SAE's metadata, got {value!r}"
-        )
-    return value
-
-
-def _store(
-    sae: SAE[Any],
-    model: Any,
-    dataset: str,
-    text: Any,
-    context_size: int,
-    cfg: EvalConfig,
-) -> tuple[ActivationsStore, torch.Tensor]:
-    """A store at the beginning of a text, and its first prompt, ``[1, context_size]``."""
-    metadata = sae.cfg.metadata
-    with naming_text("--dataset", dataset):
-        store = ActivationsStore.from_sae(
-            model,
-            sae,
-            dataset=text,
-            context_size=context_size,
-            store_batch_size_prompts=cfg.batch_size_prompts or 1,
-            # Against a warning that a training run would need more.
-            total_tokens=0,
-            device=str(sae.device),
-            disable_concat_sequences=bool(metadata.disable_concat_sequences),
-            sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
-        )
-    return store, first_prompt(f"--dataset {dataset}", store)
-
-
 def _evaluate(
     sae: SAE[Any], model: Any, store: ActivationsStore, dataset: str, cfg: EvalConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -400,40 +298,3 @@ def _evaluate(
         for name in ("feature_density", "consistent_activation_heuristic"):
             by_latent.pop(name, None)
     return by_group, by_latent
-
-
-def _require_text(dataset: str) -> None:
-    if dataset != "docstrings":
-        require_text("--dataset", dataset)
-
-
-def _fold_scaler(sae: SAE[Any], path: Path) -> None:
-    # A training checkpoint expects activations as the trainer had scaled them.
-    scaler = ActivationScaler()
-    if path.exists():
-        scaler.load(path)
-    if scaler.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-    if scaler.whitening is not None:
-        sae.fold_activation_whitening(
-            scaler.whitening.mean,
-            scaler.whitening.matrix,
-            scaler.whitening.inverse_matrix,
-        )
-    # Each fold sets it to "none".
-    if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
-        raise ValueError(
-            f"{path} is missing or incomplete: it does not say how activations were "
-            f"scaled (normalize_activations={sae.cfg.normalize_activations!r})"
-        )
-
-
-def _load_model(
-    device: str, name: str, class_name: str, settings: dict[str, Any] | None
-) -> Any:
-    if name == "smollm2":
-        return load_smollm2(device=device)
-    with naming_model("--model", name):
-        return load_model(
-            class_name, name, device=device, model_from_pretrained_kwargs=settings
-        )

@@ -4,9 +4,12 @@ import argparse
 import os
 import pickle
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 from safetensors import SafetensorError
+
+from sae_lens_scale.files import require_writable
 
 # Errors whose text says enough without their type.
 _SELF_EXPLANATORY = (
@@ -38,6 +41,22 @@ def print_result(text: str) -> None:
             raise
 
 
+def require_output(output: Path) -> None:
+    """
+    Refuse a file, the value of ``--output``, that could not be written.
+
+    Raises:
+        OSError: If it is a folder, or nothing can be written in the folder that it is in.
+    """
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"--output: {output.parent} is no folder")
+    if output.is_dir():
+        raise IsADirectoryError(f"--output: {output} is a folder")
+    if not output.exists() or output.is_file():
+        # It is replaced by a new one.
+        require_writable("--output", output.parent)
+
+
 def complain(text: str) -> None:
     """Print an error in one line."""
     _print(f"sae-lens-scale: error: {text}", sys.stderr)
@@ -48,7 +67,10 @@ def note(text: str) -> None:
     _print(f"sae-lens-scale: {text}", sys.stderr)
 
 
-def _print(text: str, stream: TextIO) -> None:
+def _print(text: str, stream: TextIO | None) -> None:
+    # Python has none where its caller closed it.
+    if stream is None:
+        return
     encoding = stream.encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     print(text, file=stream, flush=True)  # noqa: T201

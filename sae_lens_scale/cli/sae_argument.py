@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_scale.loading.errors import is_of_the_machine, require_device
 
 from .output import error_text
+
+_SCALED_BY_THE_TRAINER = ("expected_average_only_in", "covariance_whitening")
 
 
 def find_saes(names: Sequence[str]) -> Sequence[tuple[str, str | None]]:
@@ -87,6 +91,39 @@ def load_sae(name: str, sae_id: str | None, device: str, dtype: str | None) -> S
         # Few of these say which.
         whole = name if sae_id is None else f"{name} {sae_id}"
         raise ValueError(f"{whole} cannot be loaded: {error_text(error)}") from error
+
+
+def fold_scaler(sae: SAE[Any], folder: str) -> None:
+    """
+    Make a training checkpoint's SAE take raw activations, as exports do.
+
+    Args:
+        sae: The SAE, which may be an export's.
+        folder: Where it was loaded from.
+
+    Raises:
+        ValueError: If the folder does not say how the trainer had scaled activations.
+    """
+    if sae.cfg.normalize_activations not in _SCALED_BY_THE_TRAINER:
+        return
+    path = Path(folder, ACTIVATION_SCALER_CFG_FILENAME)
+    scaler = ActivationScaler()
+    if path.exists():
+        scaler.load(path)
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if scaler.whitening is not None:
+        sae.fold_activation_whitening(
+            scaler.whitening.mean,
+            scaler.whitening.matrix,
+            scaler.whitening.inverse_matrix,
+        )
+    # Each fold sets it to "none".
+    if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
+        raise ValueError(
+            f"{path} is missing or incomplete: it does not say how activations were "
+            f"scaled (normalize_activations={sae.cfg.normalize_activations!r})"
+        )
 
 
 def _are_folders(names: Sequence[str], releases: Container[str]) -> bool:

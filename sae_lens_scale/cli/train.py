@@ -6,19 +6,19 @@ import io
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sae_lens.constants import SAE_CFG_FILENAME
 
-from sae_lens_scale.files import read_json
 from sae_lens_scale.recipes import (
     ARCHITECTURES,
     CONTEXT_SIZE,
     RECIPES,
     recipe_of,
 )
+from sae_lens_scale.run_settings import SIZES, read_settings
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import _parse_cfg_args
 
@@ -35,8 +35,10 @@ _SIZES = {
     "num_experts": None,
     "experts_per_token": None,
 }
-# Of an SAE that is loaded, which its folder decides.
-_SAE_SIZES = ("d_in", "d_sae", "k", "num_experts", "experts_per_token")
+# Other names of options in SAELens's parser.
+_ALIASES = {"architecture": "sae"}
+# Of what the run saves; with "None" it does not.
+_FOLDERS = ("checkpoint_path", "output_path")
 # An empty one, such as a variable that the shell does not know, is no name.
 _NAMES = (
     "model_name",
@@ -58,7 +60,9 @@ def add_parser(commands: Any) -> None:
         "train",
         help="train an SAE with SAELens's runner",
         description="Options besides those of SAELens's runner, which follow. "
-        "`train --architecture scale --help` has the SAE's own, such as --k.",
+        "`train --architecture scale --help` has the SAE's own, such as --k. The model "
+        '"smollm2" (from PyPI) and the text "docstrings" (of the installed packages) '
+        "need no hub.",
         add_help=False,
         allow_abbrev=False,
     )
@@ -126,29 +130,33 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     given = _read(arguments, {"architecture": str, **dict.fromkeys(_NAMES, filled)})
     architecture = given["architecture"] or "standard"
     pretrained = given["from_pretrained_path"]
+    is_fresh = pretrained is None and architecture in ARCHITECTURES
+    if name not in (None, "none") and not is_fresh:
+        raise ValueError(
+            f"--recipe {name} is for fresh SAEs of the architectures "
+            f"{', '.join(ARCHITECTURES)}, got {pretrained or architecture}"
+        )
     if pretrained is not None:
-        _require_sizes_of(pretrained, arguments)
-    if name == "none":
-        return _parse(arguments)
-    if architecture not in ARCHITECTURES or pretrained is not None:
-        if name is not None:
-            raise ValueError(
-                f"--recipe {name} is for fresh SAEs of the architectures "
-                f"{', '.join(ARCHITECTURES)}, got {pretrained or architecture}"
-            )
-        return _parse(arguments)
+        saved = read_settings(
+            "from_pretrained_path", Path(pretrained, SAE_CFG_FILENAME)
+        )
+        # Its parser knows no options of another architecture, which the runner refuses.
+        if given["architecture"] in (None, saved.get("architecture")):
+            sizes = {n: saved[n] for n in SIZES if n in saved}
+            arguments = [*_flags(sizes), *arguments]
+            architecture = sizes.get("architecture", architecture)
+    if name == "none" or pretrained is not None or architecture not in ARCHITECTURES:
+        cfg = _parse(arguments)
+        if cfg.sae.architecture() != architecture:
+            # SAELens's parser takes the abbreviation, and trains its default.
+            raise ValueError(f"write --architecture {architecture} in full")
+        return cfg
     # A config made of the sizes alone may be invalid: the recipe divides the latents.
     sizes = _read(arguments, dict.fromkeys(_SIZES, positive))
     chosen = {n: sizes[n] or default for n, default in _SIZES.items()}
     recipe = recipe_of(name or "recommended", architecture, **chosen)
     settings = recipe.runner | recipe.sae
-    expected = settings | {n: size for n, size in chosen.items() if size is not None}
     cfg = _parse([*_flags(settings), *arguments])
-    if any(_field(cfg, n) != expected[n] for n in chosen if n in expected):
-        raise ValueError(
-            f"write the names of {', '.join(f'--{n}' for n in chosen)} in full: a recipe "
-            "depends on them"
-        )
     used = {n: _field(cfg, n) for n in settings}
     lines = [
         f"  {n} {used[n]}" + ("" if used[n] == v else f" (given; the recipe's is {v})")
@@ -161,30 +169,14 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
 def _read(
     arguments: Sequence[str], types: Mapping[str, Callable[[str], Any]]
 ) -> dict[str, Any]:
-    """Read some options, written in full, by their types; None for those that are left out."""
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, exit_on_error=False
-    )
+    """Read some options by their types; None for those that are left out."""
+    # Abbreviations, too, as SAELens's parser takes them.
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     for name, kind in types.items():
-        parser.add_argument(f"--{name}", type=kind)
-    try:
+        names = (name, _ALIASES[name]) if name in _ALIASES else (name,)
+        parser.add_argument(*(f"--{n}" for n in names), type=kind)
+    with _errors_in_one_line():
         return vars(parser.parse_known_args(arguments)[0])
-    except argparse.ArgumentError as error:
-        complain(error_text(error))
-        raise SystemExit(2) from error
-
-
-def _require_sizes_of(folder: str, arguments: Sequence[str]) -> None:
-    """Refuse other sizes than those of the SAE in a folder: training would ignore them."""
-    file = Path(folder, SAE_CFG_FILENAME)
-    # The runner says what is missing.
-    saved = read_json(file) if file.is_file() else {}
-    for name, size in _read(arguments, dict.fromkeys(_SAE_SIZES, positive)).items():
-        if size is not None and saved.get(name, size) != size:
-            raise ValueError(
-                f"{name} must be left out or {saved[name]}, as in {folder}, whose SAE is "
-                f"trained, got {size}"
-            )
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -197,11 +189,29 @@ def _field(cfg: Any, name: str) -> Any:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    # SAELens's parser prints its usage, over a hundred options, before each error.
+    try:
+        with _errors_in_one_line():
+            cfg = _parse_cfg_args(arguments)
+    except ZeroDivisionError as error:
+        # SAELens divides by them in its message about the run to come.
+        raise ValueError(
+            "train_batch_size_tokens, feature_sampling_window and wandb_log_frequency "
+            "must be positive, got 0"
+        ) from error
+    for name, folder in _read(arguments, dict.fromkeys(_FOLDERS, str)).items():
+        # To SAELens's parser it is a folder's name.
+        if folder == "None":
+            setattr(cfg, name, None)
+    return cfg
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Leave out the usage that argparse, SAELens's of over a hundred options, prints."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            cfg = _parse_cfg_args(arguments)
+            yield
     except argparse.ArgumentError as error:
         complain(error_text(error))
         raise SystemExit(2) from error
@@ -209,14 +219,9 @@ def _parse(arguments: Sequence[str]) -> Any:
         if stop.code:
             complain(printed.getvalue().strip().rsplit("error: ", 1)[-1])
         raise
-    except ZeroDivisionError as error:
-        # SAELens divides by them in its message about the run to come.
-        raise ValueError(
-            "train_batch_size_tokens, feature_sampling_window and wandb_log_frequency "
-            "must be positive, got 0"
-        ) from error
-    sys.stderr.write(printed.getvalue())
-    return cfg
+    # It is none where the caller has closed it.
+    if sys.stderr is not None:
+        sys.stderr.write(printed.getvalue())
 
 
 def _lr_factor(text: str) -> tuple[str, float]:

@@ -223,6 +223,7 @@ def _find_weights(path: Path) -> Path:
     if not path.is_dir():
         return path
     files = [f for f in sorted(path.iterdir()) if f.suffix in _WEIGHTS_SUFFIXES]
+    files = [f for f in files if f.is_file()]
     files = [f for f in files if f.stem == "ae"] or files
     if len(files) != 1:
         raise ValueError(

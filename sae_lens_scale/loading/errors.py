@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from datasets import load_dataset
 from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+
+from sae_lens_scale.upstream import model_size
 
 # Those that SAELens's store reads.
 _COLUMNS = ("text", "tokens", "input_ids", "problem")
@@ -120,11 +123,7 @@ def require_context(setting: str, context_size: int, model: Any) -> None:
     Raises:
         ValueError: If the model says that it takes fewer.
     """
-    limit = getattr(getattr(model, "cfg", None), "n_ctx", None)
-    if limit is None:
-        # A Hugging Face model within SAELens's wrapper.
-        config = getattr(getattr(model, "model", None), "config", None)
-        limit = getattr(config, "max_position_embeddings", None)
+    limit = model_size(model, "n_ctx", "max_position_embeddings")
     if limit is not None and context_size > limit:
         raise ValueError(
             f"{setting} must be at most the {limit} tokens that the language model "
@@ -144,7 +143,8 @@ def first_prompt(text: str, store: ActivationsStore) -> torch.Tensor:
         Its tokens, ``[1, context_size]``, where the language model takes them.
 
     Raises:
-        ValueError: If the text does not fill a prompt.
+        ValueError: If the text does not fill a prompt, or its tokens are none of the
+            language model's.
     """
     rest = store.iterable_sequences
     first = next(rest, None)
@@ -160,7 +160,48 @@ def first_prompt(text: str, store: ActivationsStore) -> torch.Tensor:
     store.iterable_sequences = whole()
     tokens = store.get_batch_tokens(1)
     store.iterable_sequences = whole()
+    d_vocab = model_size(store.model, "d_vocab", "vocab_size")
+    if d_vocab is not None and not 0 <= tokens.min() <= tokens.max() < d_vocab:
+        # Looked up on a GPU, it would end the process.
+        raise ValueError(
+            f"{text} must hold token ids from 0 to less than {d_vocab}, the language "
+            f"model's vocabulary, got {int(tokens.min())} to {int(tokens.max())}"
+        )
     return tokens
+
+
+def take_heads(
+    x: torch.Tensor, head: int | None, hook: str, width: int
+) -> torch.Tensor:
+    """
+    Take the head of activations that an SAE is for, or join all of them.
+
+    Args:
+        x: ``[passages, tokens, width]`` or ``[passages, tokens, heads, d_head]``.
+        head: The head, or None for all of them.
+        hook: Where they are from, for the message.
+        width: Width that they must have.
+
+    Returns:
+        ``[passages, tokens, width]``.
+
+    Raises:
+        ValueError: If there is no such head, or the width is another.
+    """
+    if head is not None:
+        heads = x.shape[2] if x.ndim == 4 else 0
+        if head not in range(-heads, heads):
+            raise ValueError(
+                f"hook_head_index must be one of the {heads} heads at {hook}, got "
+                f"{head!r}"
+            )
+        x = x[:, :, head]
+    x = x.flatten(2)
+    if x.shape[-1] != width:
+        raise ValueError(
+            f"the SAE must be as wide as the model at {hook}, {x.shape[-1]}, got {width}"
+        )
+    return x
 
 
 @torch.no_grad()
@@ -171,6 +212,7 @@ def require_hook(
     hook: str,
     hook_head_index: int | None,
     d_in: int,
+    model_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """
     Refuse a hook that a language model lacks, or whose activations are of another width.
@@ -182,28 +224,31 @@ def require_hook(
         hook: Name of the hook.
         hook_head_index: The head to take there, or None for all of them.
         d_in: Width of the SAE's input.
+        model_kwargs: Arguments of ``run_with_cache`` with which SAELens will call it.
 
     Raises:
-        ValueError: If there is no such hook or head, or the width is not ``d_in``.
+        ValueError: If there is no such hook or head, the width is not ``d_in``, or the
+            model takes no such arguments.
     """
-    cache = model.run_with_cache(tokens[:1, :1], names_filter=[hook])[1]
+    try:
+        # As SAELens's store runs it.
+        _, cache = model.run_with_cache(
+            tokens[:1, :1],
+            names_filter=[hook],
+            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook),
+            prepend_bos=False,
+            **(model_kwargs or {}),
+        )
+    except TypeError as error:
+        if not model_kwargs:
+            raise
+        raise ValueError(
+            f"model_kwargs {model_kwargs} do not suit {name}: {_reason(error)}"
+        ) from error
     if hook not in set(cache):
         attached = any(n.startswith(f"{hook}.hook_sae") for n in model.hook_dict)
         advice = "; an SAE is attached there, which reset_saes() takes away"
         raise ValueError(
             f"{name} has no hook {hook!r}, the SAE's{advice if attached else ''}"
         )
-    activation = cache[hook][0, 0]
-    if hook_head_index is not None:
-        heads = activation.shape[0]
-        if activation.ndim < 2 or not -heads <= hook_head_index < heads:
-            raise ValueError(
-                f"hook_head_index must be a head of {name} at {hook}, got "
-                f"{hook_head_index}"
-            )
-        activation = activation[hook_head_index]
-    if activation.numel() != d_in:
-        raise ValueError(
-            f"{name} must be {d_in} wide at {hook}, as the SAE, got "
-            f"{activation.numel()}"
-        )
+    take_heads(cache[hook], hook_head_index, hook, d_in)

@@ -1,10 +1,11 @@
-"""Texts by name: docstrings, files on disk, data sets of the hub."""
+"""Texts by name: docstrings, files on disk, data sets of the hub; rows without text."""
 
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset, load_dataset
+from sae_lens.training.activations_store import ActivationsStore
 from typing_extensions import override
 
 from .docstrings import docstring_corpus
@@ -20,7 +21,7 @@ _CARD = "README.md"
 
 
 def load_text(
-    name: str, split: Literal["train", "test", "all"]
+    name: str | Path, split: Literal["train", "test", "all"]
 ) -> Dataset | IterableDataset:
     """
     Load a text to run a language model on.
@@ -39,6 +40,7 @@ def load_text(
             texts to split.
         FileNotFoundError: There is no such text.
     """
+    name = str(name)
     if not name:
         # As a folder, it would be the current one.
         raise ValueError("name must not be empty")
@@ -68,6 +70,28 @@ def load_text(
     return dataset.take(_HELD_OUT_DOCUMENTS) if split == "test" else dataset
 
 
+def skip_missing_texts(store: ActivationsStore) -> None:
+    """
+    Let a store pass over rows whose text is null, where SAELens would stop with an error.
+
+    Args:
+        store: The store, of which nothing was read yet.
+    """
+    dataset: Any = store.dataset
+    if dataset is None or store.is_dataset_tokenized:
+        return
+    column = store.tokens_column
+    # Rows on disk are filtered at once, which takes long; of a stream, as they come.
+    if isinstance(dataset, IterableDataset) or (
+        isinstance(dataset, Dataset) and dataset.data.column(column).null_count
+    ):
+        store.dataset = dataset.filter(_is_there, input_columns=column)
+
+
+def _is_there(text: Any) -> bool:
+    return text is not None
+
+
 def _read_files(path: Path) -> list[str]:
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [
@@ -83,7 +107,8 @@ def _read_files(path: Path) -> list[str]:
 
 
 def _read_file(path: Path) -> str:
-    text = path.read_text(encoding="utf-8", errors="ignore")
+    # Some editors begin a file with a byte order mark.
+    text = path.read_text(encoding="utf-8-sig", errors="ignore")
     if path.suffix == ".html":
         parser = _TextOfHTML()
         parser.feed(text)

@@ -262,7 +262,12 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
     @override
     def _require_valid_config(self) -> None:
         super()._require_valid_config()
+        self._require_feature_scaling()
+
+    def _require_feature_scaling(self) -> None:
+        """Refuse a config that asks for parameters which this SAE lacks, or lacks its own."""
         cfg = self.cfg
+        require_choice("decomposition", cfg.decomposition, DECOMPOSITIONS)
         learned = cfg.feature_scaling and cfg.decomposition == "learned"
         for name, wanted in (("omega", cfg.feature_scaling), ("W_low_pass", learned)):
             if wanted != (getattr(self, name) is not None):
@@ -274,6 +279,7 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
 
     @override
     def _applied_encoder(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._require_feature_scaling()
         if self.omega is None or self.cfg.decomposition == "mean":
             return self.W_enc, self.omega
         # The decompositions of Appendix C are for comparison: written out, not fast.
@@ -287,6 +293,7 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
     @torch.no_grad()
     def effective_W_enc(self) -> torch.Tensor:
         """The encoder that is applied, omega included, ``[d_in, d_sae]``."""
+        self._require_feature_scaling()
         if self.omega is None:
             return self.W_enc.detach()
         return self._scaled_encoder(self.omega)

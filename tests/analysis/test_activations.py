@@ -19,7 +19,6 @@ from sae_lens_scale.analysis.activations import (
     require_finite,
 )
 
-CPU = torch.device("cpu")
 Z = torch.arange(2.0 * 3 * 4 * 8).view(2, 3, 4, 8)
 
 
@@ -55,8 +54,8 @@ def test_heads_are_joined_or_one_is_taken_and_put_back(make_sae: Any):
         (4, Z, "hook_head_index must be one of the 4 heads at z, got 4"),
         (-5, Z, "hook_head_index must be one of the 4 heads at z, got -5"),
         (0, Z.flatten(2), "hook_head_index must be one of the 0 heads at z, got 0"),
-        (0, Z, "sae must be as wide as the model at z, 8, got 32"),
-        (None, Z[..., 0], "sae must be as wide as the model at z, 4, got 32"),
+        (0, Z, "the SAE must be as wide as the model at z, 8, got 32"),
+        (None, Z[..., 0], "the SAE must be as wide as the model at z, 4, got 32"),
     ],
 )
 def test_activations_of_other_heads_or_widths_are_refused(
@@ -113,15 +112,58 @@ def test_values_that_are_not_finite_are_refused_by_batch_and_token(
     require_finite("x", x, 0, ignored)
 
 
-def test_batches_may_be_arrays_and_must_be_numbers():
+def test_batches_may_be_arrays_and_must_be_numbers(make_sae: Any):
+    sae = make_sae("topk", d_in=4)
     x = np.arange(12.0).reshape(3, 4)
-    (found,) = finite_batches([x], CPU)  # type: ignore[list-item]
+    (found,) = finite_batches([x], sae)  # type: ignore[list-item]
     assert found.tolist() == x.tolist()
-    rows = list(finite_batches(torch.from_numpy(x), CPU))
+    rows = list(finite_batches(torch.from_numpy(x), sae))
     assert [row.tolist() for row in rows] == x.tolist()
     for bad in (None, ["x"], [{"x": 1}], [[[1.0], [2.0, 3.0]]]):
         with pytest.raises(ValueError, match="activations must be .* got"):
-            list(finite_batches(bad, CPU))  # type: ignore[arg-type]
+            list(finite_batches(bad, sae))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("x", [torch.ones(3, n) for n in (0, 1, 5)])
+def test_batches_of_another_width_are_refused(make_sae: Any, x: torch.Tensor):
+    message = rf"activations must be .* \[..., d_in=4\], got .*\(3, {x.shape[1]}\)"
+    for architecture in ("scale", "topk"):
+        with pytest.raises(ValueError, match=message):
+            list(finite_batches([x], make_sae(architecture, d_in=4)))
+
+
+def test_batches_of_complex_numbers_or_of_no_dimension_are_refused(make_sae: Any):
+    for x in (torch.ones(3, 4, dtype=torch.complex64), torch.ones(4)):
+        with pytest.raises(ValueError, match="activations must be real numbers .* got"):
+            list(finite_batches([x] if x.is_complex() else x, make_sae(d_in=4)))
+
+
+def test_heads_of_batches_are_joined_for_an_SAE_of_hook_z_only(make_sae: Any):
+    sae = make_sae(hook="blocks.0.attn.hook_z")
+    with pytest.raises(ValueError, match=r"got .* of shape \(2, 3, 4, 8\)"):
+        list(finite_batches([Z], sae))
+    sae.turn_on_forward_pass_hook_z_reshaping()
+    for x in (Z, Z.view(2, 3, 32)):
+        (found,) = finite_batches([x], sae)
+        assert torch.equal(found, Z.view(2, 3, 32))
+
+
+def test_a_hook_that_is_not_of_each_token_or_never_reached_is_refused(
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any
+):
+    def first_passage(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x[:1]
+
+    sae, tokens = make_sae(hook="hook_embed"), make_tokens()
+    with (
+        tiny_model.hooks(fwd_hooks=[("hook_embed", first_passage)]),
+        pytest.raises(
+            ValueError, match=r"at hook_embed must be .*\(7, 16\), got .*\(1,"
+        ),
+    ):
+        hook_activations(tiny_model, sae, "hook_embed", tokens)
+    with pytest.raises(ValueError, match="hook_name must be .* got 'blocks.0.hook_ml"):
+        hook_activations(tiny_model, sae, "blocks.0.hook_mlp_in", tokens)
 
 
 def test_all_of_a_hook_is_read_even_if_SAEs_are_spliced_elsewhere(

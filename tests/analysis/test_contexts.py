@@ -5,6 +5,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import small_corpus
@@ -310,3 +311,15 @@ def test_a_model_that_lacks_the_hook_or_a_tokenizer_is_refused(
     stream = latent_activations(tiny_model, make_sae(), [make_tokens()], [1])
     with pytest.raises(ValueError, match="exclude_special_tokens=True needs .* none"):
         next(stream)
+
+
+def test_neither_the_default_device_nor_the_type_of_a_number_matters(
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any
+):
+    sae, batches = make_sae(), [make_tokens().tolist(), make_tokens(1)]
+    want = top(tiny_model, sae, batches, [3, 1], n=2, window=2)
+    # Of NumPy's unsigned numbers, -2 is none.
+    numbers: Any = {"n": np.uint8(2), "window": np.uint8(2)}
+    with torch.device("meta"):
+        got = top(tiny_model, sae, batches, [3, 1], **numbers)
+    assert got == want

@@ -1,5 +1,6 @@
 """Token ids and other numbers, in whatever they come."""
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from sae_lens_scale.analysis.corpus import (
     chosen_latents,
     excluded_ids,
     require_integer,
+    require_number,
+    to_tensor,
     token_batches,
 )
 
@@ -155,7 +158,28 @@ def test_latents_keep_their_order_and_must_exist_once():
 
 
 def test_integers_of_numpy_are_integers():
-    require_integer("n", np.int32(3), 3)
+    assert type(require_integer("n", np.int32(3), 3)) is int
     for value, message in ((2, "at least 3, got 2"), (3.0, "an integer, got 3.0")):
         with pytest.raises(ValueError, match=f"n must be {message}"):
             require_integer("n", value, 3)
+
+
+@pytest.mark.parametrize(
+    "value", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)]
+)
+def test_numbers_may_be_of_any_type(value: Any):
+    found = require_number("k", value)
+    assert (type(found), found) == (float, 0.5)
+
+
+@pytest.mark.parametrize(
+    "value", ["0.5", None, True, 1j, [0.5], np.array([0.5, 1]), torch.tensor(True)]
+)
+def test_a_value_that_is_no_number_is_refused(value: Any):
+    with pytest.raises(ValueError, match="k must be a number, got "):
+        require_number("k", value)
+
+
+def test_tensors_of_lists_are_on_the_CPU_whatever_the_default_device():
+    with torch.device("meta"):
+        assert to_tensor("x", [1, 2]).device.type == "cpu"

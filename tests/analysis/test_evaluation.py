@@ -290,3 +290,37 @@ def test_a_hook_without_effect_is_refused(
     model.unembed.W_U.data.zero_()
     with pytest.raises(ValueError, match="must change the model's loss"):
         loss_recovered(model, make_sae(), [make_tokens()])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ("blocks.0.hook_mlp_in", None, "hook_name must be .* reaches, got .*_mlp_in'"),
+        (HOOK, "blocks.0.hook_mlp_in", "hook_name_out must be .* got .*_mlp_in'"),
+        ("blocks.0.hook_mlp_in", HOOK, "hook_name must be .* before .* got .*_mlp_in'"),
+        (HOOK, "hook_embed", "hook_name must be .* before hook_embed, got 'blocks.0"),
+    ],
+)
+def test_hooks_that_the_model_does_not_reach_are_refused_on_the_first_batch(
+    tiny_model: HookedSAETransformer,
+    make_sae: Any,
+    make_tokens: Any,
+    source: str,
+    target: str | None,
+    message: str,
+):
+    sae = make_sae(hook=source)
+    sae.cfg.metadata.hook_name_out = target
+    batches = iter([make_tokens(), make_tokens(1)])
+    with pytest.raises(ValueError, match=message):
+        loss_recovered(tiny_model, sae, batches)
+    assert len(list(batches)) == 1
+
+
+def test_the_default_device_does_not_matter(
+    tiny_model: HookedSAETransformer, make_sae: Any, make_tokens: Any
+):
+    sae, tokens = make_sae(), make_tokens()
+    with torch.device("meta"):
+        got = loss_recovered(tiny_model, sae, [tokens])
+    assert got == loss_recovered(tiny_model, sae, [tokens])

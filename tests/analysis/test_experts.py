@@ -72,6 +72,16 @@ def test_expert_usage_of_batches_of_any_shape_is_that_of_their_tokens():
     ]
 
 
+def test_heads_of_hook_z_may_be_joined_already():
+    sae = scale_sae()
+    sae.cfg.metadata.hook_name = "blocks.0.attn.hook_z"
+    want = expert_usage(sae, [X]), expert_coactivation(sae, [X])[1]
+    sae.turn_on_forward_pass_hook_z_reshaping()
+    for x in (X, X.view(40, 5, 2)):
+        assert (expert_usage(sae, [x]), expert_coactivation(sae, [x])[1]) == want
+    assert sae.hook_z_reshaping_mode
+
+
 def test_the_entropy_of_expert_usage_leaves_shared_experts_out():
     sae = scale_sae(experts_per_token=3, num_shared_experts=2)
     usage = expert_usage(sae, [X])
@@ -209,7 +219,7 @@ def test_measures_of_routing_refuse_no_tokens_and_bad_ones(measure: Any):
     bad[3, 2] = math.nan
     with pytest.raises(ValueError, match="activations must be finite.*in batch 1"):
         measure(sae, [X, bad])
-    with pytest.raises(ValueError, match="must be d_in=10"):
+    with pytest.raises(ValueError, match=r"activations must be .*d_in=10\], got"):
         measure(sae, [X[:, :9]])
     sae.W_router.data[0, 0] = math.nan
     with pytest.raises(ValueError, match="the router's probabilities must be finite"):
@@ -224,6 +234,8 @@ def test_similarity_refuses_experts_of_one_latent_and_no_samples():
         expert_similarity(scale_sae(), num_samples=0)
     with pytest.raises(ValueError, match="threshold must be between -1 and 1, got 2"):
         expert_similarity(scale_sae(), threshold=2)
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        expert_similarity(scale_sae(), seed=-1)
 
 
 def test_scaling_factors_are_the_omegas_in_training_in_files_and_after_folding(

@@ -95,3 +95,9 @@ def test_a_model_whose_weights_are_elsewhere_until_they_are_used(
     assert next(model.parameters()).device.type == "meta"
     ((_, got),) = latent_activations(model, sae, [make_tokens()], range(64))
     torch.testing.assert_close(got, want)
+
+
+def test_a_model_of_another_kind_is_refused(tiny_llama: Path, make_sae: Any):
+    model: Any = load_model("AutoModelForCausalLM", str(tiny_llama)).model
+    with pytest.raises(ValueError, match="model must be .* got LlamaForCausalLM"):
+        hook_of(model, make_sae(hook="model.layers.0"))

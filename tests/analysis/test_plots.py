@@ -1,5 +1,6 @@
 """The picture of token explanations."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ def test_plot_token_explanations_draws_every_latent(tmp_path: Path):
         TokenExplanation(" love", 1, [0, 3], [0.6, 0.4], love),
         TokenExplanation(" apples", 2, [1, 3], [0.9, 0.1], apples),
     ]
-    figure = plot_token_explanations(explanations, "title")
+    figure = plot_token_explanations(iter(explanations), "title")
     (axes,) = figure.axes
     bars = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
     # The bars of the first expert stand first, end to end.
@@ -39,6 +40,28 @@ def test_negative_latents_and_those_of_experts_that_were_not_selected_have_bars_
     assert [text.get_text() for text in axes.texts] == ["450", "8", "9", "300"]
     places = [(bar.get_x(), bar.get_width()) for bar in bars]
     assert places == [(0, 2), (0, -3), (-3, -1), (2, 0.5)]
+
+
+def test_latents_are_named_as_far_as_there_is_room_in_a_colour_that_can_be_read():
+    latents = [ActiveLatent(i, i, width) for i, width in ((0, 20), (1, 20), (2, 1))]
+    explanations = [TokenExplanation(" love", 1, [0, 1, 2], [0.4, 0.3, 0.3], latents)]
+    names = {0: " $a\n$", 1: "w" * 100, 2: "apple"}
+    (axes,) = plot_token_explanations(explanations, "title", names).axes
+    first, second, third = axes.texts
+    assert first.get_text() == "0\n$a\\n$"
+    assert re.fullmatch(r"1\nw{20,70}…", second.get_text())
+    assert third.get_text() == "2"
+    assert not any(text.get_parse_math() for text in axes.texts)
+    # Of the colours of the first two experts, dark and light blue.
+    assert (first.get_color(), second.get_color()) == ("white", "black")
+    figure = plot_token_explanations(explanations, "title", names)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    bars = [bar.get_window_extent() for bar in axes.patches]
+    for text, bar in zip(axes.texts, bars, strict=True):
+        extent = text.get_window_extent()
+        assert bar.x0 <= extent.x0
+        assert extent.x1 <= bar.x1
 
 
 def test_a_dollar_sign_begins_no_formula(tmp_path: Path):

@@ -5,8 +5,10 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -172,9 +174,23 @@ def test_redundancy_between_experts_is_that_of_latents_of_different_experts(
     assert replace(found, between_experts=None) == everything
 
 
+def test_arrays_lists_and_numbers_of_NumPy_are_as_good():
+    W_dec = random_decoder()
+    want = feature_redundancy(W_dec, 0.5)
+    threshold: Any = np.array(0.5)
+    rows: list[Any] = [W_dec.numpy(), W_dec.tolist()]
+    for given in rows:
+        assert feature_redundancy(given, threshold) == want
+        assert_close(max_cosine_similarity(given), max_cosine_similarity(W_dec))
+    sizes: list[Any] = [np.int32(7), 10**30]
+    for block_size in sizes:
+        found = max_cosine_similarity(W_dec, block_size)
+        assert_close(found, max_cosine_similarity(W_dec), atol=1e-6)
+
+
 def test_what_cannot_be_measured_is_refused():
     W_dec = random_decoder()
-    for shape in ((1, 5), (0, 5), (5,), (2, 3, 4)):
+    for shape in ((1, 5), (0, 5), (5,), (2, 3, 4), (5, 0), ()):
         with pytest.raises(ValueError, match=r"W_dec must have shape .* got \("):
             max_cosine_similarity(torch.ones(shape))
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
@@ -196,9 +212,18 @@ def test_what_cannot_be_measured_is_refused():
     assert feature_redundancy(W_dec, alive=listed) == feature_redundancy(  # type: ignore[arg-type]
         W_dec, alive=torch.tensor(listed)
     )
-    for num_experts in (0, -1, 2):
-        with pytest.raises(ValueError, match=f"d_sae=23, got {num_experts}"):
+    experts: list[Any] = [2, 0, 11.5]
+    messages = ["divide d_sae=23, got 2", "be at least 1, got 0", "be an integer, got"]
+    for num_experts, message in zip(experts, messages, strict=True):
+        with pytest.raises(ValueError, match=f"num_experts must {message}"):
             feature_redundancy(W_dec, num_experts=num_experts)
+    decoders: list[Any] = [None, "W_dec", [[1.0], [1.0, 2.0]], W_dec + 1j]
+    for decoder in decoders:
+        with pytest.raises(ValueError, match="W_dec must .*numbers.* got"):
+            feature_redundancy(decoder)
+    text: Any = "0.9"
+    with pytest.raises(ValueError, match="threshold must be a number, got '0.9'"):
+        feature_redundancy(W_dec, text)
     for marked in (0, 1):
         with pytest.raises(ValueError, match=f"at least two latents, got {marked}"):
             feature_redundancy(W_dec, alive=torch.arange(23) < marked)

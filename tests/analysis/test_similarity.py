@@ -9,6 +9,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import randomize, scale_sae, switch_sae
@@ -257,3 +258,34 @@ def test_feature_activations_that_are_not_finite_are_refused(measure: Any, name:
     sae.b_enc.data[:] = math.nan
     with pytest.raises(ValueError, match="feature activations must be .* batch 0, at"):
         measure(sae, [X])
+
+
+@pytest.mark.parametrize("name", ["scale", "topk"])
+def test_heads_of_hook_z_may_be_joined_already(name: str):
+    sae = SAES[name]()
+    sae.cfg.metadata.hook_name = "blocks.0.attn.hook_z"
+    want = activation_similarity(sae, [X]), overlap_histogram(sae, [X])
+    sae.turn_on_forward_pass_hook_z_reshaping()
+    for x in (X, X.view(37, 5, 2)):
+        assert (activation_similarity(sae, [x]), overlap_histogram(sae, [x])) == want
+
+
+def test_the_default_device_does_not_matter():
+    sae = scale_sae()
+    want = overlap_histogram(sae, [X], 20)
+    with torch.device("meta"):
+        assert overlap_histogram(sae, [X], 20) == want
+
+
+def test_numbers_of_any_type_end_as_JSON_and_others_are_refused():
+    sae: Any = scale_sae()
+    text: Any = "6"
+    want = asdict(activation_similarity(sae, [X], 6))
+    numbers: list[Any] = [np.float32(6), torch.tensor(6)]
+    for k in numbers:
+        found = asdict(activation_similarity(sae, [X], k))
+        assert json.loads(json.dumps(found)) == want
+    with pytest.raises(ValueError, match="k must be a number, got '6'"):
+        activation_similarity(sae, [X], text)
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        overlap_histogram(sae, [X], seed=-1)

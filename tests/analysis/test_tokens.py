@@ -162,6 +162,7 @@ def test_activations_that_are_not_finite_are_refused(
         ({"max_latents": -1}, "max_latents must be at least 0, got -1"),
         ({"max_latents": 1.5}, r"max_latents must be an integer, got 1\.5"),
         ({"text": ["I love", "apples"]}, "text must be a string, got list"),
+        ({"text": "a\udcff"}, r"text must be Unicode text, got 'a\\udcff'"),
         ({"text": ""}, "text must have at least one token, got ''"),
     ],
 )
@@ -176,3 +177,12 @@ def test_bad_arguments_are_refused(
     sae = make_sae(hook=arguments.pop("hook"))
     with pytest.raises(ValueError, match=message):
         explain_tokens(tiny_model, sae, **arguments)
+
+
+def test_the_default_device_does_not_matter(
+    tiny_model: HookedSAETransformer, make_sae: Any
+):
+    sae = make_sae()
+    with torch.device("meta"):
+        got = explain_tokens(tiny_model, sae, "I love apples")
+    assert got == explain_tokens(tiny_model, sae, "I love apples")

@@ -21,7 +21,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 )
 from sae_lens.saes.sae import SAE
 
-from sae_lens_scale.cli import evaluate
+from sae_lens_scale.cli import sae_on_text
 from sae_lens_scale.cli.sae_argument import find_saes
 
 SHORT = (
@@ -106,8 +106,8 @@ def test_every_sae_meets_every_text_and_context_size_and_one_model(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    load = Mock(side_effect=evaluate.load_model)
-    monkeypatch.setattr(evaluate, "load_model", load)
+    load = Mock(side_effect=sae_on_text.load_model)
+    monkeypatch.setattr(sae_on_text, "load_model", load)
     other_text = shutil.copytree(text_folder, tmp_path / "other")
     saes = [str(trained / "sae"), str(checkpoint_of(trained))]
     texts = [str(text_folder), str(other_text)]
@@ -119,6 +119,7 @@ def test_every_sae_meets_every_text_and_context_size_and_one_model(
     # 2 batches of 4 prompts of 16 tokens.
     assert f"evaluation 8 of 8: {saes[1]} on {texts[1]}, 2 batches" in captured.err
     assert "16 tokens, 128 tokens" in captured.err
+    assert captured.err.count("smaller --n_eval_reconstruction_batches") == 1
 
     rows = pd.read_csv(tmp_path / "metrics.csv")
     combinations = [(s, t, c) for s in saes for t in texts for c in (8, 16)]
@@ -165,6 +166,17 @@ def test_only_the_metrics_that_are_asked_for_are_computed(
         "encoder_bias",
         "encoder_decoder_cosine_sim",
     }
+
+
+@pytest.mark.parametrize("output", ["", " --output metrics.csv"])
+def test_metrics_of_each_latent_are_not_measured_for_nothing(
+    output: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("density_statistics", "weight_based_metrics"):
+        switch = f"--compute_featurewise_{name}"
+        err = run(f"evaluate nowhere --compute_kl {switch}{output}", 1).err
+        assert f"error: {switch} needs --output, and JSON there" in err
 
 
 def test_patterns_choose_SAEs_of_releases(
@@ -263,11 +275,11 @@ def test_what_was_evaluated_before_a_failure_is_kept(
     holed = write_text(tmp_path / "holed", {"text": "hello " * 100}, {"text": None})
     command = f"evaluate {trained / 'sae'} {SHORT} --compute_l2_norms"
     command += f" --datasets {text_folder} {holed} --output"
-    for name in ("metrics.json", "metrics.csv"):
+    for name in ("metrics.json", "metrics.CSV"):
         run(f"{command} {tmp_path / name}", 1)
     kept = json.loads((tmp_path / "metrics.json").read_text())
     assert kept["eval_cfg"]["dataset"] == str(text_folder)
-    rows = pd.read_csv(tmp_path / "metrics.csv")
+    rows = pd.read_csv(tmp_path / "metrics.CSV")
     assert list(rows["dataset"]) == [str(text_folder)]
 
 
@@ -281,7 +293,7 @@ def test_one_model_is_released_before_the_next_is_loaded(
     name = str(tiny_llama) + os.sep
     other = with_metadata(trained / "sae", tmp_path / "sae", model_name=name)
     loaded: list[weakref.ref[Any]] = []
-    load_model = evaluate.load_model
+    load_model = sae_on_text.load_model
 
     def load(*args: Any, **kwargs: Any) -> Any:
         assert [model() for model in loaded] == [None] * len(loaded)
@@ -289,7 +301,7 @@ def test_one_model_is_released_before_the_next_is_loaded(
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(evaluate, "load_model", load)
+    monkeypatch.setattr(sae_on_text, "load_model", load)
     run(f"evaluate {trained / 'sae'} {other} {SHORT} --compute_l2_norms")
     assert len(loaded) == 2
 
@@ -357,9 +369,9 @@ def test_a_model_of_another_width_is_refused(trained: Path, tmp_path: Path, run:
     cfg["metadata"]["hook_name"] = "model.layers.0.mlp.up_proj"
     (narrow / "cfg.json").write_text(json.dumps(cfg))
     err = run(f"evaluate {narrow} {SHORT}", 1).err
-    assert "must be 32 wide at model.layers.0.mlp.up_proj, as the SAE, got 64" in err
+    assert "as wide as the model at model.layers.0.mlp.up_proj, 64, got 32" in err
     cfg["metadata"]["prepend_bos"] = None
     (narrow / "cfg.json").write_text(json.dumps(cfg))
     err = run(f"evaluate {narrow} {SHORT}", 1).err
     assert "--prepend_bos is needed: the SAE's metadata name none" in err
-    assert "wide at" in run(f"evaluate {narrow} {SHORT} --no-prepend_bos", 1).err
+    assert "as wide as" in run(f"evaluate {narrow} {SHORT} --no-prepend_bos", 1).err

@@ -107,6 +107,7 @@ def test_wrong_usage_exits_with_2(command: str, message: str, run: Run):
         # Both would write into the root folder, or the current one.
         ["train", "--architecture", "scale", "--checkpoint_path", ""],
         ["train", "--architecture", "topk", "--output_path="],
+        ["train", "--architecture", "topk", "--output_p", ""],
     ],
 )
 def test_empty_arguments_are_wrong_usage(

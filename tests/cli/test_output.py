@@ -27,3 +27,11 @@ def test_characters_that_the_terminal_lacks_do_not_cost_the_result(
     complain("mödel … \udcff")
     error = b"sae-lens-scale: error: " + printed
     assert sys.stderr.buffer.getvalue() == error  # type: ignore[attr-defined]
+
+
+def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch):
+    # As Python has them where its caller closed them.
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    print_result("result")
+    complain("error")

@@ -14,7 +14,6 @@ from PIL import Image
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
 from sae_lens_scale.cli import score
 
 SHORT = "--probing_datasets 1 --n_eval_batches 1 --batch_size_prompts 2"
@@ -114,16 +113,16 @@ def test_seeds_are_one_column_and_nothing_is_done_twice(
         ("--dataset {sae}", {}, "--dataset {sae} cannot be loaded"),
         ("--model {sae}", {}, "--model {sae} cannot be loaded"),
         ("--device nowhere", {}, "--device 'nowhere' cannot be used"),
-        ("--context_size 2", {}, "context_size must be at least 3"),
+        ("--context_size 2", {}, "--context_size must be at least 3"),
         ("--context_size 129", {}, "--context_size must be at most the 128 tokens"),
         ("", {"hook_name": None}, "{sae}: the SAE's metadata name no hook"),
-        ("", {"hook_name": "blocks.9"}, "has no hook 'blocks.9'"),
+        ("", {"hook_name": "model.nothing"}, "has no hook 'model.nothing'"),
         ("", {"hook_head_index": 0}, "of all its heads, got .* hook_head_index=0"),
         ("", {"hook_name_out": "model.layers.1"}, "must be an SAE of one hook"),
-        ("", {"context_size": None}, "{sae}: context_size must be of type int"),
-        ("", {"prepend_bos": None}, "or given as --prepend_bos, got None"),
-        ("", {"model_name": None}, "or given as --model, got None"),
-        ("", {"dataset_path": None}, "or given as --dataset, got None"),
+        ("", {"context_size": None}, "--context_size is needed"),
+        ("", {"prepend_bos": None}, "--prepend_bos is needed"),
+        ("", {"model_name": None}, "--model is needed"),
+        ("", {"dataset_path": None}, "--dataset is needed"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_the_work(
@@ -147,10 +146,3 @@ def test_an_sae_that_is_there_twice_is_refused(save: Save, tmp_path: Path, run: 
     copy = shutil.copytree(one, tmp_path / "copy")
     err = run(f"score {one} {copy} {SHORT} --output {tmp_path / 'out'}", 1).err
     assert f"SAEs must differ from each other, got {one} and {copy}" in err
-
-
-def test_a_training_checkpoint_is_refused(tmp_path: Path, run: Run):
-    cfg = ScaleTrainingSAEConfig(d_in=32, d_sae=128, num_experts=4)
-    ScaleTrainingSAE(cfg).save_model(tmp_path / "sae")
-    err = run(f"score {tmp_path / 'sae'} {SHORT} --output {tmp_path / 'out'}", 1).err
-    assert "must be an SAE for inference, got a training checkpoint" in err

@@ -1,6 +1,5 @@
 """``sae-lens-scale train`` on a language model in a folder."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,11 +9,13 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from cli.runs import Run, checkpoint_of, train_command
-from helpers import scale_sae
+from helpers import scale_sae, small_corpus
+from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import SAE
 
-from sae_lens_scale import recommended_config
+from sae_lens_scale import recommended_config, runner
 from sae_lens_scale.cli import train
+from sae_lens_scale.run_settings import SIZES
 
 
 def test_train_is_SAELenss_runner_with_our_architectures(trained: Path):
@@ -162,7 +163,6 @@ def test_train_says_what_the_recipe_chose_and_what_was_given(
     [
         ("paper", "--architecture topk", "fresh SAEs of .* got topk"),
         ("recommended", "--from_pretrained_path x", "fresh SAEs of .* got x"),
-        (None, "--architecture scale --training_tok 600000", "write the names"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(
@@ -173,18 +173,60 @@ def test_a_recipe_that_cannot_be_is_refused(
 
 
 def test_sizes_of_an_SAE_that_is_loaded_are_its_own(tmp_path: Path):
-    scale_sae().save_model(tmp_path)
-    k = json.loads((tmp_path / "cfg.json").read_text())["k"]
-    pretrained = f"--architecture scale --from_pretrained_path {tmp_path}"
-    train._with_recipe(None, f"{pretrained} --k {k}".split())
-    for recipe in (None, "none"):
-        with pytest.raises(
-            ValueError, match=f"^k must be left out or {k}, as in .* 3$"
-        ):
-            train._with_recipe(recipe, f"{pretrained} --k 3".split())
+    sae = scale_sae(experts_per_token=3)
+    sae.save_model(tmp_path)
+    pretrained = ["--from_pretrained_path", str(tmp_path)]
+    # The runner refuses what is given otherwise.
+    cfg = train._with_recipe(None, [*pretrained, "--k", "3"])
+    saved, got = sae.cfg.to_dict(), cfg.sae.to_dict()
+    assert {n: got[n] for n in SIZES} == {n: saved[n] for n in SIZES} | {"k": 3}
+    cfg = train._with_recipe("none", [*pretrained, "--architecture", "topk"])
+    assert cfg.sae.architecture() == "topk"
+
+
+def test_None_is_no_folder():
+    folders = ["--output_path", "None", "--checkpoint_path", "None"]
+    cfg = train._with_recipe("none", folders)
+    assert (cfg.output_path, cfg.checkpoint_path) == (None, None)
 
 
 @pytest.mark.parametrize("options", ["", "--architecture topk"])
 def test_recipe_none_leaves_SAELenss_defaults(options: str):
     cfg = train._with_recipe("none", f"{options} --lr 1e-4".split())
     assert (cfg.train_batch_size_tokens, cfg.adam_beta2) == (4096, 0.999)
+
+
+def test_options_are_read_as_SAELenss_parser_reads_them():
+    sizes = "--d_in 64 --d_sae 8192 --k 64"
+    want = train._with_recipe(
+        "paper", f"--architecture scale {sizes} --training_tokens 600000".split()
+    )
+    got = train._with_recipe(
+        "paper", f"--sae scale {sizes} --training_tok 600000".split()
+    )
+    assert got.sae == want.sae
+    assert (got.lr, got.training_tokens) == (want.lr, want.training_tokens)
+
+
+def test_an_abbreviated_architecture_does_not_train_SAELenss_default():
+    with pytest.raises(ValueError, match="write --architecture topk in full"):
+        train._with_recipe(None, ["--arch", "topk"])
+
+
+def test_train_takes_the_model_and_the_text_that_need_no_hub(
+    tiny_model: HookedSAETransformer,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    load = MagicMock(return_value=tiny_model)
+    monkeypatch.setattr(runner, "load_smollm2", load)
+    monkeypatch.setattr(runner, "docstring_corpus", lambda split: small_corpus())
+    command = train_command("scale", Path("smollm2"), Path("docstrings"), tmp_path, 512)
+    command = command.replace("AutoModelForCausalLM", "HookedTransformer")
+    command += " --hook_name blocks.0.hook_resid_post"
+    assert "device 'meta' cannot be used" in run(f"{command} --device meta", 1).err
+    assert not load.called
+    run(command)
+    metadata = SAE.load_from_disk(tmp_path / "sae").cfg.metadata
+    assert (metadata.model_name, metadata.dataset_path) == ("smollm2", "docstrings")

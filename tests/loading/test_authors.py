@@ -445,6 +445,8 @@ def test_a_folder_must_make_clear_which_file_is_meant(tmp_path: Path):
         load(tmp_path)
     path = write(tmp_path, make_state("scale"))
     path.rename(tmp_path / "8.pt")
+    # A folder is none.
+    (tmp_path / "7.pt").mkdir()
     load(tmp_path)
     (tmp_path / "9.pt").write_bytes((tmp_path / "8.pt").read_bytes())
     with pytest.raises(ValueError, match=r"with \['8.pt', '9.pt'\]"):

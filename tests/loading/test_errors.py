@@ -90,9 +90,9 @@ Z = "blocks.0.attn.hook_z"
         (Z, 3, 8, None),
         (Z, None, 32, None),
         ("blocks.9.hook_resid_post", None, 32, "tiny has no hook 'blocks.9.hook_resid"),
-        (HOOK, None, 16, f"tiny must be 16 wide at {HOOK}, as the SAE, got 32"),
-        (Z, 4, 8, f"hook_head_index must be a head of tiny at {Z}, got 4"),
-        (HOOK, 0, 32, f"hook_head_index must be a head of tiny at {HOOK}, got 0"),
+        (HOOK, None, 16, f"the SAE must be as wide as the model at {HOOK}, 32, got 16"),
+        (Z, 4, 8, f"hook_head_index must be one of the 4 heads at {Z}, got 4"),
+        (HOOK, 0, 32, f"hook_head_index must be one of the 0 heads at {HOOK}, got 0"),
     ],
 )
 def test_a_hook_must_be_there_and_as_wide_as_the_SAE(
@@ -117,3 +117,35 @@ def test_an_SAE_in_the_hooks_place_is_named(tiny_model: HookedSAETransformer):
         pytest.raises(ValueError, match=r"an SAE is attached there, which reset_saes"),
     ):
         require_hook(tiny_model, "tiny", tokens, HOOK, None, 32)
+
+
+def test_arguments_that_the_model_does_not_take_are_named(
+    tiny_model: HookedSAETransformer,
+):
+    arguments = (tiny_model, "tiny", torch.zeros(1, 1).long(), HOOK, None, 32)
+    require_hook(*arguments, {"shortformer_pos_embed": None})
+    for wrong in ({"nonsense": 1}, {"stop_at_layer": 1}):
+        with pytest.raises(ValueError, match=f"^model_kwargs .{list(wrong)[0]!r}"):
+            require_hook(*arguments, wrong)
+
+
+def test_the_model_runs_no_further_than_the_hook(tiny_model: HookedSAETransformer):
+    ran: list[str] = []
+
+    def note(x: torch.Tensor, hook: Any) -> None:
+        ran.append(hook.name)
+
+    with tiny_model.hooks([("blocks.1.hook_resid_pre", note)]):
+        require_hook(tiny_model, "tiny", torch.zeros(1, 1).long(), HOOK, None, 32)
+        assert ran == []
+        tiny_model(torch.zeros(1, 1).long())
+        assert ran
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_of_another_vocabulary_are_refused(
+    token: int, tiny_model: HookedSAETransformer
+):
+    rows = Dataset.from_dict({"tokens": [[token] + [1] * 15]})
+    with pytest.raises(ValueError, match=f"^text x must hold token ids .*{token}"):
+        first_prompt("text x", store_of(tiny_model, rows))

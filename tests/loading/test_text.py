@@ -5,8 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
+from integration.runs import new_sae
+from sae_lens import HookedSAETransformer
+from sae_lens.training.activations_store import ActivationsStore
 
-from sae_lens_scale.loading.text import load_text
+from sae_lens_scale.loading.text import load_text, skip_missing_texts
 
 
 def texts(name: Path, split: Any) -> list[str]:
@@ -78,3 +83,38 @@ def test_a_data_set_that_is_held_out_whole_is_refused(tmp_path: Path):
     (tmp_path / "texts.jsonl").write_text(rows)
     with pytest.raises(ValueError, match="must hold more than the 2,000 documents"):
         load_text(str(tmp_path), "train")
+
+
+def test_a_folder_may_be_a_path_and_its_files_begin_with_a_mark(tmp_path: Path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"Document {i}.", encoding="utf-8-sig")
+    documents: Any = load_text(tmp_path, "all")
+    assert list(documents["text"]) == [f"Document {i}." for i in range(3)]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "texts.jsonl").write_text('{"text": "A document."}')
+    assert list(load_text(data, "all")) == [{"text": "A document."}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_text_are_passed_over(
+    streaming: bool, tiny_model: HookedSAETransformer
+):
+    texts = [f"Document {i}. " * 20 for i in range(5)]
+    with_nulls = Dataset.from_dict({"text": [None, *texts[:2], None, *texts[2:]]})
+    dataset: Any = with_nulls.to_iterable_dataset() if streaming else with_nulls
+    stores = [
+        ActivationsStore.from_sae(tiny_model, new_sae("scale"), text)
+        for text in (Dataset.from_dict({"text": texts}), dataset)
+    ]
+    skip_missing_texts(stores[1])
+    want, got = (list(store.iterable_sequences) for store in stores)
+    assert len(want) > 5
+    assert torch.equal(torch.stack(got), torch.stack(want))
+
+
+def test_rows_of_tokens_are_left_as_they_are(tiny_model: HookedSAETransformer):
+    rows = Dataset.from_dict({"tokens": [[1] * 16] * 2})
+    store = ActivationsStore.from_sae(tiny_model, new_sae("scale"), rows)
+    skip_missing_texts(store)
+    assert store.dataset is rows

@@ -161,6 +161,7 @@ BAD_FIELDS: list[tuple[list[Any], str, str, list[Any]]] = [
     (ALL, "k", "at most", [65]),
     (ALL, "gate", "one of .*'softmax'", ["hard", None, ["softmax"]]),
     (ALL, "topk_over", "one of", ["gates", {}]),
+    (ALL, "reshape_activations", "one of .*'hook_z'", ["hook_q", None, True]),
     (SCALE, "num_shared_experts", "an integer from 0", [-1, 2, 1.0, True]),
     (SCALE, "experts_per_token", "at most", [5]),
     (TRAINING, "load_balance_coefficient", "a finite number", NO_COEFFICIENTS),

@@ -233,7 +233,9 @@ def test_an_activation_fn_that_the_encoder_would_ignore_is_refused(activation_fn
 def test_a_k_that_no_token_can_keep_is_refused(k: int):
     sae = scale_sae()
     sae.activation_fn.k = k
-    with pytest.raises(ValueError, match=f"k must be from 1 to the 24 .*, got {k}"):
+    with pytest.raises(
+        ValueError, match=f"k must be an integer from 1 to the 24 .*, got {k}"
+    ):
         sae.encode(X)
 
 

@@ -303,3 +303,29 @@ def test_a_closed_gate_hides_a_pre_activation_of_minus_infinity():
         ("hook_sae_acts_pre", lambda pre, hook: torch.full_like(pre, -torch.inf)),
     ]
     assert torch.equal(sae.run_with_hooks(X, fwd_hooks=edits), sae.b_dec.expand_as(X))
+
+
+@pytest.mark.parametrize("method", ["encode", "training_forward_pass"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda pre: torch.cat([pre, pre]),
+        lambda pre: pre.flatten(),
+        lambda pre: pre.T,
+        lambda pre: pre[:1],
+        lambda pre: pre[:, ::2],
+    ],
+    ids=["rows twice", "flat", "transposed", "one row", "half"],
+)
+def test_pre_activations_of_another_shape_are_refused(
+    make: Any, method: str, edit: Callable[[torch.Tensor], torch.Tensor]
+):
+    sae = make()
+    x = step_input(FLAT) if method == "training_forward_pass" else FLAT
+    with (
+        sae.hooks([("hook_sae_acts_pre", lambda pre, hook: edit(pre))]),
+        pytest.raises(
+            ValueError, match=r"hook_sae_acts_pre must keep the shape \(21, 60\), got"
+        ),
+    ):
+        getattr(sae, method)(x)

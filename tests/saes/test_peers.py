@@ -98,6 +98,17 @@ def test_decode_takes_sparse_activations_of_any_shape(
     assert_close(from_sparse.grad[active], from_dense.grad[active])
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc])
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
+def test_decode_takes_sparse_activations_of_any_layout(
+    make_either: Any, layout: torch.layout, rescale: bool
+):
+    sae = make_either(rescale_acts_by_decoder_norm=rescale)
+    acts = sae.encode(X).detach()
+    assert torch.equal(sae.decode(acts.to_sparse(layout=layout)), sae.decode(acts))
+
+
 @pytest.mark.parametrize(
     ("norm", "shift"), [("constant_norm_rescale", 0.0), ("layer_norm", 2.0)]
 )

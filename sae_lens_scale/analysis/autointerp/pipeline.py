@@ -11,7 +11,9 @@ from threading import Event
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
@@ -87,11 +89,16 @@ def autointerp(
 
     Raises:
         ImportError: If delphi is not installed.
-        ValueError: If ``concurrency`` is less than 1; if no row of ``tokens`` is as long
+        ValueError: If ``concurrency`` is less than 1; if the judge is no function or returns
+            no text; if no row of ``tokens`` is as long
             as a passage; and as ``top_activating_contexts``.
         Exception: Any exception of the judge.
     """
-    require_integer("concurrency", concurrency, 1)
+    concurrency = require_integer("concurrency", concurrency, 1)
+    if not callable(judge):
+        raise ValueError(
+            f"judge must be a function from chat messages to text, got {judge!r}"
+        )
     latents = chosen_latents(latents, sae.cfg.d_sae)
     hook = hook_of(model, sae)
     tokenizer_of(model, "the text of passages")
@@ -112,7 +119,8 @@ def autointerp(
     )
     records: list[Any] = []
     skipped = []
-    with _global_generators_kept():
+    # What delphi makes on the default device, it joins with what is on the CPU.
+    with _global_generators_kept(), torch.device("cpu"):
         for i, latent in enumerate(latents):
             reason = corpus.shortage(i, settings)
             if reason is None:
@@ -175,7 +183,8 @@ def _read_corpus(
         fired = acts[:, :used].reshape(-1, length, num_latents)
         where = (fired != 0).nonzero()
         activations.append(fired[where[:, 0], where[:, 1], where[:, 2]].abs())
-        locations.append(where + torch.tensor([read, 0, 0]))
+        where[:, 0] += read
+        locations.append(where)
         passages.append(cut)
         read += len(cut)
     if not read:
@@ -306,32 +315,44 @@ class _Client:
         if self.stopped.is_set():
             raise asyncio.CancelledError
         try:
-            return self.response(await asyncio.to_thread(self.judge, prompt))
+            return self.response(await asyncio.to_thread(self._ask, prompt))
         except Exception as error:
             self.error = error
             raise
 
+    def _ask(self, prompt: list[dict[str, str]]) -> str:
+        try:
+            reply: Any = self.judge(prompt)
+        except StopIteration as error:
+            # asyncio would drop it, and wait for a reply for ever.
+            raise RuntimeError("the judge raised StopIteration") from error
+        # A request that the endpoint refused is an empty reply.
+        reply = "" if reply is None else reply
+        if not isinstance(reply, str):
+            raise ValueError(f"judge must return text, got {type(reply).__name__}")
+        return reply
+
 
 def _scores(verdicts: list[Any], n_quantiles: int) -> QuantileScores:
     # Right, answered, asked.
-    counts = torch.zeros(3, n_quantiles + 1, dtype=torch.long)
+    counts = np.zeros((3, n_quantiles + 1), dtype=int)
     for verdict in verdicts:
         # delphi counts the parts from 0, the strongest.
         i = n_quantiles - verdict.distance if verdict.activating else 0
         answered = verdict.prediction is not None
         right = answered and verdict.prediction == verdict.activating
-        counts[:, i] += torch.tensor([right, answered, True])
+        counts[:, i] += (right, answered, True)
     return _quantile_scores(counts)
 
 
 def _pooled(scores: list[QuantileScores], n_quantiles: int) -> QuantileScores:
-    counts = torch.zeros(3, n_quantiles + 1, dtype=torch.long)
+    counts = np.zeros((3, n_quantiles + 1), dtype=int)
     for one in scores:
-        counts += torch.tensor([one.correct, one.answered, one.asked])
+        counts += (one.correct, one.answered, one.asked)
     return _quantile_scores(counts)
 
 
-def _quantile_scores(counts: torch.Tensor) -> QuantileScores:
+def _quantile_scores(counts: NDArray[np.int64]) -> QuantileScores:
     correct, answered, asked = counts.tolist()
     return QuantileScores(
         quantiles=["not", *range(1, counts.shape[1])],

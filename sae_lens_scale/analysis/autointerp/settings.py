@@ -28,7 +28,7 @@ class AutointerpSettings:
         seed: Seed of the choice of passages.
 
     Raises:
-        ValueError: If a number is too small; if the passages to be judged do not divide
+        ValueError: If a number is no integer or too small; if the passages to be judged do not divide
             into prompts; if ``min_passages`` leaves too few to explain or to judge.
     """
 
@@ -49,9 +49,13 @@ class AutointerpSettings:
             ("passages_per_quantile", 1),
             ("non_activating", 2),
             ("explained_passages", 1),
+            ("min_passages", 1),
             ("passages_per_prompt", 1),
+            ("seed", 0),
         ):
-            require_integer(name, getattr(self, name), least)
+            # Of Python's type, as random generators and JSON take no other.
+            value = require_integer(name, getattr(self, name), least)
+            object.__setattr__(self, name, value)
         if self.explained_from not in ("top", "random", "quantiles", "mix"):
             raise ValueError(
                 'explained_from must be "top", "random", "quantiles" or "mix", got '

@@ -116,14 +116,14 @@ def _of_batch(
     # As require_finite takes them: a row a token.
     rows = torch.where(finite, 0.0, torch.nan).view(*ids.shape, 1)
     require_finite("activations", rows, batch, ignored)
-    experts = torch.zeros(ids.numel(), 0, dtype=torch.int64)
-    gates = torch.zeros(ids.numel(), 0)
+    experts = latents.new_zeros(ids.numel(), 0)
+    gates = activations.new_zeros(ids.numel(), 0)
     if isinstance(sae, MixtureSAE):
         with heads_are_joined(sae):
             routing = sae.route(x.flatten(0, 1).to(sae.device))
         experts, gates = routing.indices.cpu(), routing.weights.float().cpu()
     return ActiveLatents(
-        lengths=torch.full((len(ids),), ids.shape[1]),
+        lengths=torch.full((len(ids),), ids.shape[1], device="cpu"),
         ids=ids.flatten(),
         counts=counts,
         latents=latents,

@@ -21,7 +21,7 @@ function offsets(lengths) {
   return starts;
 }
 
-// Entries of an object of counts, the largest first; of equals the one that came first.
+// Pairs of a key and a number, the largest first; of equals the one that came first.
 function ranked(counts) {
   return [...counts].sort((a, b) => b[1] - a[1]);
 }
@@ -51,7 +51,7 @@ class Corpus {
     Object.assign(this, arrays);
     this.size = facts.d_sae / facts.num_experts;
     this.rows = this.alive.length;
-    this.isMixture = facts.num_experts > 1;
+    this.isMixture = this.experts.length > 0;
     this.expertsPerToken = this.experts.length / this.tokens.length;
     this.passages = offsets(this.lengths);
     this.firings = offsets(this.counts);
@@ -84,6 +84,8 @@ class Corpus {
     this.ofRow = new Uint32Array(this.latents.length);
     const next = this.starts.slice();
     for (let i = 0; i < this.latents.length; i++) this.ofRow[next[this.latents[i]]++] = i;
+    this.rowsByExpert = Array.from({ length: facts.num_experts }, () => []);
+    for (let row = 0; row < this.rows; row++) this.rowsByExpert[this.expert(row)].push(row);
     this.topTokensOf = new Map();
     this.rowOf = new Map(Array.from(this.alive, (latent, row) => [latent, row]));
   }
@@ -97,9 +99,7 @@ class Corpus {
   }
 
   rowsOf(expert) {
-    const rows = [];
-    for (let row = 0; row < this.rows; row++) if (this.expert(row) === expert) rows.push(row);
-    return rows;
+    return this.rowsByExpert[expert];
   }
 
   activation(firing) {

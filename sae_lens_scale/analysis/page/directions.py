@@ -98,7 +98,7 @@ def _effects(
     """Token ids whose logits the directions raise and lower most."""
     logits = direct_logits(model, hook, units)
     if logits is None:
-        nothing = torch.zeros(len(units), 0, dtype=torch.int64)
+        nothing = torch.zeros(len(units), 0, dtype=torch.int64, device=units.device)
         return nothing, nothing
     listed = min(_LISTED, logits.shape[-1])
     return logits.topk(listed).indices, logits.topk(listed, largest=False).indices

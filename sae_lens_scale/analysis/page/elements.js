@@ -86,9 +86,9 @@ function table(names, rows) {
     element("tbody", {}, rows.map((cells) => element("tr", {}, cells.map((one) => cell("td", one))))));
 }
 
-function select(label, options, chosen, change) {
+function select(id, label, options, chosen, change) {
   return element("label", {}, `${label} `,
-    element("select", { change: (event) => change(event.target.value) },
+    element("select", { id, change: (event) => change(event.target.value) },
       options.map((name) => element("option", { value: name, selected: name === chosen && "" }, name))));
 }
 

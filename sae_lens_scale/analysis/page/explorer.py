@@ -70,7 +70,10 @@ def explorer(
     found = find_active_latents(
         model,
         sae,
-        chain((torch.tensor([ids]) for ids in read), _batches(tokens, max_batches)),
+        chain(
+            (torch.tensor([ids], device="cpu") for ids in read),
+            _batches(tokens, max_batches),
+        ),
         excluded,
         total,
         verbose,
@@ -156,7 +159,9 @@ def _arrays(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Arrays of the page, quantised, and what turns them into numbers again."""
     magnitudes = found.activations.abs()
-    largest = torch.zeros(len(alive)).scatter_reduce(0, rows, magnitudes, "amax")
+    largest = magnitudes.new_zeros(len(alive)).scatter_reduce(
+        0, rows, magnitudes, "amax"
+    )
     # Whether there are any tells the page how to read the bytes.
     steps = 127 if (found.activations < 0).any() else 255
     # What fires stays apart from what does not.
@@ -171,13 +176,13 @@ def _arrays(
             ("suppressed", directions.suppressed),
         )
     }
-    tokens = torch.arange(len(found.ids)).repeat_interleave(found.counts)
+    tokens = torch.arange(len(found.ids), device="cpu").repeat_interleave(found.counts)
     order = (tokens * len(alive) + rows).argsort(stable=True)
     rows = rows[order]
     # A token's latents in ascending order, each as its distance from the one before, or from
     # 0: half as long as their indices, once compressed.
-    is_first = tokens.diff(prepend=torch.tensor([-1])) > 0
-    gaps = torch.where(is_first, rows, rows.diff(prepend=torch.tensor([0])))
+    is_first = tokens.diff(prepend=tokens.new_full((1,), -1)) > 0
+    gaps = torch.where(is_first, rows, rows.diff(prepend=rows.new_zeros(1)))
     arrays = {
         "lengths": found.lengths,
         "counts": found.counts,

@@ -35,40 +35,55 @@ async function start() {
   document.body.classList.toggle("dense", !corpus.isMixture);
   let last = null;
 
-  // The lists stay as they are where only the token changed, and so does the place in them.
-  function draw(force = false) {
-    const route = readRoute(location.hash, corpus);
-    const changed = (...names) => force || !last || names.some((name) => route[name] !== last[name]);
-    const redraw = () => draw(true);
-    if (changed("expert", "search")) {
-      if (!force) Object.assign(state, { filter: "", found: false, latentOrder: "density" });
-      nav.replaceChildren(...(corpus.isMixture ? [expertsView(corpus, route, state, redraw)] : []));
-    }
+  function drawExperts(route) {
+    nav.replaceChildren(...(corpus.isMixture ? [expertsView(corpus, route, state, redrawLists)] : []));
+  }
+
+  function drawLatents(route) {
     found.textContent = "";
-    if (route.search !== undefined) {
-      if (!force) Object.assign(state, { found: true, latentOrder: "as found" });
-      const rows = corpus.find(route.search);
-      found.textContent = `${rows.length} latents for “${visible(route.search)}”`;
-      section.replaceChildren(heading(2, `“${visible(route.search)}”`), latentTable(corpus, rows, route, state, redraw));
-    } else if (changed("expert", "search")) {
+    if (route.search === undefined) {
       const expert = route.expert ?? (corpus.isMixture ? corpus.mostUsed() : 0);
-      section.replaceChildren(expertView(corpus, { ...route, expert }, state, redraw));
+      section.replaceChildren(expertView(corpus, { ...route, expert }, state, redrawLists));
+      return;
+    }
+    const rows = corpus.find(route.search), query = `“${visible(route.search)}”`;
+    found.textContent = `${rows.length} latents for ${query}`;
+    section.replaceChildren(heading(2, query), latentTable(corpus, rows, route, state, redrawLists));
+  }
+
+  // After another order or filter was chosen, in a control that keeps the focus.
+  function redrawLists() {
+    const control = document.activeElement?.id;
+    drawExperts(last);
+    drawLatents(last);
+    if (control) document.getElementById(control)?.focus();
+  }
+
+  // The lists stay as they are, and so does the place in them, where only the latent or the token
+  // changed. The focus moves on to what was asked for.
+  function draw() {
+    const route = readRoute(location.hash, corpus);
+    const changed = (...names) => !last || names.some((name) => route[name] !== last[name]);
+    if (changed("expert", "search")) {
+      const isSearch = route.search !== undefined;
+      Object.assign(state, { filter: "", found: isSearch, latentOrder: isSearch ? "as found" : "density" });
+      drawExperts(route);
+      drawLatents(route);
+      if (last) section.focus({ preventScroll: true });
     }
     if (changed("latent", "expert", "search")) {
       main.replaceChildren(route.latent === undefined ? overview(corpus) : latentView(corpus, route));
       main.scrollTop = 0;
       for (const row of section.querySelectorAll("tbody tr")) {
-        const link = row.querySelector("a");
-        if (link && readRoute(new URL(link.href).hash, corpus).latent === route.latent) row.setAttribute("aria-current", "true");
+        const isShown = readRoute(row.querySelector("a").hash, corpus).latent === route.latent;
+        if (isShown && route.latent !== undefined) row.setAttribute("aria-current", "true");
         else row.removeAttribute("aria-current");
       }
     }
     document.getElementById("token")?.remove();
-    if (route.token !== undefined) {
-      main.append(tokenView(corpus, route));
-      document.getElementById("token").focus({ preventScroll: true });
-    } else if (last && last.token === undefined && changed("latent") && route.latent !== undefined) {
-      main.focus({ preventScroll: true });
+    if (route.token !== undefined) main.append(tokenView(corpus, route));
+    if (last && changed("latent", "token") && (route.latent ?? route.token ?? last.token) !== undefined) {
+      (document.getElementById("token") ?? main).focus({ preventScroll: true });
     }
     last = route;
     main.setAttribute("aria-busy", "false");
@@ -92,7 +107,7 @@ async function start() {
       location.hash = address({ ...last, token: undefined });
     }
   });
-  window.addEventListener("hashchange", () => draw());
+  window.addEventListener("hashchange", draw);
   draw();
 }
 

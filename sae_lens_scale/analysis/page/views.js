@@ -98,7 +98,7 @@ function expertsView(corpus, route, state, redraw) {
   });
   return element("div", {}, heading(2, "Experts"),
     element("p", { class: "dim" }, `${n} experts, ${shared} shared by all tokens, ${idle} idle here`),
-    element("div", { class: "controls" }, select("sort by", orders, state.expertOrder, (value) => {
+    element("div", { class: "controls" }, select("expert-order", "sort by", orders, state.expertOrder, (value) => {
       state.expertOrder = value;
       redraw();
     })), made);
@@ -134,12 +134,12 @@ function latentTable(corpus, rows, route, state, redraw) {
     return made;
   });
   const filter = element("input", {
-    type: "search", value: state.filter, "aria-label": "Filter by token or explanation",
+    id: "latent-filter", type: "search", value: state.filter, "aria-label": "Filter by token or explanation",
     change: (event) => { state.filter = event.target.value; redraw(); },
   });
   return element("div", {},
     element("div", { class: "controls" },
-      select("sort by", state.found ? ["as found", ...orders] : orders, state.latentOrder, (value) => {
+      select("latent-order", "sort by", state.found ? ["as found", ...orders] : orders, state.latentOrder, (value) => {
         state.latentOrder = value;
         redraw();
       }),

@@ -5,6 +5,7 @@ import warnings
 from abc import ABC
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -70,30 +71,14 @@ class MixtureSAEConfig(SAEConfig, ABC):
             setattr(self, field.name, _to_json_type(getattr(self, field.name)))
         super().__post_init__()
         str_to_dtype(self.dtype)
-        for name in ("d_in", "d_sae", "num_experts", "experts_per_token", "k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("d_in", "d_sae", "num_experts", "k"):
+            require_positive_integer(name, getattr(self, name))
         if self.d_sae % self.num_experts:
             raise ValueError(
                 f"d_sae must be divisible by num_experts, got d_sae={self.d_sae} "
                 f"and num_experts={self.num_experts}"
             )
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token must be at most num_experts={self.num_experts}, "
-                f"got {self.experts_per_token}"
-            )
-        shared = self.num_shared_experts
-        if (
-            not isinstance(shared, int)
-            or isinstance(shared, bool)
-            or not 0 <= shared < self.experts_per_token
-        ):
-            raise ValueError(
-                "num_shared_experts must be an integer from 0 to less than "
-                f"experts_per_token={self.experts_per_token}, got {shared!r}"
-            )
+        self.require_experts()
         candidates = self.experts_per_token * self.expert_size
         if self.k > candidates:
             raise ValueError(
@@ -108,6 +93,30 @@ class MixtureSAEConfig(SAEConfig, ABC):
                 raise ValueError(f"{field.name} must be a bool, got {value!r}")
         require_choice("gate", self.gate, GATES)
         require_choice("topk_over", self.topk_over, SELECTIONS)
+        # Of any other value SAELens would leave heads apart, without an error.
+        require_choice(
+            "reshape_activations", self.reshape_activations, ("none", "hook_z")
+        )
+
+    def require_experts(self) -> None:
+        """
+        Check the numbers of a token's experts, which a batch is routed by.
+
+        Raises:
+            ValueError: If one is impossible; names it and its value.
+        """
+        require_positive_integer("experts_per_token", self.experts_per_token)
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token must be at most num_experts={self.num_experts}, "
+                f"got {self.experts_per_token}"
+            )
+        shared = self.num_shared_experts
+        if not is_integer(shared) or not 0 <= shared < self.experts_per_token:
+            raise ValueError(
+                "num_shared_experts must be an integer from 0 to less than "
+                f"experts_per_token={self.experts_per_token}, got {shared!r}"
+            )
 
 
 # As SAEConfig types them, which has no name for the type.
@@ -197,6 +206,17 @@ class MixtureTrainingSAEConfig(MixtureSAEConfig, TrainingSAEConfig, ABC):
             # Files of 0.1.0 do not say so, but their routers were trained like all else.
             config_dict = {"router_lr_factor": 1.0, **details, **config_dict}
         return super().from_dict(config_dict)
+
+
+def is_integer(value: Any) -> bool:
+    """Tell integers, NumPy's among them, from all else; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def require_positive_integer(name: str, value: Any) -> None:
+    """Raise ValueError, with the field's name, unless its value is a positive integer."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _is_finite_number(value: Any) -> bool:

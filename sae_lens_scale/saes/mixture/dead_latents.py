@@ -14,8 +14,36 @@ from jaxtyping import Bool, Float, Int
 from .selection import Selection
 
 
+def dead_by_expert(
+    dead_neuron_mask: Bool[torch.Tensor, " d_sae"], num_experts: int, expert_size: int
+) -> Bool[torch.Tensor, "num_experts expert_size"]:
+    """
+    Split SAELens's mask of dead latents into experts.
+
+    Args:
+        dead_neuron_mask: True at dead latents, ``[d_sae]``.
+        num_experts: Number of experts (N).
+        expert_size: Latents of each.
+
+    Returns:
+        ``[num_experts, expert_size]``.
+
+    Raises:
+        ValueError: If the mask is not one of these latents: of another length, it would
+            be split into other experts' latents.
+    """
+    shape, dtype = tuple(dead_neuron_mask.shape), dead_neuron_mask.dtype
+    d_sae = num_experts * expert_size
+    if shape != (d_sae,) or dtype != torch.bool:
+        raise ValueError(
+            f"dead_neuron_mask must have shape ({d_sae},) and dtype torch.bool, got "
+            f"{shape} and {dtype}"
+        )
+    return dead_neuron_mask.view(num_experts, expert_size)
+
+
 def dead_offsets(
-    dead_mask: Bool[torch.Tensor, " d_sae"], num_experts: int
+    by_expert: Bool[torch.Tensor, "num_experts expert_size"],
 ) -> tuple[
     Int[torch.Tensor, "num_experts most_dead"],
     Bool[torch.Tensor, "num_experts most_dead"],
@@ -24,14 +52,12 @@ def dead_offsets(
     Find the dead latents of each expert, as many positions for each.
 
     Args:
-        dead_mask: True at dead latents, ``[d_sae]``.
-        num_experts: Number of experts (N); divides d_sae.
+        by_expert: True at dead latents, as :func:`dead_by_expert` returns them.
 
     Returns:
         Their positions within the expert, and which of these positions hold one: rows
         are filled up with living latents, to as many as the most dead expert has.
     """
-    by_expert = dead_mask.view(num_experts, -1)
     most = int(by_expert.sum(dim=-1).max())
     # Stable: every expert's dead latents first, in their order.
     offsets = by_expert.int().argsort(dim=-1, descending=True, stable=True)[:, :most]

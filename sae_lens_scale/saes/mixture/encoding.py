@@ -23,7 +23,7 @@ from sae_lens_scale.ops import (
     lookup,
 )
 
-from .config import MixtureSAEConfig, require_choice
+from .config import MixtureSAEConfig, is_integer, require_choice
 from .dispatch import Rows
 from .extension_points import ConfigTopK, is_hooked, is_overridden, pass_copy
 from .feature_scaling import ExpertScaling, expert_scaling
@@ -147,10 +147,10 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         # The config's own TopK would still know a config that was replaced.
         k = cfg.k if isinstance(topk, ConfigTopK) else topk.k
         candidates = cfg.experts_per_token * cfg.expert_size
-        if not 1 <= k <= candidates:
+        if not is_integer(k) or not 1 <= k <= candidates:
             raise ValueError(
-                f"k must be from 1 to the {candidates} latents of a token's experts, "
-                f"got {k}"
+                f"k must be an integer from 1 to the {candidates} latents of a token's "
+                f"experts, got {k!r}"
             )
         return k
 
@@ -325,6 +325,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
     def _route(self, router_in: torch.Tensor) -> Routing:
         # Of another config the same weights would be grouped into other experts.
         require_sizes(self.cfg, {"W_enc": self.W_enc, "W_router": self.W_router})
+        self.cfg.require_experts()
         routing = route(
             router_in,
             *self.applied_router(),
@@ -380,8 +381,14 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         # The d_sae-wide tensor costs more than the whole encoder: only on request.
         if not is_hooked(self.hook_sae_acts_pre):
             return pre_acts
-        wide = self._to_wide(pre_acts, rows)
-        wide = self.hook_sae_acts_pre(wide.view(*rows.shape, self.cfg.d_sae))
+        shape = (*rows.shape, self.cfg.d_sae)
+        wide = self.hook_sae_acts_pre(self._to_wide(pre_acts, rows).view(shape))
+        # Rows of another batch, or latents in another order, would be taken for these.
+        if wide.shape != shape:
+            raise ValueError(
+                f"hook_sae_acts_pre must keep the shape {shape}, got "
+                f"{tuple(wide.shape)}"
+            )
         wide = self._by_expert(wide.reshape(-1, self.cfg.d_sae))
         return wide.gather(1, rows.experts.unsqueeze(-1).expand_as(pre_acts))
 

@@ -139,7 +139,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         Reconstruction from feature activations; linear in them, up to normalisation.
 
         Args:
-            feature_acts: ``[..., d_sae]``, dense or sparse COO.
+            feature_acts: ``[..., d_sae]``, dense or sparse.
 
         Returns:
             ``[..., d_in]``.
@@ -153,7 +153,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
                 f"the last dimension of feature_acts must be d_sae={self.cfg.d_sae}, "
                 f"got shape {tuple(feature_acts.shape)}"
             )
-        if feature_acts.is_sparse:
+        if feature_acts.layout != torch.strided:
             feature_acts = feature_acts.to_dense()
         dtype = torch.promote_types(feature_acts.dtype, self.W_dec.dtype)
         if self.cfg.rescale_acts_by_decoder_norm:
@@ -219,9 +219,25 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
 
     @torch.no_grad()
     def set_router(self, W_router: torch.Tensor, b_router: torch.Tensor) -> None:
-        """Route with these from now on; the counterpart of :meth:`applied_router`."""
-        self.W_router.data.copy_(W_router)
-        self.b_router.data.copy_(b_router)
+        """
+        Route with these from now on; the counterpart of :meth:`applied_router`.
+
+        Args:
+            W_router: Router weights, ``[d_in, num_experts]``.
+            b_router: Router centre, ``[d_in]``.
+
+        Raises:
+            ValueError: If one has another shape; the router stays as it was then.
+        """
+        new = {"W_router": W_router, "b_router": b_router}
+        for name, tensor in new.items():
+            # Copying would repeat what is smaller.
+            if tensor.shape != (shape := getattr(self, name).shape):
+                raise ValueError(
+                    f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
+                )
+        for name, tensor in new.items():
+            getattr(self, name).data.copy_(tensor)
 
     def _fold_encoder(self) -> None:
         """Fold omega, if there is one, into W_enc."""

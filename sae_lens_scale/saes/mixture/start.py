@@ -1,6 +1,7 @@
 """Start of a training SAE from activations, and the pace of its router."""
 
 from abc import ABC
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -54,10 +55,18 @@ class StartingSAE(
         # A change of the config later on must not change the router.
         self._router_lr_factor = self.cfg.router_lr_factor
         self.W_router.data /= self._router_lr_factor
-        # A buffer goes to other devices and dtypes along with the parameters.
-        router = self.W_router.data.clone()
-        self.register_buffer("_fresh_router", router, persistent=False)
+        # No buffer, which copies of the SAE, such as averaged ones, would miss once it is gone.
+        self._fresh_router = self.W_router.data.clone()
         self._is_starting, self._first_batches = True, []
+
+    @override
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        # To other devices and dtypes along with the parameters.
+        if self._fresh_router is not None:
+            self._fresh_router = fn(self._fresh_router)
+        return super()._apply(fn, *args, **kwargs)
 
     @override
     def _require_valid_config(self) -> None:
@@ -102,9 +111,10 @@ class StartingSAE(
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _ROUTER:
-            # Not in place: the entries share memory with the parameters.
-            applied = destination[prefix + name] * self._router_lr_factor
-            destination[prefix + name] = applied
+            # One that torch parametrizes or prunes is no entry.
+            if (parameter := destination.get(prefix + name)) is not None:
+                # Not in place: the entries share memory with the parameters.
+                destination[prefix + name] = parameter * self._router_lr_factor
 
     @override
     def _load_from_state_dict(
@@ -127,7 +137,8 @@ class StartingSAE(
         become clusters of all batches so far, until those hold enough tokens; of more than
         enough, the first count. b_dec starts from the first batch, unless it was set before.
         Where there are fewer tokens than routed experts, the other experts get random
-        directions. Weights that are loaded, and set_router, end the start.
+        directions. Weights that are loaded, and set_router, end the start. A step without
+        gradients, which measures the loss of held-out activations, has no part in it.
 
         Args:
             sae_in: A batch, in the trainer's units.

@@ -29,7 +29,12 @@ from sae_lens_scale.ops import (
 )
 from sae_lens_scale.upstream import _disable_hooks
 
-from .dead_latents import dead_latent_loss, dead_offsets, strongest_dead
+from .dead_latents import (
+    dead_by_expert,
+    dead_latent_loss,
+    dead_offsets,
+    strongest_dead,
+)
 from .encoding import Encoding
 from .extension_points import is_hooked, is_overridden
 from .files import require_tensors
@@ -130,7 +135,7 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 One such step would turn every weight into NaN, without an error.
         """
         x = step_input.sae_in
-        if self._is_starting:
+        if self._is_starting and torch.is_grad_enabled():
             self._start_from_first_batches(x)
         if is_overridden(self, "encode_with_hidden_pre"):
             feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
@@ -270,10 +275,14 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             A scalar.
 
         Raises:
-            ValueError: If it is called on its own, not by calculate_aux_loss, by an SAE
-                whose target is another than its input: the latter is not known then.
+            ValueError: If the mask is not of these latents, or if it is called on its own,
+                not by calculate_aux_loss, by an SAE whose target is another than its input.
         """
-        if dead_neuron_mask is None or not dead_neuron_mask.any():
+        cfg = self.cfg
+        if dead_neuron_mask is None:
+            return sae_out.new_zeros(())
+        dead = dead_by_expert(dead_neuron_mask, cfg.num_experts, cfg.expert_size)
+        if not dead.any():
             return sae_out.new_zeros(())
         if self._current is not None:
             encoding = self._current[1]
@@ -285,8 +294,8 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
         else:
             with self._keep_run_time_norm_state():
                 encoding = self._encode(sae_in)
-        cfg, rows = self.cfg, encoding.rows
-        offsets, is_dead = dead_offsets(dead_neuron_mask, cfg.num_experts)
+        rows = encoding.rows
+        offsets, is_dead = dead_offsets(dead)
         first = torch.arange(cfg.num_experts, device=offsets.device) * cfg.expert_size
         latents = first.unsqueeze(-1) + offsets
         pre_acts = self._dead_pre_acts(encoding, offsets, latents)
@@ -346,7 +355,7 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
     @torch.no_grad()
     def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
         """Diagnostics for the logger; docs/architectures.md says what they are."""
-        num_experts = self.cfg.num_experts
+        num_experts, expert_size = self.cfg.num_experts, self.cfg.expert_size
         indices = encoding.routing.indices
         load = expert_load(indices, num_experts, self.cfg.num_shared_experts)
         self._logged_load = load
@@ -355,9 +364,10 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             "router/idle_experts": (load == 0).sum(),
             "router/load_entropy": torch.special.entr(load).sum(),
         }
-        dead = step_input.dead_neuron_mask
-        if dead is not None:
-            metrics["router/dead_experts"] = dead.view(num_experts, -1).all(-1).sum()
+        mask = step_input.dead_neuron_mask
+        if mask is not None:
+            dead = dead_by_expert(mask, num_experts, expert_size)
+            metrics["router/dead_experts"] = dead.all(-1).sum()
         return metrics
 
     @override

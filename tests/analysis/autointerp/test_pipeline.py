@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sae_lens import HookedSAETransformer
@@ -325,6 +326,40 @@ def test_exceptions_of_the_judge_end_the_run(
     assert random.getstate() == state
 
 
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (lambda: next(iter([])), RuntimeError, "the judge raised StopIteration"),
+        (lambda: b"[1]", ValueError, "judge must return text, got bytes"),
+    ],
+)
+def test_a_judge_that_runs_out_of_replies_or_returns_no_text_ends_the_run(
+    run: Run, latents: list[int], bad: Any, error: type[Exception], message: str
+):
+    works = FakeJudge()
+    with pytest.raises(error, match=message):
+        run(latents[:1], lambda m: bad() if stage_of(m) == "fuzzing" else works(m))
+
+
+def test_a_refused_request_is_an_empty_reply(run: Run, latents: list[int]):
+    works = FakeJudge()
+    result = run(latents[:1], lambda m: works(m) if stage_of(m) != "fuzzing" else None)
+    assert result.detection.answered == [7, 2, 2, 2, 2]
+    assert result.fuzzing.answered == [0] * 5
+
+
+def test_neither_the_default_device_nor_the_type_of_a_setting_matters(
+    run: Run, latents: list[int]
+):
+    want = run(latents[:1], FakeJudge())
+    numbers: Any = asdict(SETTINGS)
+    for name in numbers.keys() - {"explained_from"}:
+        numbers[name] = np.int64(numbers[name])
+    with torch.device("meta"):
+        got = run(latents[:1], FakeJudge(), settings=AutointerpSettings(**numbers))
+    assert json.dumps(asdict(got)) == json.dumps(asdict(want))
+
+
 def test_tokens_left_over_at_the_end_of_a_row_are_dropped(
     run: Run, latents: list[int], tokens: torch.Tensor
 ):
@@ -347,6 +382,8 @@ def test_tokens_left_over_at_the_end_of_a_row_are_dropped(
         ({"passages_per_prompt": 0}, "passages_per_prompt must .* got 0"),
         ({"passages_per_prompt": 7}, "passages_per_prompt must divide .* = 100, got 7"),
         ({"explained_from": "weakest"}, "explained_from must be .* got 'weakest'"),
+        ({"min_passages": 200.5}, "min_passages must be an integer, got 200.5"),
+        ({"seed": None}, "seed must be an integer, got None"),
         ({"min_passages": 99}, "min_passages must be at least 100, .* got 99"),
         (
             {"explained_passages": 101},
@@ -378,6 +415,8 @@ def test_models_of_all_kinds_are_read(kind: Any, make_sae: Any, tokens: torch.Te
 
 
 def test_bad_arguments_are_refused(run: Run):
+    with pytest.raises(ValueError, match="judge must be a function .* got 'gpt-4'"):
+        run([1], "gpt-4")
     with pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
         run([1], FakeJudge(), concurrency=0)
     with pytest.raises(ValueError, match="passage_length must be an integer, got 8.0"):

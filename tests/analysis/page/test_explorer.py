@@ -151,14 +151,14 @@ def test_explanations_and_their_scores_are_on_the_page(
     }
 
 
-def test_the_same_data_make_the_same_page(
+def test_the_same_data_make_the_same_page_whatever_the_default_device(
     tiny_model: Any, make_sae: Any, make_tokens: Any
 ):
-    pages = {
-        explorer(tiny_model, make_sae(), [make_tokens()], verbose=False)
-        for _ in range(2)
-    }
-    assert len(pages) == 1
+    sae, tokens = make_sae(), [make_tokens()]
+    page = explorer(tiny_model, sae, tokens, prompts=["apples"], verbose=False)
+    with torch.device("meta"):
+        again = explorer(tiny_model, sae, tokens, prompts=["apples"], verbose=False)
+    assert page == again
 
 
 def test_a_token_that_is_not_finite_is_named(

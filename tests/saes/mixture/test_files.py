@@ -112,9 +112,20 @@ REGROUPED: list[tuple[str, Any, str]] = [
     ("num_experts", 4, "num_experts=4"),
     ("d_sae", 120, "d_sae=120"),
     ("gate", "x", "gate must be one of .* got 'x'"),
+    ("experts_per_token", 6, "experts_per_token must be at most num_experts=5, got 6"),
+    ("experts_per_token", 0, "experts_per_token must be a positive integer, got 0"),
+    ("experts_per_token", 2.0, "experts_per_token must be a positive .* got 2.0"),
+    ("num_shared_experts", 2, "num_shared_experts must be .* got 2"),
+    ("num_shared_experts", -1, "num_shared_experts must be .* got -1"),
 ]
 SELECTED: list[tuple[str, Any, str]] = [
-    ("topk_over", "x", "topk_over must be one of .* got 'x'")
+    ("topk_over", "x", "topk_over must be one of .* got 'x'"),
+    ("k", 2.5, "k must be an integer from 1 to .* got 2.5"),
+    ("k", "6", "k must be an integer from 1 to .* got '6'"),
+    ("k", True, "k must be an integer from 1 to .* got True"),
+    ("decomposition", "x", "decomposition must be one of .* got 'x'"),
+    ("decomposition", "learned", "'learned' needs an SAE with W_low_pass"),
+    ("feature_scaling", False, "feature_scaling=False .* an SAE without omega"),
 ]
 
 
@@ -129,7 +140,7 @@ SELECTED: list[tuple[str, Any, str]] = [
         ),
     ],
 )
-def test_weights_are_not_regrouped_by_another_config(
+def test_a_config_that_does_not_fit_the_weights_is_refused_in_use(
     method: str, field: str, value: Any, message: str
 ):
     sae: Any = scale_sae()

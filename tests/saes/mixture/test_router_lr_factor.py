@@ -105,3 +105,36 @@ def test_a_router_too_large_for_float16_is_refused(make: Any, tmp_path: Path):
     # For inference nothing is divided.
     for_inference = SAE.load_from_disk(tmp_path, dtype="float16")
     assert for_inference.b_router[0] == 2000  # type: ignore[index]
+
+
+W, B = torch.ones(10, 5), torch.ones(10)
+
+
+@pytest.mark.parametrize(
+    ("W_router", "b_router", "message"),
+    [
+        (W[:, :1], B, r"W_router must have shape \(10, 5\), got \(10, 1\)"),
+        (W.T, B, r"W_router must have shape \(10, 5\), got \(5, 10\)"),
+        (W, B[0], r"b_router must have shape \(10,\), got \(\)"),
+        (W, torch.ones(11), r"b_router must have shape \(10,\), got \(11,\)"),
+    ],
+    ids=["one expert", "transposed", "scalar", "wider"],
+)
+def test_a_router_of_another_shape_is_not_set(
+    make_either: Any, W_router: torch.Tensor, b_router: torch.Tensor, message: str
+):
+    sae = make_either()
+    before = copy.deepcopy(sae.state_dict())
+    with pytest.raises(ValueError, match=message):
+        sae.set_router(W_router, b_router)
+    assert_close(sae.state_dict(), before, atol=0)
+
+
+def test_a_router_that_torch_parametrizes_has_a_state_dict(make: Any):
+    sae, twin = make(), make(seed=1)
+    for either in (sae, twin):
+        torch.nn.utils.parametrizations.weight_norm(either, "W_router")
+    adam_steps(sae, 1)
+    twin.load_state_dict(sae.state_dict())
+    x = draw(40, 10, seed=1)
+    assert torch.equal(twin.encode(x), sae.encode(x))

@@ -472,3 +472,29 @@ def test_a_transcoder_starts_its_router_alone(cls: type[ScaleTrainingSAE]):
         assert sae.W_router.norm() != before["W_router"].norm()
         rest = {n: t for n, t in state(sae).items() if "router" not in n}
         assert_close(rest, {name: before[name] for name in rest}, atol=0)
+
+
+def test_an_average_follows_the_SAE_through_its_start(make: Any):
+    sae = fresh(make)
+    average = torch.optim.swa_utils.AveragedModel(sae)
+    for batch in BATCHES:
+        assert sae._is_starting
+        step(sae, batch)
+        average.update_parameters(sae)
+    assert not sae._is_starting
+    assert average(X).isfinite().all()
+    copy.deepcopy(average).load_state_dict(average.state_dict())
+
+
+def test_a_loss_without_gradients_takes_no_part_in_the_start(make: Any):
+    sae = fresh(make)
+    before = state(sae)
+    with torch.no_grad():
+        step(sae, X + 5)
+    assert_close(sae.state_dict(), before, atol=0)
+    want = started(sae)
+    step(sae)
+    with torch.no_grad():
+        step(sae, X + 5)
+    assert_close(sae.state_dict(), want, atol=0)
+    assert len(sae._first_batches) == 1

@@ -1,0 +1,192 @@
+"""Options of commands that run an SAE in its language model on a text, and what they mean."""
+
+import argparse
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens import SAE
+from sae_lens.constants import DTYPE_MAP
+from sae_lens.load_model import load_model
+from sae_lens.training.activations_store import ActivationsStore
+
+from sae_lens_scale.loading.docstrings import docstring_corpus
+from sae_lens_scale.loading.errors import (
+    first_prompt,
+    naming_model,
+    naming_text,
+    require_text,
+)
+from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.loading.text import skip_missing_texts
+
+from .arguments import filled, positive
+from .sae_argument import fold_scaler, load_sae
+
+
+class Asked(NamedTuple):
+    """
+    What a command runs, as its options and the SAE's metadata say.
+
+    Attributes:
+        sae: The SAE, which takes raw activations.
+        sae_cfg: Its config as it is on disk.
+        datasets: Names of the texts, one at least.
+        context_sizes: Numbers of tokens per prompt, one at least.
+        model: Name, class and further settings of the language model.
+    """
+
+    sae: SAE[Any]
+    sae_cfg: dict[str, Any]
+    datasets: list[str]
+    context_sizes: list[int]
+    model: tuple[str, str, dict[str, Any] | None]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options but those of the text, of which a command may take several."""
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPE_MAP),
+        help="by default the SAE's own on disk, float32 from the hub",
+    )
+    parser.add_argument(
+        "--model",
+        type=filled,
+        help="language model, by default the one that the SAE was trained on: a name "
+        'or folder that SAELens can load, or "smollm2" (from PyPI, no hub needed)',
+    )
+    parser.add_argument(
+        "--model_class_name",
+        type=filled,
+        help="SAELens's model class, such as AutoModelForCausalLM",
+    )
+    parser.add_argument(
+        "--prepend_bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether prompts begin with the BOS token, by default as in training",
+    )
+    parser.add_argument(
+        "--batch_size_prompts", type=positive, default=16, help="default: %(default)s"
+    )
+
+
+def load_asked(options: argparse.Namespace, name: str, sae_id: str | None) -> Asked:
+    """
+    Load an SAE, and see what to run it in and on.
+
+    Args:
+        options: Values of :func:`add_options`, and lists ``dataset`` and ``context_size``, or
+            None for those of the training.
+        name: Folder, release or repository.
+        sae_id: The SAE in the release or repository.
+
+    Raises:
+        ValueError: If neither option nor metadata say what is needed; as
+            :func:`.load_sae`.
+    """
+    sae = load_sae(name, sae_id, options.device, options.dtype)
+    fold_scaler(sae, name)
+    # Before options change what it says of prompts.
+    sae_cfg = sae.cfg.to_dict()
+    metadata = sae.cfg.metadata
+    datasets = options.dataset
+    if datasets is None:
+        datasets = [_recorded(sae, "dataset_path", str, "dataset")]
+        require_dataset(datasets[0])
+    sizes = options.context_size or [_recorded(sae, "context_size", int)]
+    if options.prepend_bos is not None:
+        metadata.prepend_bos = options.prepend_bos
+    # A prompt of a BOS alone, or of one token, predicts nothing.
+    least = 3 if _recorded(sae, "prepend_bos", bool) else 2
+    if min(sizes) < least:
+        raise ValueError(
+            f"--context_size must be at least {least}: a token, the one that it predicts"
+            f"{' and the BOS' if least == 3 else ''}, got {min(sizes)}"
+        )
+    if not metadata.hook_name:
+        raise ValueError(
+            f"{name}: the SAE's metadata name no hook (convert takes it as --hook_name)"
+        )
+    model = (
+        options.model or _recorded(sae, "model_name", str, "model"),
+        options.model_class_name or metadata.model_class_name or "HookedTransformer",
+        metadata.model_from_pretrained_kwargs,
+    )
+    return Asked(sae, sae_cfg, datasets, sizes, model)
+
+
+def _recorded(sae: SAE[Any], name: str, kind: type, option: str | None = None) -> Any:
+    """Take a value from the SAE's metadata for which no option was given."""
+    value = sae.cfg.metadata[name]
+    if value is None or value == "":
+        raise ValueError(f"--{option or name} is needed: the SAE's metadata name none")
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"--{option or name} is needed: {name} must be of type {kind.__name__} in "
+            f"the SAE's metadata, got {value!r}"
+        )
+    return value
+
+
+def open_text(
+    asked: Asked, model: Any, dataset: str, context_size: int, batch_size_prompts: int
+) -> tuple[ActivationsStore, torch.Tensor]:
+    """
+    Begin to read a text.
+
+    Returns:
+        A store at its beginning, and its first prompt, ``[1, context_size]``.
+
+    Raises:
+        ValueError: If the text cannot be read, or is shorter than one prompt.
+    """
+    sae = asked.sae
+    text = docstring_corpus("test") if dataset == "docstrings" else dataset
+    metadata = sae.cfg.metadata
+    with naming_text("--dataset", dataset):
+        store = ActivationsStore.from_sae(
+            model,
+            sae,
+            dataset=text,
+            context_size=context_size,
+            store_batch_size_prompts=batch_size_prompts,
+            # Against a warning that a training run would need more.
+            total_tokens=0,
+            device=str(sae.device),
+            disable_concat_sequences=bool(metadata.disable_concat_sequences),
+            sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
+        )
+    skip_missing_texts(store)
+    return store, first_prompt(f"--dataset {dataset}", store)
+
+
+def require_dataset(dataset: str) -> None:
+    """
+    Refuse a text that is in no folder and on no hub.
+
+    Raises:
+        ValueError, FileNotFoundError: If there is none of that name.
+    """
+    if dataset != "docstrings":
+        require_text("--dataset", dataset)
+
+
+def load_model_of(asked: Asked, device: str) -> Any:
+    """
+    Load the language model.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    name, class_name, settings = asked.model
+    if name == "smollm2":
+        return load_smollm2(device=device)
+    with naming_model("--model", name):
+        return load_model(
+            class_name, name, device=device, model_from_pretrained_kwargs=settings
+        )
