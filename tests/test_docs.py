@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +12,7 @@ import pytest
 import torch
 from helpers import draw, scale_sae
 from integration.hub import running_hub
+from pages import run_python, snippets
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
 from torch.torch_version import TorchVersion
@@ -23,28 +23,8 @@ from sae_lens_scale.loading.smollm2 import smollm2_folder
 from sae_lens_scale.ops import torch_backend
 from sae_lens_scale.saes.mixture.routing import GATES
 
-HAS_BRIDGE = find_spec("transformer_lens.model_bridge") is not None
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-
-
-def run_python(page: Path, namespace: dict[str, Any]) -> None:
-    """Run each Python snippet of a page, from its top to its bottom."""
-    for line, source in snippets(page, "python"):
-        # Comes with transformer-lens 3.
-        if "TransformerBridge" in source and not HAS_BRIDGE:
-            continue
-        # Tracebacks show the line of the page.
-        exec(compile("\n" * line + source, page, "exec"), namespace)
-
-
-def snippets(page: Path, language: str) -> list[tuple[int, str]]:
-    """Each snippet with the number of its first line."""
-    text = page.read_text()
-    return [
-        (text[: match.start(1)].count("\n"), match[1])
-        for match in re.finditer(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    ]
 
 
 def test_every_snippet_and_command_of_the_guide_runs(
