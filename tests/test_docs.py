@@ -18,6 +18,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from torch.torch_version import TorchVersion
 
 from sae_lens_scale import ScaleTrainingSAEConfig, SwitchTrainingSAEConfig
+from sae_lens_scale.analysis import autointerp
 from sae_lens_scale.cli import main
 from sae_lens_scale.loading.smollm2 import smollm2_folder
 from sae_lens_scale.ops import torch_backend
@@ -27,16 +28,20 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
+@pytest.mark.usefixtures("delphi")
 def test_every_snippet_and_command_of_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MODEL_FOLDER", str(smollm2_folder()))
+    reply = "[EXPLANATION]: names, [1, 0, 1, 0, 0]"
+    monkeypatch.setattr(autointerp, "openai_judge", lambda name: lambda chat: reply)
     pages = [DOCS / f"{n}.md" for n in ("train", "load-and-splice", "analysis")]
     namespace: dict[str, Any] = {}
     with running_hub(tmp_path / "hub-cache"):
         for page in pages:
             run_python(page, namespace)
+    assert namespace["result"].latents
     commands = "".join(text for page in pages for _, text in snippets(page, "bash"))
     ran = set()
     for command in commands.replace("\\\n", " ").splitlines():

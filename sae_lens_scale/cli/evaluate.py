@@ -26,7 +26,7 @@ from sae_lens_scale.loading.errors import (
     require_hook,
     require_text,
 )
-from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.loading.smollm2 import HUB_NAME, load_smollm2
 
 from .arguments import filled, path, positive
 from .output import note, table
@@ -431,7 +431,7 @@ def _fold_scaler(sae: SAE[Any], path: Path) -> None:
 def _load_model(
     device: str, name: str, class_name: str, settings: dict[str, Any] | None
 ) -> Any:
-    if name == "smollm2":
+    if name == "smollm2" or (name, class_name) == (HUB_NAME, "HookedTransformer"):
         return load_smollm2(device=device)
     with naming_model("--model", name):
         return load_model(

