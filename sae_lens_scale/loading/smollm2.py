@@ -156,7 +156,8 @@ def smollm2_folder(cache_dir: str | Path | None = None) -> Path:
     ) as temporary:
         whole = Path(temporary, folder.name)
         model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
+        # transformers 4 would copy what it read the vocabulary from, the whole GGUF file.
+        tokenizer.save_pretrained(whole, legacy_format=False)
         try:
             whole.rename(folder)
         except OSError:
