@@ -15,7 +15,7 @@ collect_ignore = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hub_with_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A hub with a small random GPT-2."""
     with running_hub(tmp_path_factory.mktemp("client")) as hub:
