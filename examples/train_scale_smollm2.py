@@ -58,6 +58,7 @@ from sae_lens_scale.loading.errors import (
     require_hook,
 )
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
+from sae_lens_scale.loading.smollm2 import HUB_NAME
 from sae_lens_scale.loading.text import load_text
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import HookedSAETransformer, buffer_argument
@@ -247,7 +248,7 @@ def runner_configs(
         "experts_per_token": cfg.experts_per_token,
     }
     shared: dict[str, Any] = {
-        "model_name": cfg.model,
+        "model_name": HUB_NAME if cfg.model == "smollm2" else cfg.model,
         "model_from_pretrained_kwargs": {},
         "hook_name": cfg.hook_name,
         "dataset_path": cfg.dataset,
