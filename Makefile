@@ -62,7 +62,7 @@ test-ecosystem: $(ECOSYSTEM)/.installed
 $(ECOSYSTEM)/.installed: pyproject.toml $(CONSTRAINTS) constraints/ecosystem.txt
 	$(PYTHON) -m venv --clear $(ECOSYSTEM)
 	$(ECOSYSTEM)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(ECOSYSTEM)/bin/python -m pip install --quiet --requirement constraints/ecosystem.txt --editable ".[demo]"
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --requirement constraints/ecosystem.txt --editable ".[demo,score]"
 	$(ECOSYSTEM)/bin/python -m pip uninstall --quiet --yes torchaudio torchvision
 	touch $@
 
