@@ -230,12 +230,15 @@ def require_hook(
         ValueError: If there is no such hook or head, the width is not ``d_in``, or the
             model takes no such arguments.
     """
+    # SAELens's wrapper of a Hugging Face model cannot stop at a module that is not there.
+    there = hook in model.hook_dict
+    stop = extract_stop_at_layer_from_tlens_hook_name(hook) if there else None
     try:
         # As SAELens's store runs it.
         _, cache = model.run_with_cache(
             tokens[:1, :1],
             names_filter=[hook],
-            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook),
+            stop_at_layer=stop,
             prepend_bos=False,
             **(model_kwargs or {}),
         )

@@ -110,6 +110,13 @@ def test_a_hook_must_be_there_and_as_wide_as_the_SAE(
         require_hook(*arguments)
 
 
+@pytest.mark.parametrize("hook", ["model.layers.9", "model.nothing"])
+def test_a_module_that_a_Hugging_Face_model_lacks_is_named(hook: str, tiny_llama: Path):
+    model: Any = load_model("AutoModelForCausalLM", str(tiny_llama))
+    with pytest.raises(ValueError, match=f"^llama has no hook {hook!r}"):
+        require_hook(model, "llama", torch.zeros(1, 1).long(), hook, None, 32)
+
+
 def test_an_SAE_in_the_hooks_place_is_named(tiny_model: HookedSAETransformer):
     tokens = torch.zeros(1, 1).long()
     with (
