@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 # Threads that spin while they wait starve each other on a machine with few cores. This has to be
 # set before torch is imported.
@@ -14,11 +15,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from cli.runs import Run
 from helpers import random_transformer, small_corpus
 from integration.hub import Hub, running_hub
 from sae_lens import HookedSAETransformer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sae_lens_scale.cli import main
 from sae_lens_scale.loading.smollm2 import fetch_smollm2, load_smollm2
 
 # The files that take longest come first: one that began last would run alone. With several
@@ -99,6 +102,22 @@ def delphi() -> Iterator[None]:
     sys.path.append(str(folder))
     yield
     sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Function that runs a command, checks its exit status and returns its output."""
+
+    def run(command: str, status: int = 0) -> Any:
+        capsys.readouterr()
+        try:
+            got: object = main(command.split())
+        except SystemExit as stop:
+            got = stop.code
+        assert got == status
+        return capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

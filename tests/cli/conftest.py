@@ -1,29 +1,12 @@
 """Fixtures of the tests of the command line."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cli.runs import Run, train_command
+from cli.runs import train_command
 
 from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
 from sae_lens_scale.cli import main
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Function that runs a command, checks its exit status and returns its output."""
-
-    def run(command: str, status: int = 0) -> Any:
-        capsys.readouterr()
-        try:
-            got: object = main(command.split())
-        except SystemExit as stop:
-            got = stop.code
-        assert got == status
-        return capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="session", params=["scale", "switch"])

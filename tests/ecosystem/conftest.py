@@ -8,10 +8,16 @@ from ecosystem.gpt2_saes import SIZES
 from integration import gpt2
 from integration.hub import Hub, running_hub
 
+# Tests of a file, and the package without which there is nothing to test.
+_NEEDS = {
+    "nnsight": "nnsight",
+    "sae_dashboard": "sae_dashboard",
+    "sae_bench": "sae_bench",
+    "probing": "sae_probes",
+    "score": "sae_probes",
+}
 collect_ignore = [
-    f"test_{tool}.py"
-    for tool in ("nnsight", "sae_dashboard", "sae_bench")
-    if find_spec(tool) is None
+    f"test_{name}.py" for name, package in _NEEDS.items() if find_spec(package) is None
 ]
 
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,10 @@ def dataset_characters() -> dict[str, int]:
     Raises:
         ImportError: If ``sae-probes`` is not installed.
     """
-    require("sae_probes", "score")
-    from sae_probes import DATASETS
-    from sae_probes.utils_data import read_numbered_dataset_df
-
+    sae_probes = _sae_probes()
+    read = sae_probes.utils_data.read_numbered_dataset_df
     found = {
-        name: int(read_numbered_dataset_df(name)["prompt"].str.len().sum())
-        for name in DATASETS
+        name: int(read(name)["prompt"].str.len().sum()) for name in sae_probes.DATASETS
     }
     return dict(sorted(found.items(), key=lambda entry: entry[1]))
 
@@ -100,9 +98,7 @@ def cache_activations(
         ImportError: If ``sae-probes`` is not installed.
         ValueError: If the model's tokenizer cannot pad.
     """
-    require("sae_probes", "score")
-    from sae_probes.generate_model_activations import ensure_dataset_activations
-
+    generation = _sae_probes().generate_model_activations
     tokenizer = tokenizer_of(model, "sparse probing")
     if tokenizer.pad_token is None:
         raise ValueError(
@@ -123,7 +119,7 @@ def cache_activations(
             file = _file(folder, name, hook)
             with replacing_files(file.parent) as temporary:
                 with _quietly():
-                    ensure_dataset_activations(
+                    generation.ensure_dataset_activations(
                         _MODEL,
                         [name],
                         [hook],
@@ -158,9 +154,7 @@ def sparse_probing(
         ImportError: If ``sae-probes`` is not installed.
         FileNotFoundError: If the folder lacks the activations.
     """
-    require("sae_probes", "score")
-    from sae_probes import run_sae_evals
-
+    run_sae_evals = _sae_probes().run_sae_evals
     if missing_activations([dataset], hook, folder):
         # sae-probes would look for a model of that name on the hub.
         raise FileNotFoundError(f"{_file(folder, dataset, hook)} is missing")
@@ -179,6 +173,12 @@ def sparse_probing(
         )
         (file,) = Path(results).rglob("*.json")
         return {str(entry["k"]): entry["test_auc"] for entry in read_json(file)}
+
+
+def _sae_probes() -> Any:
+    """Import sae-probes, which only an environment with the extra has."""
+    require("sae_probes", "score")
+    return import_module("sae_probes")
 
 
 def _file(folder: Path, dataset: str, hook: str) -> Path:

@@ -2,7 +2,7 @@
 
 import copy
 import os
-import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import files_no_larger_than, random_transformer
 from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
-from sae_probes.utils_data import get_yvals, read_numbered_dataset_df
 
 from sae_lens_scale.analysis.scores.probing import (
     cache_activations,
@@ -19,6 +18,9 @@ from sae_lens_scale.analysis.scores.probing import (
     shortest_datasets,
     sparse_probing,
 )
+
+# Only the environment of these tests has it.
+utils_data: Any = import_module("sae_probes.utils_data")
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -66,7 +68,7 @@ def test_activations_are_those_of_the_last_token(
 ):
     (file,) = files(folder)
     found = torch.load(file)
-    texts = read_numbered_dataset_df(dataset)["prompt"]
+    texts = utils_data.read_numbered_dataset_df(dataset)["prompt"]
     assert len(found) == len(texts)
     tokenizer: Any = small_model.tokenizer
     for row in (0, 500):
@@ -127,7 +129,7 @@ def identity() -> StandardSAE:
 
 def plant(file: Path, dataset: str, concepts: int) -> None:
     """Write activations of which some numbers are the text's class, the others noise."""
-    y = torch.tensor(get_yvals(dataset)).float()
+    y = torch.tensor(utils_data.get_yvals(dataset)).float()
     x = torch.rand(len(y), 18, generator=torch.Generator().manual_seed(0))
     # Each of them tells a part of one class from the rest.
     for i in range(concepts):
@@ -156,13 +158,6 @@ def test_probes_find_a_concept_with_as_many_latents_as_it_has(
     most = {0: (0.65, 0.65, 0.65), 4: (0.75, 1, 1)}[concepts]
     for low, auc, high in zip(least, found.values(), most, strict=True):
         assert low - 1e-6 <= auc <= high + 1e-6
-
-
-def test_without_sae_probes_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch):
-    dataset_characters.cache_clear()
-    monkeypatch.setitem(sys.modules, "sae_probes", None)
-    with pytest.raises(ImportError, match=r'pip install "sae-lens-scale\[score\]"'):
-        shortest_datasets(1)
 
 
 def test_missing_activations_are_no_reason_to_look_for_a_model(

@@ -117,7 +117,7 @@ def test_seeds_are_one_column_and_nothing_is_done_twice(
         ("--context_size 129", {}, "--context_size must be at most the 128 tokens"),
         ("", {"hook_name": None}, "{sae}: the SAE's metadata name no hook"),
         ("", {"hook_name": "model.nothing"}, "has no hook 'model.nothing'"),
-        ("", {"hook_head_index": 0}, "of all its heads, got .* hook_head_index=0"),
+        ("", {"hook_head_index": 0}, "all its hook's heads, .* got hook_head_index=0"),
         ("", {"hook_name_out": "model.layers.1"}, "must be an SAE of one hook"),
         ("", {"context_size": None}, "--context_size is needed"),
         ("", {"prepend_bos": None}, "--prepend_bos is needed"),
