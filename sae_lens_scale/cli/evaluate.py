@@ -1,7 +1,6 @@
 """``sae-lens-scale evaluate``: SAELens's evaluation of SAEs."""
 
 import argparse
-import gc
 from collections.abc import Iterator
 from itertools import count, product
 from pathlib import Path
@@ -14,18 +13,17 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
 from sae_lens_scale.files import dump_json, write_whole
-from sae_lens_scale.loading.errors import require_context, require_hook
 
 from .arguments import filled, path, positive
 from .output import note, require_output, table
-from .sae_argument import find_saes
 from .sae_on_text import (
-    Asked,
+    LanguageModels,
     add_options,
-    load_asked,
-    load_model_of,
+    find_evaluable,
+    load_evaluable,
+    noting_repetition,
     open_text,
-    require_dataset,
+    require_fit,
 )
 
 # Of EvalConfig, and what each measures.
@@ -181,13 +179,7 @@ def _summary(result: dict[str, Any]) -> dict[str, Any]:
 
 def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Evaluate each SAE on each text with each context size."""
-    saes = find_saes(options.saes)
-    # A wrong name, or file, is an error now, not after hours.
-    for dataset in options.dataset or ():
-        require_dataset(dataset)
-    if len(saes) > 1:
-        for name, sae_id in saes:
-            _load(options, name, sae_id)
+    saes = find_evaluable(options)
     cfg = _eval_config(options)
     numbers = count(1)
     # Where none is given there is one, the SAE's own.
@@ -196,22 +188,16 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     )
     total = len(saes) * n_texts * n_sizes
     prompts = options.batch_size_prompts
-    model = store = loaded = None
+    models = LanguageModels(options.device)
+    model = store = None
     for name, sae_id in saes:
-        asked = _load(options, name, sae_id)
-        if asked.model != loaded:
-            # Released first, by its store too, and collected, for its parts refer to each
-            # other: there may be no memory for two.
-            model = store = None
-            gc.collect()
-            model, loaded = load_model_of(asked, options.device), asked.model
-        sae, metadata = asked.sae, asked.sae.cfg.metadata
-        hook = (metadata.hook_name, metadata.hook_head_index, sae.cfg.d_in)
+        asked = load_evaluable(options, name, sae_id)
+        # The store holds the model, too.
+        model = store = None
+        model = models.of(asked)
         combinations = list(product(asked.datasets, asked.context_sizes))
         for dataset, size in combinations:
-            require_context("--context_size", size, model)
-            store, prompt = open_text(asked, model, dataset, size, prompts)
-            require_hook(model, asked.model[0], prompt, *hook)
+            require_fit(asked, model, dataset, size)
         for dataset, size in combinations:
             number = next(numbers)
             note(
@@ -219,8 +205,9 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 f"{' '.join(filter(None, (name, sae_id)))} on {dataset}, "
                 f"{_cost(cfg, size)}{_ADVICE if number == 1 else ''}"
             )
-            store, _ = open_text(asked, model, dataset, size, prompts)
-            by_group, by_latent = _evaluate(sae, model, store, dataset, cfg)
+            store = open_text(asked, model, dataset, size, prompts)
+            with noting_repetition(store, dataset):
+                by_group, by_latent = _evaluate(asked.sae, model, store, cfg)
             yield {
                 "sae": name,
                 "sae_id": sae_id,
@@ -228,26 +215,12 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "eval_cfg": {
                     "dataset": dataset,
                     "context_size": size,
-                    "prepend_bos": metadata.prepend_bos,
+                    "prepend_bos": asked.sae.cfg.metadata.prepend_bos,
                     **vars(cfg),
                 },
                 "metrics": by_group,
                 "feature_metrics": by_latent,
             }
-
-
-def _load(options: argparse.Namespace, name: str, sae_id: str | None) -> Asked:
-    """Load an SAE that SAELens's evaluation knows how to splice."""
-    asked = load_asked(options, name, sae_id)
-    metadata = asked.sae.cfg.metadata
-    out = metadata.hook_name_out or metadata.hook_name
-    if out != metadata.hook_name:
-        # SAELens would put the output in the place of the input.
-        raise ValueError(
-            f"{name} must be an SAE of one hook, got a transcoder from "
-            f"{metadata.hook_name} to {out}"
-        )
-    return asked
 
 
 def _eval_config(options: argparse.Namespace) -> EvalConfig:
@@ -277,10 +250,9 @@ def _cost(cfg: EvalConfig, context_size: int) -> str:
 
 
 def _evaluate(
-    sae: SAE[Any], model: Any, store: ActivationsStore, dataset: str, cfg: EvalConfig
+    sae: SAE[Any], model: Any, store: ActivationsStore, cfg: EvalConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run SAELens's evaluation: metrics by group, and those of each latent."""
-    first_reading = store.iterable_sequences
     exclude = sae.cfg.metadata.exclude_special_tokens
     by_group, by_latent = run_evals(
         sae,
@@ -291,8 +263,6 @@ def _evaluate(
         exclude_special_tokens=True if exclude is None else exclude,
         verbose=True,
     )
-    if store.iterable_sequences is not first_reading:
-        note(f"{dataset} has less text than that: some was read more than once")
     if not cfg.compute_featurewise_density_statistics:
         # SAELens leaves quotients of zeros.
         for name in ("feature_density", "consistent_activation_heuristic"):

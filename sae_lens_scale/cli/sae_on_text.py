@@ -1,6 +1,9 @@
 """Options of commands that run an SAE in its language model on a text, and what they mean."""
 
 import argparse
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +17,16 @@ from sae_lens_scale.loading.errors import (
     first_prompt,
     naming_model,
     naming_text,
+    require_context,
+    require_hook,
     require_text,
 )
 from sae_lens_scale.loading.smollm2 import HUB_NAME, load_smollm2
 from sae_lens_scale.loading.text import skip_missing_texts
 
 from .arguments import filled, positive
-from .sae_argument import fold_scaler, load_sae
+from .output import note
+from .sae_argument import find_saes, fold_scaler, load_sae
 
 
 class Asked(NamedTuple):
@@ -73,6 +79,66 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch_size_prompts", type=positive, default=16, help="default: %(default)s"
     )
+
+
+def add_options_of_one_text(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the text, of one value each, in a list as :func:`load_asked` takes them."""
+    parser.add_argument(
+        "--dataset",
+        type=filled,
+        nargs=1,
+        help="text, by default what the SAE was trained on: a name or folder that "
+        'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
+    )
+    parser.add_argument(
+        "--context_size",
+        type=positive,
+        nargs=1,
+        help="tokens per prompt, by default as in training",
+    )
+
+
+def find_evaluable(options: argparse.Namespace) -> Sequence[tuple[str, str | None]]:
+    """
+    Find the SAEs that a command names, and refuse what cannot be evaluated, or read.
+
+    A wrong name, or file, is an error now, not after hours.
+
+    Args:
+        options: As for :func:`load_asked`, and a list ``saes``.
+
+    Returns:
+        As :func:`.find_saes`.
+
+    Raises:
+        ValueError, FileNotFoundError: If an SAE or a text cannot be loaded.
+    """
+    names = find_saes(options.saes)
+    for dataset in options.dataset or ():
+        require_dataset(dataset)
+    if len(names) > 1:
+        for name, sae_id in names:
+            load_evaluable(options, name, sae_id)
+    return names
+
+
+def load_evaluable(options: argparse.Namespace, name: str, sae_id: str | None) -> Asked:
+    """
+    Load an SAE that SAELens's evaluation knows how to splice; as :func:`load_asked`.
+
+    Raises:
+        ValueError: If it is a transcoder, too.
+    """
+    asked = load_asked(options, name, sae_id)
+    metadata = asked.sae.cfg.metadata
+    out = metadata.hook_name_out or metadata.hook_name
+    if out != metadata.hook_name:
+        # SAELens would put the output in the place of the input.
+        raise ValueError(
+            f"{name} must be an SAE of one hook, got a transcoder from "
+            f"{metadata.hook_name} to {out}"
+        )
+    return asked
 
 
 def load_asked(options: argparse.Namespace, name: str, sae_id: str | None) -> Asked:
@@ -133,17 +199,35 @@ def _recorded(sae: SAE[Any], name: str, kind: type, option: str | None = None) -
     return value
 
 
+def require_fit(
+    asked: Asked, model: Any, dataset: str, context_size: int
+) -> torch.Tensor:
+    """
+    Refuse a context size, text or hook that does not suit the language model.
+
+    Returns:
+        The first prompt of the text, ``[1, context_size]``.
+
+    Raises:
+        ValueError: If one does not, or the text is shorter than a prompt.
+    """
+    require_context("--context_size", context_size, model)
+    store = open_text(asked, model, dataset, context_size, 1)
+    prompt = first_prompt(f"--dataset {dataset}", store)
+    metadata = asked.sae.cfg.metadata
+    hook = (metadata.hook_name, metadata.hook_head_index, asked.sae.cfg.d_in)
+    require_hook(model, asked.model[0], prompt, *hook)
+    return prompt
+
+
 def open_text(
     asked: Asked, model: Any, dataset: str, context_size: int, batch_size_prompts: int
-) -> tuple[ActivationsStore, torch.Tensor]:
+) -> ActivationsStore:
     """
     Begin to read a text.
 
-    Returns:
-        A store at its beginning, and its first prompt, ``[1, context_size]``.
-
     Raises:
-        ValueError: If the text cannot be read, or is shorter than one prompt.
+        ValueError: If it cannot be read.
     """
     sae = asked.sae
     text = docstring_corpus("test") if dataset == "docstrings" else dataset
@@ -162,7 +246,16 @@ def open_text(
             sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
         )
     skip_missing_texts(store)
-    return store, first_prompt(f"--dataset {dataset}", store)
+    return store
+
+
+@contextmanager
+def noting_repetition(store: ActivationsStore, dataset: str) -> Iterator[None]:
+    """Say so if a text is read to its end, and then from its beginning."""
+    first_reading = store.iterable_sequences
+    yield
+    if store.iterable_sequences is not first_reading:
+        note(f"{dataset} has less text than that: some was read more than once")
 
 
 def require_dataset(dataset: str) -> None:
@@ -190,3 +283,29 @@ def load_model_of(asked: Asked, device: str) -> Any:
         return load_model(
             class_name, name, device=device, model_from_pretrained_kwargs=settings
         )
+
+
+class LanguageModels:
+    """Language models of several SAEs, of which one is in memory at a time."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._key: Any = None
+        self._model: Any = None
+
+    def of(self, asked: Asked) -> Any:
+        """
+        Load the language model of an SAE, unless it is the last one's.
+
+        The last one is released first, if the caller holds it no more.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        if asked.model != self._key:
+            self._model = self._key = None
+            # Its parts refer to each other: without this there may be no memory for two.
+            gc.collect()
+            self._model = load_model_of(asked, self._device)
+            self._key = asked.model
+        return self._model

@@ -1,14 +1,13 @@
 """``sae-lens-scale score``: the field's standard scores of several SAEs at once."""
 
 import argparse
-import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import sae_lens
 from tqdm.auto import tqdm
 
 from sae_lens_scale.analysis.scores import (
@@ -34,18 +33,18 @@ from sae_lens_scale.files import (
     require_writable,
     write_whole,
 )
-from sae_lens_scale.loading.errors import require_context, require_hook
 
 from .arguments import filled, path, positive
 from .output import note, table
-from .sae_argument import find_saes
 from .sae_on_text import (
-    Asked,
+    LanguageModels,
     add_options,
-    load_asked,
-    load_model_of,
+    add_options_of_one_text,
+    find_evaluable,
+    load_evaluable,
+    noting_repetition,
     open_text,
-    require_dataset,
+    require_fit,
 )
 
 # Values of a parameter that stand for all of them in the fingerprint of a language model.
@@ -70,22 +69,7 @@ def add_parser(commands: Any) -> None:
         "the hub, and an SAE of it",
     )
     add_options(parser)
-    # Of one value each, in a list as in commands that take several.
-    parser.add_argument(
-        "--dataset",
-        type=filled,
-        nargs=1,
-        help="text of the reconstruction, by default what the SAE was trained on: a name "
-        'or folder that datasets can load, or "docstrings" (the held-out ones of the '
-        "installed packages)",
-    )
-    parser.add_argument(
-        "--context_size",
-        type=positive,
-        nargs=1,
-        help="tokens per prompt and, of a probing text, the last ones that are read; by "
-        "default as in training",
-    )
+    add_options_of_one_text(parser)
     parser.add_argument(
         "--n_eval_batches",
         type=positive,
@@ -124,8 +108,7 @@ class _Job:
     Attributes:
         name: Folder, release or repository.
         sae_id: The SAE in a release or repository.
-        digest: Name of its config and weights.
-        settings: Name of its settings without the seed.
+        column: The same for all SAEs that are shown as one.
         facts: Model, hook, text and context size, by the names that they have in the results.
         activations: Folder of the language model's activations on the probing texts.
         reconstruction: File of the reconstruction scores.
@@ -134,8 +117,7 @@ class _Job:
 
     name: str
     sae_id: str | None
-    digest: str
-    settings: str
+    column: str
     facts: dict[str, Any]
     activations: Path
     reconstruction: Path
@@ -150,88 +132,52 @@ class _Job:
         return self.facts["hook_name"]
 
 
-class _Models:
-    """Language models, of which one is in memory at a time."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._loaded: Any = None
-        self._model: Any = None
-
-    def of(self, asked: Asked) -> Any:
-        """Load the model of an SAE, unless it is the last one's."""
-        if asked.model != self._loaded:
-            # Collected, for its parts refer to each other: there may be no memory for two.
-            self._model = self._loaded = None
-            gc.collect()
-            self._model = load_model_of(asked, self._device)
-            self._loaded = asked.model
-        return self._model
-
-
 def _run(options: argparse.Namespace) -> str:
     require("matplotlib", "score")
-    require_writable("--output", options.output)
-    names = find_saes(options.saes)
     datasets = shortest_datasets(options.probing_datasets)
-    # A wrong name, or file, is an error now, not after hours.
-    for dataset in options.dataset or ():
-        require_dataset(dataset)
-    if len(names) > 1:
-        for name, sae_id in names:
-            _load(options, name, sae_id)
-    models = _Models(options.device)
-    jobs = [_job(options, models, datasets, *name) for name in names]
-    _require_different(jobs)
-    _say_cost(options, jobs)
-    results = []
-    for number, job in enumerate(jobs, 1):
+    require_writable("--output", options.output)
+    models = LanguageModels(options.device)
+    jobs: dict[Path, _Job] = {}
+    for name, sae_id in find_evaluable(options):
+        job = _job(options, models, datasets, name, sae_id)
+        other = jobs.setdefault(job.reconstruction, job)
+        if other is not job:
+            raise ValueError(
+                f"SAEs must differ from each other, got {other.title} and {job.title}"
+            )
+    _say_cost(options, list(jobs.values()))
+    columns: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for number, job in enumerate(jobs.values(), 1):
         note(f"SAE {number} of {len(jobs)}: {job.title}")
-        results.append(_score(options, job, models))
-    columns = _columns(jobs, results, options.group)
-    return _show(options, datasets, columns, results)
-
-
-def _load(options: argparse.Namespace, name: str, sae_id: str | None) -> Asked:
-    """Load an SAE that both SAELens's evaluation and sae-probes know how to run."""
-    asked = load_asked(options, name, sae_id)
-    metadata = asked.sae.cfg.metadata
-    hook = metadata.hook_name
-    if (metadata.hook_name_out or hook) != hook or metadata.hook_head_index is not None:
-        raise ValueError(
-            f"{name} must be an SAE of one hook and of all its heads, got "
-            f"hook_name={hook!r}, hook_name_out={metadata.hook_name_out!r}, "
-            f"hook_head_index={metadata.hook_head_index!r}"
-        )
-    return asked
+        result = _score(options, models, job)
+        columns.setdefault(job.column, []).append((job.title, result))
+    return _show(options, datasets, list(columns.values()))
 
 
 def _job(
     options: argparse.Namespace,
-    models: _Models,
+    models: LanguageModels,
     datasets: Sequence[str],
     name: str,
     sae_id: str | None,
 ) -> _Job:
     """Refuse a text, hook or context that does not suit the model, and name the results."""
-    from sae_probes import __version__ as sae_probes_version
-
-    asked = _load(options, name, sae_id)
+    asked = load_evaluable(options, name, sae_id)
+    sae, metadata = asked.sae, asked.sae.cfg.metadata
+    if metadata.hook_head_index is not None:
+        raise ValueError(
+            f"{name} must be an SAE of all its hook's heads, for sae-probes reads these, "
+            f"got hook_head_index={metadata.hook_head_index}"
+        )
     (text,), (context_size,) = asked.datasets, asked.context_sizes
     model = models.of(asked)
-    require_context("--context_size", context_size, model)
-    _, prompt = open_text(asked, model, text, context_size, options.batch_size_prompts)
-    sae, hook = asked.sae, asked.sae.cfg.metadata.hook_name
-    require_hook(model, asked.model[0], prompt, hook, None, sae.cfg.d_in)
+    prompt = require_fit(asked, model, text, context_size)
     # As it is on every device.
     cfg = {key: value for key, value in asked.sae_cfg.items() if key != "device"}
     of_sae = digest(cfg, sae.state_dict().items())
     of_model = digest(
-        {"context_size": context_size, "sae-probes": sae_probes_version},
-        (
-            (parameter_name, parameter.flatten()[:_FIRST_VALUES])
-            for parameter_name, parameter in model.named_parameters()
-        ),
+        {"context_size": context_size, "sae-probes": version("sae-probes")},
+        ((key, p.flatten()[:_FIRST_VALUES]) for key, p in model.named_parameters()),
     )
     of_probing = digest({"sae": of_sae, "model": of_model, "ks": KS})
     of_reconstruction = digest(
@@ -241,20 +187,20 @@ def _job(
             "text": text,
             "n_eval_batches": options.n_eval_batches,
             "batch_size_prompts": options.batch_size_prompts,
-            "sae-lens": sae_lens.__version__,
+            "sae-lens": version("sae-lens"),
         },
         # Another text under the same name most likely begins otherwise.
         [("prompt", prompt)],
     )
+    settings = settings_but_seed(sae, Path(name) if sae_id is None else None)
     results = options.output / "results"
     return _Job(
         name,
         sae_id,
-        of_sae,
-        digest(settings_but_seed(sae, Path(name) if sae_id is None else None)),
+        digest(settings) if options.group else of_sae,
         {
             "model": asked.model[0],
-            "hook_name": hook,
+            "hook_name": metadata.hook_name,
             "dataset": text,
             "context_size": context_size,
         },
@@ -262,16 +208,6 @@ def _job(
         results / f"reconstruction-{of_reconstruction}.json",
         {dataset: results / f"{dataset}-{of_probing}.json" for dataset in datasets},
     )
-
-
-def _require_different(jobs: Sequence[_Job]) -> None:
-    by_digest: dict[str, _Job] = {}
-    for job in jobs:
-        other = by_digest.setdefault(job.digest, job)
-        if other is not job:
-            raise ValueError(
-                f"SAEs must differ from each other, got {other.title} and {job.title}"
-            )
 
 
 def _say_cost(options: argparse.Namespace, jobs: Sequence[_Job]) -> None:
@@ -297,34 +233,24 @@ def _say_cost(options: argparse.Namespace, jobs: Sequence[_Job]) -> None:
     )
 
 
-def _score(options: argparse.Namespace, job: _Job, models: _Models) -> dict[str, Any]:
-    asked = _load(options, job.name, job.sae_id)
+def _score(
+    options: argparse.Namespace, models: LanguageModels, job: _Job
+) -> dict[str, Any]:
+    asked = load_evaluable(options, job.name, job.sae_id)
     model = models.of(asked)
-    context_size, text = job.facts["context_size"], job.facts["dataset"]
-    cache_activations(
-        model,
-        job.hook,
-        list(job.probing),
-        job.activations,
-        context_size,
-        options.device,
-    )
+    text, context_size = job.facts["dataset"], job.facts["context_size"]
+    datasets, folder = list(job.probing), job.activations
+    cache_activations(model, job.hook, datasets, folder, context_size, options.device)
 
     def reconstruction() -> dict[str, Any]:
         batches, prompts = options.n_eval_batches, options.batch_size_prompts
-        store, _ = open_text(asked, model, text, context_size, prompts)
-        first_reading = store.iterable_sequences
-        found = reconstruction_scores(model, asked.sae, store, batches, prompts)
-        if store.iterable_sequences is not first_reading:
-            note(f"{text} has less text than that: some was read more than once")
-        return found
-
-    def probing(dataset: str) -> dict[str, float]:
-        return sparse_probing(asked.sae, job.hook, dataset, job.activations)
+        store = open_text(asked, model, text, context_size, prompts)
+        with noting_repetition(store, text):
+            return reconstruction_scores(model, asked.sae, store, batches, prompts)
 
     scores = stored(job.reconstruction, reconstruction)
     probed = {
-        name: stored(file, partial(probing, name))
+        name: stored(file, partial(sparse_probing, asked.sae, job.hook, name, folder))
         for name, file in tqdm(job.probing.items(), desc="probing", unit="data set")
     }
     for k in KS:
@@ -339,87 +265,43 @@ def _score(options: argparse.Namespace, job: _Job, models: _Models) -> dict[str,
     }
 
 
-@dataclass(frozen=True)
-class _Column:
-    """
-    SAEs that are shown as one.
-
-    Attributes:
-        name: The first SAE's, and how many others there are.
-        members: Titles of the SAEs.
-        shown: What they have in common, for the table.
-        scores: Their scores.
-    """
-
-    name: str
-    members: list[str]
-    shown: dict[str, Any]
-    scores: dict[str, Spread]
-
-
-def _columns(
-    jobs: Sequence[_Job], results: Sequence[dict[str, Any]], group: bool
-) -> list[_Column]:
-    groups: dict[str, list[tuple[_Job, dict[str, Any]]]] = {}
-    for job, result in zip(jobs, results, strict=True):
-        key = job.settings if group else job.digest
-        groups.setdefault(key, []).append((job, result))
-    columns = []
-    for members in groups.values():
-        titles = [job.title for job, _ in members]
-        others = f" and {len(titles) - 1} more" if len(titles) > 1 else ""
-        first = members[0][1]
-        columns.append(
-            _Column(
-                f"{titles[0]}{others}",
-                titles,
-                {name: first[name] for name in ("model", "hook_name", "dataset")},
-                {
-                    name: spread([result["scores"][name] for _, result in members])
-                    for name in first["scores"]
-                },
-            )
-        )
-    return columns
-
-
 def _show(
     options: argparse.Namespace,
     datasets: Sequence[str],
-    columns: Sequence[_Column],
-    results: Sequence[dict[str, Any]],
+    columns: Sequence[Sequence[tuple[str, dict[str, Any]]]],
 ) -> str:
     """Write the scores as JSON and as a picture, and format them for the terminal."""
-    groups = [
-        {
-            "saes": column.members,
-            "scores": {name: asdict(score) for name, score in column.scores.items()},
+    groups, spreads, shown = [], {}, []
+    for members in columns:
+        titles, results = zip(*members, strict=True)
+        first = results[0]
+        scores = {
+            name: spread([result["scores"][name] for result in results])
+            for name in first["scores"]
         }
-        for column in columns
-    ]
+        as_json = {name: asdict(score) for name, score in scores.items()}
+        groups.append({"saes": titles, "scores": as_json})
+        more = len(titles) - 1
+        title = f"{titles[0]} and {more} more" if more else titles[0]
+        spreads[title] = scores
+        facts = {name: first[name] for name in ("model", "hook_name", "dataset")}
+        cells = {name: _cell(score) for name, score in scores.items()}
+        shown.append({"sae": title, **facts, **cells})
     content = dump_json(
         {
             "n_eval_batches": options.n_eval_batches,
             "batch_size_prompts": options.batch_size_prompts,
-            "probing_datasets": list(datasets),
+            "probing_datasets": datasets,
             "groups": groups,
-            "saes": list(results),
+            "saes": [result for members in columns for _, result in members],
         }
     )
     write_whole(options.output / "scores.json", content)
-    figure = plot_scores([c.name for c in columns], [c.scores for c in columns])
+    figure = plot_scores(list(spreads), list(spreads.values()))
     with replacing_files(options.output) as folder:
         figure.savefig(folder / "scores.png", dpi=150)
     note(f"scores.json and scores.png are in {options.output}")
-    if options.json:
-        return content
-    return table(
-        *(
-            {"sae": column.name, **column.shown}
-            | {name: _cell(score) for name, score in column.scores.items()}
-            for column in columns
-        )
-    )
+    return content if options.json else table(*shown)
 
 
 def _cell(score: Spread) -> str | None:
