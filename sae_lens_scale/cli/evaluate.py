@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from sae_lens import SAE
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
 from sae_lens_scale.files import dump_json, write_whole
-from sae_lens_scale.loading.errors import require_context, require_hook
 
 from .arguments import filled, path, positive
 from .output import note, require_output, table
@@ -25,7 +23,7 @@ from .sae_on_text import (
     load_asked,
     load_model_of,
     open_text,
-    require_dataset,
+    require_datasets,
 )
 
 # Of EvalConfig, and what each measures.
@@ -68,14 +66,6 @@ def add_parser(commands: Any) -> None:
         "a regular expression; or a repository on the hub and an SAE in it",
     )
     add_options(parser)
-    # An option with several values would take the SAE that follows it for one.
-    parser.add_argument(
-        "--dataset",
-        type=filled,
-        action="append",
-        help="text, by default what the SAE was trained on: a name or folder that "
-        'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
-    )
     parser.add_argument(
         "--datasets",
         dest="dataset",
@@ -83,12 +73,6 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         action="extend",
         help="several texts",
-    )
-    parser.add_argument(
-        "--context_size",
-        type=positive,
-        action="append",
-        help="tokens per prompt, by default as in training",
     )
     parser.add_argument(
         "--ctx_lens",
@@ -183,8 +167,7 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Evaluate each SAE on each text with each context size."""
     saes = find_saes(options.saes)
     # A wrong name, or file, is an error now, not after hours.
-    for dataset in options.dataset or ():
-        require_dataset(dataset)
+    require_datasets(options.dataset or ())
     if len(saes) > 1:
         for name, sae_id in saes:
             _load(options, name, sae_id)
@@ -205,13 +188,9 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             model = store = None
             gc.collect()
             model, loaded = load_model_of(asked, options.device), asked.model
-        sae, metadata = asked.sae, asked.sae.cfg.metadata
-        hook = (metadata.hook_name, metadata.hook_head_index, sae.cfg.d_in)
         combinations = list(product(asked.datasets, asked.context_sizes))
         for dataset, size in combinations:
-            require_context("--context_size", size, model)
-            store, prompt = open_text(asked, model, dataset, size, prompts)
-            require_hook(model, asked.model[0], prompt, *hook)
+            store = open_text(asked, model, dataset, size, prompts)
         for dataset, size in combinations:
             number = next(numbers)
             note(
@@ -219,8 +198,8 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 f"{' '.join(filter(None, (name, sae_id)))} on {dataset}, "
                 f"{_cost(cfg, size)}{_ADVICE if number == 1 else ''}"
             )
-            store, _ = open_text(asked, model, dataset, size, prompts)
-            by_group, by_latent = _evaluate(sae, model, store, dataset, cfg)
+            store = open_text(asked, model, dataset, size, prompts)
+            by_group, by_latent = _evaluate(asked, model, store, dataset, cfg)
             yield {
                 "sae": name,
                 "sae_id": sae_id,
@@ -228,7 +207,7 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "eval_cfg": {
                     "dataset": dataset,
                     "context_size": size,
-                    "prepend_bos": metadata.prepend_bos,
+                    "prepend_bos": asked.sae.cfg.metadata.prepend_bos,
                     **vars(cfg),
                 },
                 "metrics": by_group,
@@ -277,18 +256,17 @@ def _cost(cfg: EvalConfig, context_size: int) -> str:
 
 
 def _evaluate(
-    sae: SAE[Any], model: Any, store: ActivationsStore, dataset: str, cfg: EvalConfig
+    asked: Asked, model: Any, store: ActivationsStore, dataset: str, cfg: EvalConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run SAELens's evaluation: metrics by group, and those of each latent."""
     first_reading = store.iterable_sequences
-    exclude = sae.cfg.metadata.exclude_special_tokens
     by_group, by_latent = run_evals(
-        sae,
+        asked.sae,
         store,
         model,
         ActivationScaler(),
         cfg,
-        exclude_special_tokens=True if exclude is None else exclude,
+        exclude_special_tokens=asked.exclude_special_tokens,
         verbose=True,
     )
     if store.iterable_sequences is not first_reading:

@@ -6,7 +6,6 @@ from typing import Any
 
 from sae_lens_scale.analysis import explorer
 from sae_lens_scale.files import write_whole
-from sae_lens_scale.loading.errors import require_context, require_hook
 
 from .arguments import filled, path, positive
 from .output import note, require_output
@@ -15,7 +14,7 @@ from .sae_on_text import (
     load_asked,
     load_model_of,
     open_text,
-    require_dataset,
+    require_datasets,
 )
 
 
@@ -37,20 +36,6 @@ def add_parser(commands: Any) -> None:
         "sae_id", type=filled, nargs="?", help="the SAE in the release or repository"
     )
     add_options(parser)
-    # Of one value each, in a list as in commands that take several.
-    parser.add_argument(
-        "--dataset",
-        type=filled,
-        nargs=1,
-        help="text, by default what the SAE was trained on: a name or folder that "
-        'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
-    )
-    parser.add_argument(
-        "--context_size",
-        type=positive,
-        nargs=1,
-        help="tokens per passage, by default as in training",
-    )
     parser.add_argument(
         "--tokens",
         type=positive,
@@ -76,31 +61,25 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> str:
     # A wrong name, or file, is an error now, not after the language model's pass.
     require_output(options.output)
-    for dataset in options.dataset or ():
-        require_dataset(dataset)
+    require_datasets(options.dataset or ())
     asked = load_asked(options, options.sae, options.sae_id)
-    (dataset,), (size,) = asked.datasets, asked.context_sizes
+    # As of any option, the last counts.
+    dataset, size = asked.datasets[-1], asked.context_sizes[-1]
     model = load_model_of(asked, options.device)
-    require_context("--context_size", size, model)
     prompts = min(options.batch_size_prompts, -(-options.tokens // size))
-    store, prompt = open_text(asked, model, dataset, size, prompts)
-    metadata = asked.sae.cfg.metadata
-    hook = (metadata.hook_name, metadata.hook_head_index, asked.sae.cfg.d_in)
-    require_hook(model, asked.model[0], prompt, *hook)
-    store, _ = open_text(asked, model, dataset, size, prompts)
+    store = open_text(asked, model, dataset, size, prompts)
     batches = -(-options.tokens // (prompts * size))
     note(
         f"reading {batches} batches of {prompts} passages of {size} tokens of {dataset}; "
         "fewer --tokens shorten it"
     )
-    exclude = metadata.exclude_special_tokens
     html = explorer(
         model,
         asked.sae,
         store,
         prompts=options.prompt,
         max_batches=batches,
-        exclude_special_tokens=True if exclude is None else exclude,
+        exclude_special_tokens=asked.exclude_special_tokens,
     )
     write_whole(options.output, html)
     return f"{options.output}, {len(html.encode()) / 1e6:.1f} MB: open it in a browser"

@@ -1,6 +1,7 @@
 """Options of commands that run an SAE in its language model on a text, and what they mean."""
 
 import argparse
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from sae_lens_scale.loading.errors import (
     first_prompt,
     naming_model,
     naming_text,
+    require_context,
+    require_hook,
     require_text,
 )
 from sae_lens_scale.loading.smollm2 import load_smollm2
@@ -25,13 +28,14 @@ from .sae_argument import fold_scaler, load_sae
 
 class Asked(NamedTuple):
     """
-    What a command runs, as its options and the SAE's metadata say.
+    An SAE, and the model and texts to run it on, by a command's options and its metadata.
 
     Attributes:
         sae: The SAE, which takes raw activations.
         sae_cfg: Its config as it is on disk.
         datasets: Names of the texts, one at least.
         context_sizes: Numbers of tokens per prompt, one at least.
+        exclude_special_tokens: Tokens that do not count, as SAELens's evaluation takes them.
         model: Name, class and further settings of the language model.
     """
 
@@ -39,11 +43,12 @@ class Asked(NamedTuple):
     sae_cfg: dict[str, Any]
     datasets: list[str]
     context_sizes: list[int]
+    exclude_special_tokens: bool | list[int]
     model: tuple[str, str, dict[str, Any] | None]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options but those of the text, of which a command may take several."""
+    """Add the options of the model and of texts; of these each may be given several times."""
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -73,6 +78,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch_size_prompts", type=positive, default=16, help="default: %(default)s"
     )
+    # An option with several values would take the SAE that follows it for one.
+    parser.add_argument(
+        "--dataset",
+        type=filled,
+        action="append",
+        help="text, by default what the SAE was trained on: a name or folder that "
+        'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
+    )
+    parser.add_argument(
+        "--context_size",
+        type=positive,
+        action="append",
+        help="tokens per prompt, by default as in training",
+    )
 
 
 def load_asked(options: argparse.Namespace, name: str, sae_id: str | None) -> Asked:
@@ -80,8 +99,7 @@ def load_asked(options: argparse.Namespace, name: str, sae_id: str | None) -> As
     Load an SAE, and see what to run it in and on.
 
     Args:
-        options: Values of :func:`add_options`, and lists ``dataset`` and ``context_size``, or
-            None for those of the training.
+        options: Values of :func:`add_options`.
         name: Folder, release or repository.
         sae_id: The SAE in the release or repository.
 
@@ -97,7 +115,7 @@ def load_asked(options: argparse.Namespace, name: str, sae_id: str | None) -> As
     datasets = options.dataset
     if datasets is None:
         datasets = [_recorded(sae, "dataset_path", str, "dataset")]
-        require_dataset(datasets[0])
+        require_datasets(datasets)
     sizes = options.context_size or [_recorded(sae, "context_size", int)]
     if options.prepend_bos is not None:
         metadata.prepend_bos = options.prepend_bos
@@ -117,7 +135,10 @@ def load_asked(options: argparse.Namespace, name: str, sae_id: str | None) -> As
         options.model_class_name or metadata.model_class_name or "HookedTransformer",
         metadata.model_from_pretrained_kwargs,
     )
-    return Asked(sae, sae_cfg, datasets, sizes, model)
+    exclude = metadata.exclude_special_tokens
+    return Asked(
+        sae, sae_cfg, datasets, sizes, True if exclude is None else exclude, model
+    )
 
 
 def _recorded(sae: SAE[Any], name: str, kind: type, option: str | None = None) -> Any:
@@ -135,16 +156,25 @@ def _recorded(sae: SAE[Any], name: str, kind: type, option: str | None = None) -
 
 def open_text(
     asked: Asked, model: Any, dataset: str, context_size: int, batch_size_prompts: int
-) -> tuple[ActivationsStore, torch.Tensor]:
+) -> ActivationsStore:
     """
-    Begin to read a text.
+    Begin to read a text for a language model that can be run on it.
+
+    Args:
+        asked: The SAE.
+        model: Its language model.
+        dataset: Name of the text.
+        context_size: Tokens per prompt.
+        batch_size_prompts: Prompts that the store reads at a time.
 
     Returns:
-        A store at its beginning, and its first prompt, ``[1, context_size]``.
+        A store at the text's beginning.
 
     Raises:
-        ValueError: If the text cannot be read, or is shorter than one prompt.
+        ValueError: If the text cannot be read, or is shorter than one prompt; if the model
+            does not take such prompts, or lacks the SAE's hook.
     """
+    require_context("--context_size", context_size, model)
     sae = asked.sae
     text = docstring_corpus("test") if dataset == "docstrings" else dataset
     metadata = sae.cfg.metadata
@@ -162,18 +192,22 @@ def open_text(
             sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
         )
     skip_missing_texts(store)
-    return store, first_prompt(f"--dataset {dataset}", store)
+    prompt = first_prompt(f"--dataset {dataset}", store)
+    hook = (metadata.hook_name, metadata.hook_head_index, sae.cfg.d_in)
+    require_hook(model, asked.model[0], prompt, *hook)
+    return store
 
 
-def require_dataset(dataset: str) -> None:
+def require_datasets(datasets: Iterable[str]) -> None:
     """
-    Refuse a text that is in no folder and on no hub.
+    Refuse texts that are in no folder and on no hub.
 
     Raises:
-        ValueError, FileNotFoundError: If there is none of that name.
+        ValueError: If there is none of a name.
     """
-    if dataset != "docstrings":
-        require_text("--dataset", dataset)
+    for dataset in datasets:
+        if dataset != "docstrings":
+            require_text("--dataset", dataset)
 
 
 def load_model_of(asked: Asked, device: str) -> Any:
