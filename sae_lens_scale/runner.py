@@ -125,9 +125,10 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
 
     Settings that cannot work are refused before anything is loaded, and those that do not
     suit the model or the text before the first step. The config's ``model_name`` may be
-    "smollm2", and its ``dataset_path`` "docstrings", which need no hub. A run that goes on from a checkpoint
-    goes on with its optimizer and its schedule of the learning rate, so that its config must
-    name the same; a schedule that ends needs the same ``training_tokens``.
+    "smollm2", and its ``dataset_path`` "docstrings", which need no hub. A run that goes on
+    from a checkpoint goes on with its optimizer and its schedule of the learning rate, so
+    that its config must name the same; a schedule that ends needs the same
+    ``training_tokens``.
 
     Args:
         cfg: Config of the run.
@@ -229,9 +230,15 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
                 )
         # A first run of another shape would be compiled.
         if not cfg.compile_llm:
-            hook = (cfg.hook_name, cfg.hook_head_index, self.sae.cfg.d_in)
-            arguments = (*hook, cfg.model_kwargs)
-            require_hook(self.model, cfg.model_name, tokens, *arguments)
+            require_hook(
+                self.model,
+                cfg.model_name,
+                tokens,
+                cfg.hook_name,
+                cfg.hook_head_index,
+                self.sae.cfg.d_in,
+                cfg.model_kwargs,
+            )
 
     @override
     def run_trainer_with_interruption_handling(
