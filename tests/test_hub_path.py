@@ -1,4 +1,4 @@
-"""What the README and the examples do with a model hub, against one on this machine."""
+"""The README's and the examples' use of a model hub, against one on this machine."""
 
 import os
 import re
