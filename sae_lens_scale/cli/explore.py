@@ -9,6 +9,7 @@ from sae_lens_scale.files import write_whole
 
 from .arguments import filled, path, positive
 from .output import note, require_output
+from .sae_argument import add_sae
 from .sae_on_text import (
     add_options,
     load_asked,
@@ -27,14 +28,7 @@ def add_parser(commands: Any) -> None:
         "without a network: experts, their latents, the contexts that fire these, and "
         "their tokens.",
     )
-    parser.add_argument(
-        "sae",
-        type=filled,
-        help="folder on disk, release of SAELens or repository on the hub",
-    )
-    parser.add_argument(
-        "sae_id", type=filled, nargs="?", help="the SAE in the release or repository"
-    )
+    add_sae(parser)
     add_options(parser)
     parser.add_argument(
         "--tokens",

@@ -1,5 +1,6 @@
 """SAEs named on the command line."""
 
+import argparse
 import re
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -13,7 +14,20 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens_scale.loading.errors import is_of_the_machine, require_device
 from sae_lens_scale.run_settings import ESTIMATED_NORMALIZATIONS
 
+from .arguments import filled
 from .output import error_text
+
+
+def add_sae(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name one SAE, as :func:`load_sae` takes it."""
+    parser.add_argument(
+        "sae",
+        type=filled,
+        help="folder on disk, release of SAELens or repository on the hub",
+    )
+    parser.add_argument(
+        "sae_id", type=filled, nargs="?", help="the SAE in the release or repository"
+    )
 
 
 def find_saes(names: Sequence[str]) -> Sequence[tuple[str, str | None]]:
