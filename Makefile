@@ -16,7 +16,7 @@ FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-matrix lint docs notebooks bench bench-training reproduce release clean
+.PHONY: install demo test test-matrix test-ecosystem lint docs notebooks bench bench-training reproduce release clean
 
 install: $(INSTALLED)
 
@@ -50,6 +50,21 @@ test-matrix:
 	for row in $(ROW); do \
 		$(MAKE) test VENV=.venv-matrix/$$row CONSTRAINTS=constraints/$$row.txt || exit; \
 	done
+
+# Tools of others have requirements that no other environment has: see docs/ecosystem.md.
+ECOSYSTEM := .venv-ecosystem
+
+test-ecosystem: $(ECOSYSTEM)/.installed
+	OMP_WAIT_POLICY=PASSIVE $(ECOSYSTEM)/bin/python -m pytest tests/ecosystem $(ARGS)
+
+# torchaudio and torchvision come with them, built for CUDA: beside a CPU build of torch, transformers
+# fails to import them, and nothing here uses them.
+$(ECOSYSTEM)/.installed: pyproject.toml $(CONSTRAINTS) constraints/ecosystem.txt
+	$(PYTHON) -m venv --clear $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --requirement constraints/ecosystem.txt --editable ".[demo]"
+	$(ECOSYSTEM)/bin/python -m pip uninstall --quiet --yes torchaudio torchvision
+	touch $@
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -105,4 +120,4 @@ release:
 	OMP_WAIT_POLICY=PASSIVE $(RELEASE)/clean/bin/python -I tests/smoke.py
 
 clean:
-	rm -rf $(VENV) .venv-matrix $(RELEASE) $(REPRODUCTION) dist outputs site
+	rm -rf $(VENV) .venv-matrix $(ECOSYSTEM) $(RELEASE) $(REPRODUCTION) dist outputs site

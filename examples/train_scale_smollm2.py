@@ -58,6 +58,7 @@ from sae_lens_scale.loading.errors import (
     require_hook,
 )
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
+from sae_lens_scale.loading.smollm2 import HUB_NAME
 from sae_lens_scale.loading.text import load_text
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import HookedSAETransformer, buffer_argument
@@ -210,7 +211,13 @@ def run_demo(cfg: DemoConfig) -> dict[str, Any]:
     names = strongest_tokens(model, scale_sae, held_out_tokens, explanations)
     figure = plot_token_explanations(explanations, title, names)
     figure.savefig(cfg.output / "tokens.png", dpi=150)
-    page = explorer(model, scale_sae, held_out_tokens, prompts=[cfg.sentence])
+    page = explorer(
+        model,
+        scale_sae,
+        held_out_tokens,
+        prompts=[cfg.sentence],
+        max_batches=len(held_out_tokens),
+    )
     write_whole(cfg.output / "explorer.html", page)
     say(explanation_text(explanations))
     say(metrics_table(metrics))
@@ -241,7 +248,7 @@ def runner_configs(
         "experts_per_token": cfg.experts_per_token,
     }
     shared: dict[str, Any] = {
-        "model_name": cfg.model,
+        "model_name": HUB_NAME if cfg.model == "smollm2" else cfg.model,
         "model_from_pretrained_kwargs": {},
         "hook_name": cfg.hook_name,
         "dataset_path": cfg.dataset,
@@ -327,7 +334,9 @@ def strongest_tokens(
 ) -> dict[int, str]:
     """Find the token of a corpus that fires each latent of a sentence most."""
     latents = {active.latent for e in explanations for active in e.latents}
-    found = top_activating_contexts(model, sae, tokens, latents, n=1, window=0)
+    found = top_activating_contexts(
+        model, sae, tokens, latents, n=1, window=0, max_batches=len(tokens)
+    )
     return {
         one.latent: context.tokens[context.peak]
         for one in found

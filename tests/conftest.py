@@ -1,8 +1,12 @@
 """Settings and fixtures of all tests."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 # Threads that spin while they wait starve each other on a machine with few cores. This has to be
 # set before torch is imported.
@@ -15,7 +19,7 @@ from integration.hub import Hub, running_hub
 from sae_lens import HookedSAETransformer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.loading.smollm2 import fetch_smollm2, load_smollm2
 
 # The files that take longest come first: one that began last would run alone. With several
 # processes, only --no-loadscope-reorder keeps this order.
@@ -77,6 +81,24 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     small_corpus().to_json(folder / "train.jsonl")
     return folder
+
+
+@pytest.fixture(scope="module")
+def delphi() -> Iterator[None]:
+    """delphi without its requirements, kept beside the language model's files."""
+    if find_spec("delphi") is not None:
+        yield
+        return
+    folder = fetch_smollm2().with_name("eai-delphi-0.1.3")
+    if not folder.exists():
+        with TemporaryDirectory(prefix=".delphi-", dir=folder.parent) as temporary:
+            whole = Path(temporary, folder.name)
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            subprocess.run([*pip, "--target", whole, "eai-delphi==0.1.3"], check=True)
+            whole.rename(folder)
+    sys.path.append(str(folder))
+    yield
+    sys.path.remove(str(folder))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import re
 import shlex
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,48 +11,34 @@ import pytest
 import torch
 from helpers import draw, scale_sae
 from integration.hub import running_hub
+from pages import run_python, snippets
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
 from torch.torch_version import TorchVersion
 
 from sae_lens_scale import ScaleTrainingSAEConfig, SwitchTrainingSAEConfig
+from sae_lens_scale.analysis import autointerp
 from sae_lens_scale.cli import main
 from sae_lens_scale.ops import torch_backend
 from sae_lens_scale.saes.mixture.routing import GATES
 
-HAS_BRIDGE = find_spec("transformer_lens.model_bridge") is not None
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
-def run_python(page: Path, namespace: dict[str, Any]) -> None:
-    """Run each Python snippet of a page, from its top to its bottom."""
-    for line, source in snippets(page, "python"):
-        # Comes with transformer-lens 3.
-        if "TransformerBridge" in source and not HAS_BRIDGE:
-            continue
-        # Tracebacks show the line of the page.
-        exec(compile("\n" * line + source, page, "exec"), namespace)
-
-
-def snippets(page: Path, language: str) -> list[tuple[int, str]]:
-    """Each snippet with the number of its first line."""
-    text = page.read_text()
-    return [
-        (text[: match.start(1)].count("\n"), match[1])
-        for match in re.finditer(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    ]
-
-
+@pytest.mark.usefixtures("delphi")
 def test_every_snippet_and_command_of_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
+    reply = "[EXPLANATION]: names, [1, 0, 1, 0, 0]"
+    monkeypatch.setattr(autointerp, "openai_judge", lambda name: lambda chat: reply)
     pages = [DOCS / f"{n}.md" for n in ("train", "load-and-splice", "analysis")]
     namespace: dict[str, Any] = {}
     with running_hub(tmp_path / "hub-cache"):
         for page in pages:
             run_python(page, namespace)
+    assert namespace["result"].latents
     commands = "".join(text for page in pages for _, text in snippets(page, "bash"))
     ran = set()
     for command in commands.replace("\\\n", " ").splitlines():

@@ -21,6 +21,7 @@ from examples.train_scale_smollm2 import (
     runner_configs,
 )
 from sae_lens_scale.cli import main
+from sae_lens_scale.loading.smollm2 import HUB_NAME
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -56,7 +57,10 @@ def test_demo_leaves_SAEs_metrics_and_picture(demo: Path):
         "topk",
     ]
     for name in ("scale", "switch", "topk"):
-        assert SAE.load_from_disk(demo / name).cfg.architecture() == name
+        cfg = SAE.load_from_disk(demo / name).cfg
+        assert cfg.architecture() == name
+        # As others know the model.
+        assert cfg.metadata.model_name == HUB_NAME
     # Matched in active latents per token.
     assert SAE.load_from_disk(demo / "topk").cfg.d_sae == 2 * 1_152 // 8
     saes = json.loads((demo / "metrics.json").read_text())["saes"]
@@ -172,7 +176,10 @@ def test_a_sentence_is_read_whole_and_is_not_too_long_for_a_picture(
     ("settings", "message"),
     [
         ({"sentence": "word " * 300}, "sentence must have 1 to 200 tokens, got 3"),
-        ({"hook_name": "blocks.99.hook_resid_post"}, "smollm2 has no hook 'blocks.99"),
+        (
+            {"hook_name": "blocks.99.hook_resid_post"},
+            f"{HUB_NAME} has no hook 'blocks.99",
+        ),
         (
             {"hook_name": "blocks.0.mlp.hook_post"},
             "the SAE must be as wide as the model at .* got 576",

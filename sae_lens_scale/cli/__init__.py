@@ -1,8 +1,9 @@
 """
-The command line: ``sae-lens-scale train | evaluate | explore | info | upload | convert``.
+The command line: ``sae-lens-scale train | evaluate | explore | info | upload | convert | run``.
 
 ``train`` is SAELens's own training command with the architectures of this package
-known to it; the others evaluate, show, describe, upload and convert SAEs.
+known to it, and ``run`` any other tool's; the others evaluate, show, describe, upload and
+convert SAEs.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from sae_lens_scale._version import __version__
 from sae_lens_scale.upstream import InterruptedException
 
-from . import convert, evaluate, explore, info, train, upload
+from . import convert, evaluate, explore, info, run, train, upload
 from .output import complain, error_text, print_result
 
 
@@ -21,11 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 for an error, 130 after an interruption. Wrong usage exits
-        with 2, as argparse does.
+        with 2, as argparse does. Of a tool that ``run`` runs, everything passes through:
+        its exit status and its exceptions.
     """
     parser = argparse.ArgumentParser(
         prog="sae-lens-scale",
-        description="Train, evaluate, explore, describe, upload and convert Scale and Switch SAEs.",
+        description="Train, evaluate, explore, describe, upload and convert Scale and Switch "
+        "SAEs; run other tools on them.",
     )
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {__version__}"
@@ -36,9 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="show where an error came from (before the command)",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (train, evaluate, explore, info, upload, convert):
+    for module in (train, evaluate, explore, info, upload, convert, run):
         module.add_parser(commands)
     options, rest = parser.parse_known_args(arguments)
+    if options.command == "run":
+        return run.run(options, rest)
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

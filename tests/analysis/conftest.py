@@ -1,11 +1,7 @@
 """Fixtures of the tests of analysis."""
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,8 +10,6 @@ from helpers import randomize
 from sae_lens import HookedSAETransformer
 from sae_lens.load_model import load_model
 from sae_lens.registry import get_sae_class
-
-from sae_lens_scale.loading.smollm2 import fetch_smollm2
 
 _SETTINGS: dict[str, dict[str, int]] = {
     "scale": {"num_experts": 4, "k": 6},
@@ -112,21 +106,3 @@ def overflowing() -> Callable[[int], Callable[..., torch.Tensor]]:
         return overflow
 
     return make
-
-
-@pytest.fixture(scope="module")
-def delphi() -> Iterator[None]:
-    """delphi without its requirements, kept beside the language model's files."""
-    if find_spec("delphi") is not None:
-        yield
-        return
-    folder = fetch_smollm2().with_name("eai-delphi-0.1.3")
-    if not folder.exists():
-        with TemporaryDirectory(prefix=".delphi-", dir=folder.parent) as temporary:
-            whole = Path(temporary, folder.name)
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-            subprocess.run([*pip, "--target", whole, "eai-delphi==0.1.3"], check=True)
-            whole.rename(folder)
-    sys.path.append(str(folder))
-    yield
-    sys.path.remove(str(folder))

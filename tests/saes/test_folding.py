@@ -99,6 +99,25 @@ def test_decoder_norm_is_not_folded_when_that_would_change_the_selection(make: A
 
 
 @every_mixture
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_unit_decoder_norms_fold_without_any_change(
+    make: Any, dtype: str, tmp_path: Path
+):
+    trained = make(rescale_acts_by_decoder_norm=False).float()
+    trained.W_dec.data /= trained.W_dec.data.norm(dim=-1, keepdim=True)
+    trained.save_inference_model(tmp_path)
+    sae = SAE.load_from_disk(tmp_path, dtype=dtype)
+    before = copy.deepcopy(sae.state_dict())
+    norms = sae.fold_and_get_W_dec_norm()
+    torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-2, rtol=0)
+    assert_close(sae.state_dict(), before, atol=0)
+    # One row of another norm is enough for a refusal.
+    sae.W_dec.data[3] *= 1.1
+    with pytest.raises(NotImplementedError, match="norms other than 1"):
+        sae.fold_W_dec_norm()
+
+
+@every_mixture
 @rescaled_or_not
 @with_or_without_b_dec
 def test_exports_equal_the_training_SAE_and_training_goes_on_from_them(

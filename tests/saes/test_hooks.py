@@ -51,6 +51,28 @@ def test_cache_holds_every_hook_in_saelens_shapes(make_either: Any):
     assert_close(out, sae(X))
 
 
+@pytest.mark.parametrize("name", ["hook_sae_acts_pre", "hook_sae_acts_post"])
+def test_a_forward_that_replaces_a_hook_points_own_sees_and_edits_like_a_hook(
+    make_either: Any, name: str
+):
+    sae, seen = make_either(), []
+
+    def edit(value: torch.Tensor, hook: Any = None) -> torch.Tensor:
+        seen.append(value.clone())
+        value[..., 0] = 3
+        return value
+
+    with sae.hooks(fwd_hooks=[(name, edit)]):
+        want = sae(X)
+    # As nnsight does, which registers no hook.
+    getattr(sae, name).forward = edit
+    got = sae(X)
+    assert_close(got, want)
+    assert_close(*seen)
+    del getattr(sae, name).forward
+    assert not torch.equal(got, sae(X))
+
+
 def test_hook_sae_acts_pre_shows_candidates_and_minus_infinity_elsewhere():
     sae = inference_sae()
     _, cache = sae.run_with_cache(X)

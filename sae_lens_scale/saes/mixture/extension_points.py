@@ -17,6 +17,8 @@ def is_hooked(hook: nn.Module) -> bool:
         or hook._forward_pre_hooks
         or hook._backward_hooks
         or hook._backward_pre_hooks
+        # nnsight and accelerate register no hook: they put another forward on the module.
+        or "forward" in vars(hook)
     )
 
 

@@ -263,9 +263,14 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
     @torch.no_grad()
     def fold_and_get_W_dec_norm(self) -> torch.Tensor:
         if not self.cfg.rescale_acts_by_decoder_norm:
+            norms = self.get_W_dec_norm()
+            rounding = max(1e-6, torch.finfo(norms.dtype).eps)
+            if (norms - 1).abs().max() <= rounding:
+                # Nothing to fold: Switch SAE's authors, say, keep decoder rows at norm 1.
+                return norms
             raise NotImplementedError(
-                "folding decoder norms would change which latents TopK selects when "
-                "rescale_acts_by_decoder_norm is False"
+                "folding decoder norms other than 1 would change which latents TopK "
+                "selects when rescale_acts_by_decoder_norm is False"
             )
         self._fold_encoder()
         return super().fold_and_get_W_dec_norm()
