@@ -19,7 +19,7 @@ from sae_lens_scale.loading.errors import (
     require_hook,
     require_text,
 )
-from sae_lens_scale.loading.smollm2 import HUB_NAME, load_smollm2
+from sae_lens_scale.loading.smollm2 import is_smollm2, load_smollm2
 from sae_lens_scale.loading.text import skip_missing_texts
 
 from .arguments import filled, positive
@@ -218,7 +218,7 @@ def load_model_of(asked: Asked, device: str) -> Any:
         ValueError: If there is none of that name.
     """
     name, class_name, settings = asked.model
-    if name == "smollm2" or (name, class_name) == (HUB_NAME, "HookedTransformer"):
+    if is_smollm2(name, class_name):
         return load_smollm2(device=device)
     with naming_model("--model", name):
         return load_model(
