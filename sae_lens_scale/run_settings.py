@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -57,8 +58,8 @@ _WEIGHTS = (
     "router_lr_factor",
     "normalize_activations",
 )
-# Normalisations that SAELens estimates before the first step.
-_ESTIMATED = ("expected_average_only_in", "covariance_whitening")
+# Normalisations that SAELens estimates before the first step, and keeps outside the SAE.
+ESTIMATED_NORMALIZATIONS = ("expected_average_only_in", "covariance_whitening")
 
 
 def require_settings(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -116,7 +117,7 @@ def _require_counts(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         _require_count(cfg, name, least=0)
     if cfg.n_checkpoints > 0:
         _require_count(cfg, "training_tokens", Integral)
-    if cfg.sae.normalize_activations in _ESTIMATED:
+    if cfg.sae.normalize_activations in ESTIMATED_NORMALIZATIONS:
         _require_count(cfg, "n_batches_for_norm_estimate", Integral)
     logger = cfg.logger
     if logger.log_to_wandb:
@@ -251,7 +252,7 @@ def require_sae_of_checkpoint(cfg: SAEConfig, checkpoint: Path) -> None:
     Raises:
         ValueError: If a field is another one there.
     """
-    _require_same(checkpoint, SAE_CFG_FILENAME, cfg, [*_WEIGHTS])
+    _require_same(checkpoint, SAE_CFG_FILENAME, cfg, _WEIGHTS)
 
 
 def read_settings(setting: str, path: Path) -> dict[str, Any]:
@@ -287,7 +288,9 @@ def _schedule_of(cfg: LanguageModelSAERunnerConfig[Any]) -> list[str]:
     return names
 
 
-def _require_same(checkpoint: Path, filename: str, cfg: Any, names: list[str]) -> None:
+def _require_same(
+    checkpoint: Path, filename: str, cfg: Any, names: Iterable[str]
+) -> None:
     """Refuse settings other than those in a file of the checkpoint that a run goes on from."""
     before = read_settings("resume_from_checkpoint", checkpoint / filename)
     given = cfg.to_dict()

@@ -31,7 +31,7 @@ from sae_lens_scale.loading.errors import (
     require_device,
     require_hook,
 )
-from sae_lens_scale.loading.smollm2 import load_smollm2
+from sae_lens_scale.loading.smollm2 import is_smollm2, load_smollm2
 from sae_lens_scale.loading.text import skip_missing_texts
 from sae_lens_scale.run_settings import (
     require_checkpoint,
@@ -125,9 +125,10 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
 
     Settings that cannot work are refused before anything is loaded, and those that do not
     suit the model or the text before the first step. The config's ``model_name`` may be
-    "smollm2", and its ``dataset_path`` "docstrings", which need no hub. A run that goes on from a checkpoint
-    goes on with its optimizer and its schedule of the learning rate, so that its config must
-    name the same; a schedule that ends needs the same ``training_tokens``.
+    "smollm2" (or, of a HookedTransformer, its name on the hub), and its ``dataset_path``
+    "docstrings", which need no hub. A run that goes on from a checkpoint goes on with its
+    optimizer and its schedule of the learning rate, so that its config must name the same;
+    a schedule that ends needs the same ``training_tokens``.
 
     Args:
         cfg: Config of the run.
@@ -178,7 +179,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             require_sae_of_folder(cfg, Path(cfg.from_pretrained_path))
         if checkpoint is not None:
             require_checkpoint(cfg, Path(checkpoint))
-        if override_model is None and cfg.model_name == "smollm2":
+        named = (cfg.model_name, cfg.model_class_name)
+        if override_model is None and is_smollm2(*named):
             override_model = load_smollm2(device=str(cfg.llm_device))
         if override_dataset is None and cfg.dataset_path == "docstrings":
             override_dataset = docstring_corpus("train")
@@ -229,9 +231,15 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
                 )
         # A first run of another shape would be compiled.
         if not cfg.compile_llm:
-            hook = (cfg.hook_name, cfg.hook_head_index, self.sae.cfg.d_in)
-            arguments = (*hook, cfg.model_kwargs)
-            require_hook(self.model, cfg.model_name, tokens, *arguments)
+            require_hook(
+                self.model,
+                cfg.model_name,
+                tokens,
+                cfg.hook_name,
+                cfg.hook_head_index,
+                self.sae.cfg.d_in,
+                cfg.model_kwargs,
+            )
 
     @override
     def run_trainer_with_interruption_handling(

@@ -1,5 +1,5 @@
 """
-What SAELens and TransformerLens may rename, move or drop, and what stands in for it.
+Parts of SAELens and TransformerLens that they may rename, move or drop, and substitutes.
 
 No other module of the package imports these (``docs/versions.md`` says why each of them may
 go). Names are those of their libraries; where there is no HookedTransformer,
@@ -9,7 +9,7 @@ go). Names are those of their libraries; where there is no HookedTransformer,
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
@@ -38,6 +38,13 @@ with suppress(ImportError):
     from transformer_lens.pretrained.weight_conversions.llama import (
         convert_llama_weights as convert_llama_weights,
     )
+
+# TransformerLens's names of sizes, and Hugging Face's.
+_HUGGING_FACE_SIZES = {
+    "d_model": "hidden_size",
+    "d_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
+}
 
 
 def buffer_argument(
@@ -111,14 +118,13 @@ def input_device(model: Any) -> torch.device:
     return torch.device(_get_input_token_device(model))
 
 
-def model_size(model: Any, name: str, hugging_face_name: str) -> int | None:
+def model_size(model: Any, name: Literal["d_model", "d_vocab", "n_ctx"]) -> int | None:
     """
     Find a size of a language model.
 
     Args:
         model: The model, of any kind that SAELens knows.
         name: The size's name in TransformerLens's config.
-        hugging_face_name: Its name in Hugging Face's.
 
     Returns:
         The size; None where the model does not say it.
@@ -126,4 +132,4 @@ def model_size(model: Any, name: str, hugging_face_name: str) -> int | None:
     if hasattr(model, "cfg"):
         return getattr(model.cfg, name, None)
     config = getattr(getattr(model, "model", None), "config", None)
-    return getattr(config, hugging_face_name, None)
+    return getattr(config, _HUGGING_FACE_SIZES[name], None)

@@ -1,4 +1,4 @@
-"""What the README and the examples do with a model hub, against one on this machine."""
+"""The README's and the examples' use of a model hub, against one on this machine."""
 
 import os
 import re
@@ -80,7 +80,8 @@ def test_the_demo_on_GPT2(hub_with_gpt2: Hub, tmp_path: Path):
         f"--model gpt2 --dataset {gpt2.DATASET} --output demo --training_tokens 256 "
         "--batch_size 128 --expansion 2 --num_experts 4 --k 8 --context_size 64 "
         # For which only one of the model's blocks has to run.
-        "--eval_batches 1 --hook_name blocks.0.hook_resid_post"
+        "--eval_batches 1 --hook_name blocks.0.hook_resid_post --explorer_tokens 64 "
+        "--prompts_per_batch 4"
     )
     out = run(tmp_path, str(example), *arguments.split())
     assert "Everything is in demo" in out

@@ -1,4 +1,4 @@
-"""What pyproject.toml builds: a wheel of the package alone, a source archive; the citation."""
+"""Builds of pyproject.toml: a wheel of the package alone, a source archive; the citation."""
 
 import os
 import subprocess

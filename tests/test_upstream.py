@@ -1,4 +1,4 @@
-"""What SAELens and TransformerLens may drop: one module imports it, and does without it."""
+"""Parts that SAELens and TransformerLens may drop: one module imports them, and does without."""
 
 import ast
 import runpy

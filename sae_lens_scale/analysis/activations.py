@@ -87,21 +87,7 @@ def require_tokens(hook: str, x: torch.Tensor, shape: torch.Size) -> None:
 
 
 def of_heads(sae: SAE[Any], x: torch.Tensor, hook: str, width: int) -> torch.Tensor:
-    """
-    Take the head of activations that an SAE is for, or join all of them.
-
-    Args:
-        sae: The SAE.
-        x: ``[passages, tokens, width]`` or ``[passages, tokens, heads, d_head]``.
-        hook: Where they are from.
-        width: Width that they must have.
-
-    Returns:
-        ``[passages, tokens, width]``.
-
-    Raises:
-        ValueError: If there is no such head, or the width is another.
-    """
+    """Take an SAE's head of activations, or join all; arguments as of :func:`.take_heads`."""
     return take_heads(x, sae.cfg.metadata.hook_head_index, hook, width)
 
 
@@ -209,6 +195,8 @@ def require_finite(
 
 def _finite(values: torch.Tensor) -> torch.Tensor:
     """Tell which rows hold finite values only; builds nothing as large as the values."""
+    if not values.shape[-1]:
+        return torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
     # Both keep NaN. aminmax takes several times as long.
     return values.amin(dim=-1).isfinite() & values.amax(dim=-1).isfinite()
 

@@ -4,7 +4,7 @@ import operator
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
+
+from sae_lens_scale.saes.mixture.config import is_integer
 
 from .language_model import LanguageModel, tokenizer_of
 
@@ -175,7 +177,7 @@ def require_integer(name: str, value: Any, least: int) -> int:
     Raises:
         ValueError: If it is no integer, or too small; the message begins with the name.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not is_integer(value):
         raise ValueError(f"{name} must be an integer, got {value!r}")
     if int(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

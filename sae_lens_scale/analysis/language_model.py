@@ -8,6 +8,7 @@ from sae_lens import SAE
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
+from sae_lens_scale.loading.errors import require_context, require_vocabulary
 from sae_lens_scale.upstream import input_device, model_size, own_hook_name
 
 # Hooks of HookedTransformer that are outside attention, MLP and norms, and Hugging Face's
@@ -127,7 +128,7 @@ def direct_logits(
         at the hook does not go into the residual stream as it is. Hugging Face models do
         not say which is their final norm, and go without it.
     """
-    d_model = model_size(model, "d_model", "hidden_size")
+    d_model = model_size(model, "d_model")
     of_stream = _OF_RESIDUAL_STREAM.fullmatch(hook) and directions.shape[1] == d_model
     if not of_stream or d_model is None:
         return None
@@ -150,19 +151,9 @@ def as_input(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
         ValueError: If a passage is longer than the model's context, or a token none of
             its vocabulary.
     """
-    n_ctx = model_size(model, "n_ctx", "max_position_embeddings")
-    if n_ctx is not None and ids.shape[1] > n_ctx:
-        raise ValueError(
-            f"a passage, or a text with its BOS, must have at most {n_ctx} tokens, the "
-            f"model's context, got {ids.shape[1]}"
-        )
-    d_vocab = model_size(model, "d_vocab", "vocab_size")
-    if d_vocab is not None and ids.max() >= d_vocab:
-        # Looked up on a GPU, it would end the process.
-        raise ValueError(
-            f"token ids must be less than {d_vocab}, the model's vocabulary, got "
-            f"{int(ids.max())}"
-        )
+    length = "the length of a passage, or of a text with its BOS,"
+    require_context(length, ids.shape[1], model)
+    require_vocabulary("tokens", ids, model)
     device = input_device(model)
     # Embeddings that wait elsewhere until they are used: what brings them brings the ids, too.
     return ids if device.type == "meta" else ids.to(device)

@@ -226,14 +226,10 @@ def active_latents(
         ValueError: If activations, or feature activations, are not finite.
     """
     for i, batch in enumerate(finite_batches(activations, sae)):
-        # A hook may change the values that encode returns, or select an expert twice.
-        if (
-            isinstance(sae, MixtureSAE)
-            and sae._encodes_compactly()
-            and not is_hooked(sae.hook_expert_indices)
-        ):
+        # A hook may select an expert twice.
+        if isinstance(sae, MixtureSAE) and not is_hooked(sae.hook_expert_indices):
             with heads_are_joined(sae):
-                values, indices = sae._encode(batch).latents
+                values, indices = sae.encode_sparse(batch)
             require_finite("feature activations", values, i)
             indices = indices.reshape(-1, indices.shape[-1])
             active = values.reshape(indices.shape) != 0

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from sae_lens import SAE
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
@@ -17,13 +16,13 @@ from sae_lens_scale.files import dump_json, write_whole
 from .arguments import filled, path, positive
 from .output import note, require_output, table
 from .sae_on_text import (
+    Asked,
     LanguageModels,
     add_options,
     find_evaluable,
     load_evaluable,
     noting_repetition,
     open_text,
-    require_fit,
 )
 
 # Of EvalConfig, and what each measures.
@@ -66,14 +65,6 @@ def add_parser(commands: Any) -> None:
         "a regular expression; or a repository on the hub and an SAE in it",
     )
     add_options(parser)
-    # An option with several values would take the SAE that follows it for one.
-    parser.add_argument(
-        "--dataset",
-        type=filled,
-        action="append",
-        help="text, by default what the SAE was trained on: a name or folder that "
-        'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
-    )
     parser.add_argument(
         "--datasets",
         dest="dataset",
@@ -81,12 +72,6 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         action="extend",
         help="several texts",
-    )
-    parser.add_argument(
-        "--context_size",
-        type=positive,
-        action="append",
-        help="tokens per prompt, by default as in training",
     )
     parser.add_argument(
         "--ctx_lens",
@@ -189,7 +174,6 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     total = len(saes) * n_texts * n_sizes
     prompts = options.batch_size_prompts
     models = LanguageModels(options.device)
-    model = store = None
     for name, sae_id in saes:
         asked = load_evaluable(options, name, sae_id)
         # The store holds the model, too.
@@ -197,7 +181,7 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model = models.of(asked)
         combinations = list(product(asked.datasets, asked.context_sizes))
         for dataset, size in combinations:
-            require_fit(asked, model, dataset, size)
+            store = open_text(asked, model, dataset, size, prompts)
         for dataset, size in combinations:
             number = next(numbers)
             note(
@@ -207,7 +191,7 @@ def _results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             )
             store = open_text(asked, model, dataset, size, prompts)
             with noting_repetition(store, dataset):
-                by_group, by_latent = _evaluate(asked.sae, model, store, cfg)
+                by_group, by_latent = _evaluate(asked, model, store, cfg)
             yield {
                 "sae": name,
                 "sae_id": sae_id,
@@ -250,17 +234,16 @@ def _cost(cfg: EvalConfig, context_size: int) -> str:
 
 
 def _evaluate(
-    sae: SAE[Any], model: Any, store: ActivationsStore, cfg: EvalConfig
+    asked: Asked, model: Any, store: ActivationsStore, cfg: EvalConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run SAELens's evaluation: metrics by group, and those of each latent."""
-    exclude = sae.cfg.metadata.exclude_special_tokens
     by_group, by_latent = run_evals(
-        sae,
+        asked.sae,
         store,
         model,
         ActivationScaler(),
         cfg,
-        exclude_special_tokens=True if exclude is None else exclude,
+        exclude_special_tokens=asked.exclude_special_tokens,
         verbose=True,
     )
     if not cfg.compute_featurewise_density_statistics:

@@ -9,14 +9,13 @@ from sae_lens_scale.files import write_whole
 
 from .arguments import filled, path, positive
 from .output import note, require_output
+from .sae_argument import add_sae
 from .sae_on_text import (
     add_options,
-    add_options_of_one_text,
     load_asked,
     load_model_of,
     open_text,
-    require_dataset,
-    require_fit,
+    require_datasets,
 )
 
 
@@ -29,16 +28,8 @@ def add_parser(commands: Any) -> None:
         "without a network: experts, their latents, the contexts that fire these, and "
         "their tokens.",
     )
-    parser.add_argument(
-        "sae",
-        type=filled,
-        help="folder on disk, release of SAELens or repository on the hub",
-    )
-    parser.add_argument(
-        "sae_id", type=filled, nargs="?", help="the SAE in the release or repository"
-    )
+    add_sae(parser)
     add_options(parser)
-    add_options_of_one_text(parser)
     parser.add_argument(
         "--tokens",
         type=positive,
@@ -64,12 +55,11 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> str:
     # A wrong name, or file, is an error now, not after the language model's pass.
     require_output(options.output)
-    for dataset in options.dataset or ():
-        require_dataset(dataset)
+    require_datasets(options.dataset or ())
     asked = load_asked(options, options.sae, options.sae_id)
-    (dataset,), (size,) = asked.datasets, asked.context_sizes
+    # As of any option, the last counts.
+    dataset, size = asked.datasets[-1], asked.context_sizes[-1]
     model = load_model_of(asked, options.device)
-    require_fit(asked, model, dataset, size)
     prompts = min(options.batch_size_prompts, -(-options.tokens // size))
     store = open_text(asked, model, dataset, size, prompts)
     batches = -(-options.tokens // (prompts * size))
@@ -77,14 +67,13 @@ def _run(options: argparse.Namespace) -> str:
         f"reading {batches} batches of {prompts} passages of {size} tokens of {dataset}; "
         "fewer --tokens shorten it"
     )
-    exclude = asked.sae.cfg.metadata.exclude_special_tokens
     html = explorer(
         model,
         asked.sae,
         store,
         prompts=options.prompt,
         max_batches=batches,
-        exclude_special_tokens=True if exclude is None else exclude,
+        exclude_special_tokens=asked.exclude_special_tokens,
     )
     write_whole(options.output, html)
     return f"{options.output}, {len(html.encode()) / 1e6:.1f} MB: open it in a browser"

@@ -8,9 +8,8 @@ import torch
 from sae_lens_scale.files import dump_json
 from sae_lens_scale.saes.mixture import MixtureSAE
 
-from .arguments import filled
 from .output import table
-from .sae_argument import load_sae
+from .sae_argument import add_sae, load_sae
 
 _METADATA = (
     "model_name",
@@ -26,14 +25,7 @@ _METADATA = (
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of an argparse parser."""
     parser = commands.add_parser("info", help="describe an SAE")
-    parser.add_argument(
-        "sae",
-        type=filled,
-        help="folder on disk, release of SAELens or repository on the hub",
-    )
-    parser.add_argument(
-        "sae_id", type=filled, nargs="?", help="the SAE in the release or repository"
-    )
+    add_sae(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run)
 

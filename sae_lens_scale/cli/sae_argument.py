@@ -1,5 +1,6 @@
 """SAEs named on the command line."""
 
+import argparse
 import re
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -11,10 +12,22 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_scale.loading.errors import is_of_the_machine, require_device
+from sae_lens_scale.run_settings import ESTIMATED_NORMALIZATIONS
 
+from .arguments import filled
 from .output import error_text
 
-_SCALED_BY_THE_TRAINER = ("expected_average_only_in", "covariance_whitening")
+
+def add_sae(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name one SAE, as :func:`load_sae` takes it."""
+    parser.add_argument(
+        "sae",
+        type=filled,
+        help="folder on disk, release of SAELens or repository on the hub",
+    )
+    parser.add_argument(
+        "sae_id", type=filled, nargs="?", help="the SAE in the release or repository"
+    )
 
 
 def find_saes(names: Sequence[str]) -> Sequence[tuple[str, str | None]]:
@@ -104,7 +117,7 @@ def fold_scaler(sae: SAE[Any], folder: str) -> None:
     Raises:
         ValueError: If the folder does not say how the trainer had scaled activations.
     """
-    if sae.cfg.normalize_activations not in _SCALED_BY_THE_TRAINER:
+    if sae.cfg.normalize_activations not in ESTIMATED_NORMALIZATIONS:
         return
     path = Path(folder, ACTIVATION_SCALER_CFG_FILENAME)
     scaler = ActivationScaler()
@@ -119,7 +132,7 @@ def fold_scaler(sae: SAE[Any], folder: str) -> None:
             scaler.whitening.inverse_matrix,
         )
     # Each fold sets it to "none".
-    if sae.cfg.normalize_activations in _SCALED_BY_THE_TRAINER:
+    if sae.cfg.normalize_activations in ESTIMATED_NORMALIZATIONS:
         raise ValueError(
             f"{path} is missing or incomplete: it does not say how activations were "
             f"scaled (normalize_activations={sae.cfg.normalize_activations!r})"

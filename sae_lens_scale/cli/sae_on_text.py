@@ -2,7 +2,7 @@
 
 import argparse
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from sae_lens_scale.loading.errors import (
     require_hook,
     require_text,
 )
-from sae_lens_scale.loading.smollm2 import HUB_NAME, load_smollm2
+from sae_lens_scale.loading.smollm2 import is_smollm2, load_smollm2
 from sae_lens_scale.loading.text import skip_missing_texts
 
 from .arguments import filled, positive
@@ -31,13 +31,14 @@ from .sae_argument import find_saes, fold_scaler, load_sae
 
 class Asked(NamedTuple):
     """
-    What a command runs, as its options and the SAE's metadata say.
+    An SAE, and the model and texts to run it on, by a command's options and its metadata.
 
     Attributes:
         sae: The SAE, which takes raw activations.
         sae_cfg: Its config as it is on disk.
         datasets: Names of the texts, one at least.
         context_sizes: Numbers of tokens per prompt, one at least.
+        exclude_special_tokens: Tokens that do not count, as SAELens's evaluation takes them.
         model: Name, class and further settings of the language model.
     """
 
@@ -45,11 +46,12 @@ class Asked(NamedTuple):
     sae_cfg: dict[str, Any]
     datasets: list[str]
     context_sizes: list[int]
+    exclude_special_tokens: bool | list[int]
     model: tuple[str, str, dict[str, Any] | None]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options but those of the text, of which a command may take several."""
+    """Add the options of the model and of texts; of these each may be given several times."""
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -79,21 +81,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch_size_prompts", type=positive, default=16, help="default: %(default)s"
     )
-
-
-def add_options_of_one_text(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the text, of one value each, in a list as :func:`load_asked` takes them."""
+    # An option with several values would take the SAE that follows it for one.
     parser.add_argument(
         "--dataset",
         type=filled,
-        nargs=1,
+        action="append",
         help="text, by default what the SAE was trained on: a name or folder that "
         'datasets can load, or "docstrings" (the held-out ones of the installed packages)',
     )
     parser.add_argument(
         "--context_size",
         type=positive,
-        nargs=1,
+        action="append",
         help="tokens per prompt, by default as in training",
     )
 
@@ -105,7 +104,7 @@ def find_evaluable(options: argparse.Namespace) -> Sequence[tuple[str, str | Non
     A wrong name, or file, is an error now, not after hours.
 
     Args:
-        options: As for :func:`load_asked`, and a list ``saes``.
+        options: Values of :func:`add_options`, and a list ``saes``.
 
     Returns:
         As :func:`.find_saes`.
@@ -114,8 +113,7 @@ def find_evaluable(options: argparse.Namespace) -> Sequence[tuple[str, str | Non
         ValueError, FileNotFoundError: If an SAE or a text cannot be loaded.
     """
     names = find_saes(options.saes)
-    for dataset in options.dataset or ():
-        require_dataset(dataset)
+    require_datasets(options.dataset or ())
     if len(names) > 1:
         for name, sae_id in names:
             load_evaluable(options, name, sae_id)
@@ -146,8 +144,7 @@ def load_asked(options: argparse.Namespace, name: str, sae_id: str | None) -> As
     Load an SAE, and see what to run it in and on.
 
     Args:
-        options: Values of :func:`add_options`, and lists ``dataset`` and ``context_size``, or
-            None for those of the training.
+        options: Values of :func:`add_options`.
         name: Folder, release or repository.
         sae_id: The SAE in the release or repository.
 
@@ -163,7 +160,7 @@ def load_asked(options: argparse.Namespace, name: str, sae_id: str | None) -> As
     datasets = options.dataset
     if datasets is None:
         datasets = [_recorded(sae, "dataset_path", str, "dataset")]
-        require_dataset(datasets[0])
+        require_datasets(datasets)
     sizes = options.context_size or [_recorded(sae, "context_size", int)]
     if options.prepend_bos is not None:
         metadata.prepend_bos = options.prepend_bos
@@ -183,7 +180,10 @@ def load_asked(options: argparse.Namespace, name: str, sae_id: str | None) -> As
         options.model_class_name or metadata.model_class_name or "HookedTransformer",
         metadata.model_from_pretrained_kwargs,
     )
-    return Asked(sae, sae_cfg, datasets, sizes, model)
+    exclude = metadata.exclude_special_tokens
+    return Asked(
+        sae, sae_cfg, datasets, sizes, True if exclude is None else exclude, model
+    )
 
 
 def _recorded(sae: SAE[Any], name: str, kind: type, option: str | None = None) -> Any:
@@ -199,36 +199,27 @@ def _recorded(sae: SAE[Any], name: str, kind: type, option: str | None = None) -
     return value
 
 
-def require_fit(
-    asked: Asked, model: Any, dataset: str, context_size: int
-) -> torch.Tensor:
-    """
-    Refuse a context size, text or hook that does not suit the language model.
-
-    Returns:
-        The first prompt of the text, ``[1, context_size]``.
-
-    Raises:
-        ValueError: If one does not, or the text is shorter than a prompt.
-    """
-    require_context("--context_size", context_size, model)
-    store = open_text(asked, model, dataset, context_size, 1)
-    prompt = first_prompt(f"--dataset {dataset}", store)
-    metadata = asked.sae.cfg.metadata
-    hook = (metadata.hook_name, metadata.hook_head_index, asked.sae.cfg.d_in)
-    require_hook(model, asked.model[0], prompt, *hook)
-    return prompt
-
-
 def open_text(
     asked: Asked, model: Any, dataset: str, context_size: int, batch_size_prompts: int
 ) -> ActivationsStore:
     """
-    Begin to read a text.
+    Begin to read a text for a language model that can be run on it.
+
+    Args:
+        asked: The SAE.
+        model: Its language model.
+        dataset: Name of the text.
+        context_size: Tokens per prompt.
+        batch_size_prompts: Prompts that the store reads at a time.
+
+    Returns:
+        A store at the text's beginning.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If the text cannot be read, or is shorter than one prompt; if the model
+            does not take such prompts, or lacks the SAE's hook.
     """
+    require_context("--context_size", context_size, model)
     sae = asked.sae
     text = docstring_corpus("test") if dataset == "docstrings" else dataset
     metadata = sae.cfg.metadata
@@ -246,6 +237,9 @@ def open_text(
             sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
         )
     skip_missing_texts(store)
+    prompt = first_prompt(f"--dataset {dataset}", store)
+    hook = (metadata.hook_name, metadata.hook_head_index, sae.cfg.d_in)
+    require_hook(model, asked.model[0], prompt, *hook)
     return store
 
 
@@ -258,15 +252,16 @@ def noting_repetition(store: ActivationsStore, dataset: str) -> Iterator[None]:
         note(f"{dataset} has less text than that: some was read more than once")
 
 
-def require_dataset(dataset: str) -> None:
+def require_datasets(datasets: Iterable[str]) -> None:
     """
-    Refuse a text that is in no folder and on no hub.
+    Refuse texts that are in no folder and on no hub.
 
     Raises:
-        ValueError, FileNotFoundError: If there is none of that name.
+        ValueError: If there is none of a name.
     """
-    if dataset != "docstrings":
-        require_text("--dataset", dataset)
+    for dataset in datasets:
+        if dataset != "docstrings":
+            require_text("--dataset", dataset)
 
 
 def load_model_of(asked: Asked, device: str) -> Any:
@@ -277,7 +272,7 @@ def load_model_of(asked: Asked, device: str) -> Any:
         ValueError: If there is none of that name.
     """
     name, class_name, settings = asked.model
-    if name == "smollm2" or (name, class_name) == (HUB_NAME, "HookedTransformer"):
+    if is_smollm2(name, class_name):
         return load_smollm2(device=device)
     with naming_model("--model", name):
         return load_model(

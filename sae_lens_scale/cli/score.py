@@ -39,12 +39,10 @@ from .output import note, table
 from .sae_on_text import (
     LanguageModels,
     add_options,
-    add_options_of_one_text,
     find_evaluable,
     load_evaluable,
     noting_repetition,
     open_text,
-    require_fit,
 )
 
 # Values of a parameter that stand for all of them in the fingerprint of a language model.
@@ -69,7 +67,6 @@ def add_parser(commands: Any) -> None:
         "the hub, and an SAE of it",
     )
     add_options(parser)
-    add_options_of_one_text(parser)
     parser.add_argument(
         "--n_eval_batches",
         type=positive,
@@ -169,9 +166,10 @@ def _job(
             f"{name} must be an SAE of all its hook's heads, for sae-probes reads these, "
             f"got hook_head_index={metadata.hook_head_index}"
         )
-    (text,), (context_size,) = asked.datasets, asked.context_sizes
+    # As of any option, the last counts.
+    text, context_size = asked.datasets[-1], asked.context_sizes[-1]
     model = models.of(asked)
-    prompt = require_fit(asked, model, text, context_size)
+    prompt = open_text(asked, model, text, context_size, 1).get_batch_tokens(1)
     # As it is on every device.
     cfg = {key: value for key, value in asked.sae_cfg.items() if key != "device"}
     of_sae = digest(cfg, sae.state_dict().items())

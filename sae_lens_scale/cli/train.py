@@ -88,8 +88,8 @@ def add_parser(commands: Any) -> None:
         default=[],
         metavar="NAME=FACTOR",
         help="factors of the learning rates of single parameters, such as "
-        "b_enc=0.5 (the router has --router_lr_factor besides); with --resume_from_checkpoint the checkpoint's, "
-        "unless some are given",
+        "b_enc=0.5 (the router has --router_lr_factor besides); with "
+        "--resume_from_checkpoint the checkpoint's, unless some are given",
     )
 
 

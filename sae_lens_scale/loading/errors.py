@@ -123,11 +123,32 @@ def require_context(setting: str, context_size: int, model: Any) -> None:
     Raises:
         ValueError: If the model says that it takes fewer.
     """
-    limit = model_size(model, "n_ctx", "max_position_embeddings")
+    limit = model_size(model, "n_ctx")
     if limit is not None and context_size > limit:
         raise ValueError(
             f"{setting} must be at most the {limit} tokens that the language model "
             f"takes, got {context_size}"
+        )
+
+
+def require_vocabulary(text: str, ids: torch.Tensor, model: Any) -> None:
+    """
+    Refuse token ids of another vocabulary than a language model's.
+
+    Args:
+        text: Name of their text, or argument, for the message.
+        ids: At least one token id.
+        model: The language model, as SAELens loads it.
+
+    Raises:
+        ValueError: If the model says that it has no such tokens.
+    """
+    d_vocab = model_size(model, "d_vocab")
+    if d_vocab is not None and not 0 <= ids.min() <= ids.max() < d_vocab:
+        # Looked up on a GPU, it would end the process.
+        raise ValueError(
+            f"{text} must hold token ids from 0 to less than {d_vocab}, the language "
+            f"model's vocabulary, got {int(ids.min())} to {int(ids.max())}"
         )
 
 
@@ -160,13 +181,7 @@ def first_prompt(text: str, store: ActivationsStore) -> torch.Tensor:
     store.iterable_sequences = whole()
     tokens = store.get_batch_tokens(1)
     store.iterable_sequences = whole()
-    d_vocab = model_size(store.model, "d_vocab", "vocab_size")
-    if d_vocab is not None and not 0 <= tokens.min() <= tokens.max() < d_vocab:
-        # Looked up on a GPU, it would end the process.
-        raise ValueError(
-            f"{text} must hold token ids from 0 to less than {d_vocab}, the language "
-            f"model's vocabulary, got {int(tokens.min())} to {int(tokens.max())}"
-        )
+    require_vocabulary(text, tokens, store.model)
     return tokens
 
 

@@ -146,7 +146,7 @@ def _load_export(folder: Path) -> MixtureSAE[Any]:
 def _metrics(
     sae: MixtureSAE[Any], folder: Path, path: str | Path | None
 ) -> list[dict[str, Any]]:
-    """What ``evaluate`` wrote about the SAE: a result for each evaluation."""
+    """Results of ``evaluate`` for the SAE, one for each evaluation."""
     if path is None:
         path = folder / METRICS_FILENAME
         if not path.exists():

@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lens_scale.loading.smollm2 import HUB_NAME, load_smollm2
+from sae_lens_scale.loading.smollm2 import is_smollm2, load_smollm2
 from sae_lens_scale.upstream import (
     HAS_HOOKED_TRANSFORMER,
     HookedSAETransformer,
@@ -23,7 +23,7 @@ def load_language_model(name: str, device: str) -> HookedSAETransformer:
         The model, with its tokenizer; where TransformerLens has no HookedTransformer, a
         SAETransformerBridge (see :func:`.load_bridge`).
     """
-    if name in ("smollm2", HUB_NAME):
+    if is_smollm2(name):
         return load_smollm2(device=device)
     if not HAS_HOOKED_TRANSFORMER:
         return load_bridge(name, device)

@@ -37,6 +37,19 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 _N_CTX = 2048
 
 
+def is_smollm2(model_name: str, model_class_name: str = "HookedTransformer") -> bool:
+    """
+    Tell whether :func:`load_smollm2` has the model of a name, which SAELens's loader lacks.
+
+    Args:
+        model_name: "smollm2", or a name on the hub.
+        model_class_name: SAELens's class of the model. As any other than a
+            HookedTransformer, the hub's weights are meant, which are not of 4 bits.
+    """
+    by_hub_name = (model_name, model_class_name) == (HUB_NAME, "HookedTransformer")
+    return model_name == "smollm2" or by_hub_name
+
+
 def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     """
     Find the SmolLM2-135M-Instruct GGUF file in the cache, downloading it if it is missing.

@@ -110,6 +110,8 @@ def test_values_that_are_not_finite_are_refused_by_batch_and_token(
     ignored = torch.zeros(2, 3, dtype=torch.bool)
     ignored[1, 2] = True
     require_finite("x", x, 0, ignored)
+    # Of tokens on which nothing fires.
+    require_finite("x", x[..., :0], 0)
 
 
 def test_batches_may_be_arrays_and_must_be_numbers(make_sae: Any):

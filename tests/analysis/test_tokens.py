@@ -132,7 +132,7 @@ def test_the_longest_text_that_a_model_reads_is_explained_and_no_longer_one(
     longest = " word" * (kind.n_ctx - 1)
     explanations = explain_tokens(kind.model, sae, longest, max_latents=1)
     assert [e.token for e in explanations] == [" word"] * (kind.n_ctx - 1)
-    with pytest.raises(ValueError, match="text .* must have at most 128 .* got 129"):
+    with pytest.raises(ValueError, match="text .* must be at most the 128 .* got 129"):
         explain_tokens(kind.model, sae, longest + " word")
 
 

@@ -4,9 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # The fixture "run": of a command and the exit status to expect, by default 0. The result
 # has what was printed: out and err.
 Run = Callable[..., Any]
+
+# For tests of what is the same for all architectures.
+one_architecture = pytest.mark.parametrize("trained", ["scale"], indirect=True)
 
 
 def train_command(

@@ -7,13 +7,14 @@ import shutil
 import weakref
 from dataclasses import fields
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pandas as pd
 import pytest
-from cli.runs import Run, checkpoint_of
+from cli.runs import Run, checkpoint_of, one_architecture
 from integration.hub import running_hub
 from sae_lens.evals import EvalConfig
 from sae_lens.loading.pretrained_saes_directory import (
@@ -22,7 +23,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 )
 from sae_lens.saes.sae import SAE
 
-from sae_lens_scale.cli import sae_on_text
+from sae_lens_scale.cli import evaluate, sae_on_text
 from sae_lens_scale.cli.sae_argument import find_saes
 
 SHORT = (
@@ -77,6 +78,7 @@ def test_evaluate_undoes_the_scaling_that_a_checkpoint_expects(
     assert message in run(f"evaluate {copy}", 1).err
 
 
+@one_architecture
 @pytest.mark.parametrize(
     ("name", "class_name", "from_pypi"),
     [
@@ -110,11 +112,13 @@ def test_evaluate_says_what_the_metadata_lack(untrained: Path, run: Run):
     assert "--dataset is needed" in run(f"evaluate {untrained}", 1).err
 
 
+@one_architecture
 def test_evaluate_looks_for_the_hook_in_the_model(trained: Path, run: Run):
     err = run(f"evaluate {trained / 'sae'} --model smollm2", 1).err
     assert "smollm2 has no hook 'model.layers.0'" in err
 
 
+@one_architecture
 def test_output_is_written_whole_or_not_at_all(trained: Path, tmp_path: Path, run: Run):
     command = f"evaluate {trained / 'sae'} {SHORT} --output"
     assert f"--output: {tmp_path} is a folder" in run(f"{command} {tmp_path}", 1).err
@@ -129,6 +133,7 @@ def test_output_is_written_whole_or_not_at_all(trained: Path, tmp_path: Path, ru
     assert list(tmp_path.iterdir()) == [pipe]
 
 
+@one_architecture
 def test_every_sae_meets_every_text_and_context_size_and_one_model(
     trained: Path,
     text_folder: Path,
@@ -174,6 +179,7 @@ def test_every_sae_meets_every_text_and_context_size_and_one_model(
     )
 
 
+@one_architecture
 def test_only_the_metrics_that_are_asked_for_are_computed(
     trained: Path, text_folder: Path, tmp_path: Path, run: Run
 ):
@@ -209,6 +215,7 @@ def test_metrics_of_each_latent_are_not_measured_for_nothing(
         assert f"error: {switch} needs --output, and JSON there" in err
 
 
+@one_architecture
 def test_patterns_choose_SAEs_of_releases(
     trained: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ):
@@ -273,6 +280,7 @@ def with_metadata(sae: Path, target: Path, **metadata: Any) -> Path:
     return target
 
 
+@one_architecture
 def test_what_cannot_be_loaded_is_named_before_anything_is_evaluated(
     trained: Path, text_folder: Path, tmp_path: Path, run: Run
 ):
@@ -299,20 +307,29 @@ def test_what_cannot_be_loaded_is_named_before_anything_is_evaluated(
     assert f"{nothing} is no folder" in run(missing, 1).err
 
 
+@one_architecture
 def test_what_was_evaluated_before_a_failure_is_kept(
-    trained: Path, text_folder: Path, tmp_path: Path, run: Run
+    trained: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    holed = write_text(tmp_path / "holed", {"text": "hello " * 100}, {"text": None})
+    calls, run_evals = count(1), evaluate.run_evals
+
+    def fail_every_second_time(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) % 2 == 0:
+            raise MemoryError("no memory")
+        return run_evals(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "run_evals", fail_every_second_time)
     command = f"evaluate {trained / 'sae'} {SHORT} --compute_l2_norms"
-    command += f" --datasets {text_folder} {holed} --output"
+    command += " --ctx_lens 16 32 --output"
     for name in ("metrics.json", "metrics.CSV"):
-        run(f"{command} {tmp_path / name}", 1)
+        assert "no memory" in run(f"{command} {tmp_path / name}", 1).err
     kept = json.loads((tmp_path / "metrics.json").read_text())
-    assert kept["eval_cfg"]["dataset"] == str(text_folder)
+    assert kept["eval_cfg"]["context_size"] == 16
     rows = pd.read_csv(tmp_path / "metrics.CSV")
-    assert list(rows["dataset"]) == [str(text_folder)]
+    assert list(rows["context_size"]) == [16]
 
 
+@one_architecture
 def test_one_model_is_released_before_the_next_is_loaded(
     trained: Path,
     tiny_llama: Path,
@@ -344,6 +361,7 @@ def test_every_metric_of_SAELens_has_its_switch(run: Run):
     )
 
 
+@one_architecture
 def test_text_that_is_too_short_is_no_silent_result(
     trained: Path, tmp_path: Path, run: Run
 ):
@@ -355,6 +373,7 @@ def test_text_that_is_too_short_is_no_silent_result(
     assert f"{few} has less text than that" in run(f"{command} {few}").err
 
 
+@one_architecture
 def test_all_texts_and_sizes_are_looked_at_before_the_first_is_evaluated(
     trained: Path, text_folder: Path, tmp_path: Path, run: Run
 ):
@@ -372,6 +391,7 @@ def test_all_texts_and_sizes_are_looked_at_before_the_first_is_evaluated(
         assert "evaluation 1" not in err
 
 
+@one_architecture
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -393,6 +413,7 @@ def test_all_SAEs_are_looked_at_before_the_first_is_evaluated(
     assert "evaluation 1" not in err
 
 
+@one_architecture
 def test_a_model_of_another_width_is_refused(trained: Path, tmp_path: Path, run: Run):
     narrow = shutil.copytree(trained / "sae", tmp_path / "sae")
     cfg = json.loads((narrow / "cfg.json").read_text())

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 from analysis.page.reading import read
-from cli.runs import Run
+from cli.runs import Run, one_architecture
 
 
-@pytest.mark.parametrize("trained", ["scale"], indirect=True)
+@one_architecture
 def test_the_page_of_an_SAE_is_written_whole(run: Run, trained: Path, tmp_path: Path):
     page = tmp_path / "page.html"
     command = f"explore {trained / 'sae'} --output {page} --tokens 300 --prompt apples"
@@ -24,7 +24,7 @@ def test_the_page_of_an_SAE_is_written_whole(run: Run, trained: Path, tmp_path: 
     assert any(facts["strings"][i] == "<|im_start|>" for i in facts["excluded"])
 
 
-@pytest.mark.parametrize("trained", ["scale"], indirect=True)
+@one_architecture
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -15,6 +15,7 @@ from sae_lens.saes.sae import SAE
 
 from sae_lens_scale import recommended_config, runner
 from sae_lens_scale.cli import train
+from sae_lens_scale.loading.smollm2 import HUB_NAME
 from sae_lens_scale.run_settings import SIZES
 
 
@@ -213,7 +214,9 @@ def test_an_abbreviated_architecture_does_not_train_SAELenss_default():
         train._with_recipe(None, ["--arch", "topk"])
 
 
+@pytest.mark.parametrize("name", ["smollm2", HUB_NAME])
 def test_train_takes_the_model_and_the_text_that_need_no_hub(
+    name: str,
     tiny_model: HookedSAETransformer,
     tmp_path: Path,
     run: Run,
@@ -222,11 +225,11 @@ def test_train_takes_the_model_and_the_text_that_need_no_hub(
     load = MagicMock(return_value=tiny_model)
     monkeypatch.setattr(runner, "load_smollm2", load)
     monkeypatch.setattr(runner, "docstring_corpus", lambda split: small_corpus())
-    command = train_command("scale", Path("smollm2"), Path("docstrings"), tmp_path, 512)
+    command = train_command("scale", Path(name), Path("docstrings"), tmp_path, 512)
     command = command.replace("AutoModelForCausalLM", "HookedTransformer")
     command += " --hook_name blocks.0.hook_resid_post"
     assert "device 'meta' cannot be used" in run(f"{command} --device meta", 1).err
     assert not load.called
     run(command)
     metadata = SAE.load_from_disk(tmp_path / "sae").cfg.metadata
-    assert (metadata.model_name, metadata.dataset_path) == ("smollm2", "docstrings")
+    assert (metadata.model_name, metadata.dataset_path) == (name, "docstrings")

@@ -38,7 +38,7 @@ def readme(hub: Hub) -> str:
 
 
 def evaluation_of(export: Path, **changes: Any) -> str:
-    """What ``evaluate --output`` writes, with few metrics."""
+    """Output of ``evaluate --output``, with few metrics."""
     cfg = SAE.load_from_disk(export).cfg.to_dict()
     groups = {"sparsity": {"l0": 3.25}, "token_stats": {"total_tokens": 512}}
     texts = {"dataset": "some/text"}

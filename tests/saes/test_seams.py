@@ -21,6 +21,7 @@ from torch import nn
 from typing_extensions import override
 
 from sae_lens_scale import ScaleTrainingSAE
+from sae_lens_scale.analysis import activation_similarity
 from sae_lens_scale.saes.mixture import selection
 from sae_lens_scale.saes.mixture.dead_latents import strongest_dead
 from sae_lens_scale.saes.mixture.dispatch import Rows
@@ -261,6 +262,7 @@ def test_activations_of_experts_that_are_elsewhere_are_those_of_the_token():
     acts = plain.encode(X)
     assert_close(sae.encode(X), acts)
     assert_close(sae.encode_sparse(X).to_dense(60), acts)
+    assert activation_similarity(sae, [X]) == activation_similarity(plain, [X])
     assert_close(sae.encode(X.view(2, 4, 10)), acts.view(2, 4, 60))
     watch = [("hook_sae_acts_post", lambda acts, hook: 2 * acts)]
     assert_close(sae.run_with_hooks(X, fwd_hooks=watch), plain.decode(2 * acts))

@@ -1,4 +1,4 @@
-"""From an SAE to delphi's passages, and from delphi's verdicts to scores."""
+"""Passages of an SAE's latents for delphi, and scores of delphi's verdicts."""
 
 import asyncio
 import random
@@ -90,8 +90,8 @@ def autointerp(
     Raises:
         ImportError: If delphi is not installed.
         ValueError: If ``concurrency`` is less than 1; if the judge is no function or returns
-            no text; if no row of ``tokens`` is as long
-            as a passage; and as ``top_activating_contexts``.
+            no text; if no row of ``tokens`` is as long as a passage; and as
+            ``top_activating_contexts``.
         Exception: Any exception of the judge.
     """
     concurrency = require_integer("concurrency", concurrency, 1)

@@ -28,8 +28,9 @@ class AutointerpSettings:
         seed: Seed of the choice of passages.
 
     Raises:
-        ValueError: If a number is no integer or too small; if the passages to be judged do not divide
-            into prompts; if ``min_passages`` leaves too few to explain or to judge.
+        ValueError: If a number is no integer or too small; if the passages to be judged do
+            not divide into prompts; if ``min_passages`` leaves too few to explain or to
+            judge.
     """
 
     passage_length: int = 32

@@ -64,14 +64,13 @@ def find_active_latents(
     Args:
         model: The language model.
         sae: The SAE; a mixture or any other.
-        batches: Token ids, each ``[passages, tokens]``.
+        batches: Token ids, each ``[passages, tokens]``; at least one batch.
         excluded: Ids of tokens that fire nothing.
         total: Number of batches, for the progress bar; None if it is not known.
         verbose: Show a progress bar.
 
     Raises:
-        ValueError: If there are no batches, or more than fit on a page; as for
-            :func:`.explorer`.
+        ValueError: If there are more batches than fit on a page; as for :func:`.explorer`.
     """
     found: list[ActiveLatents] = []
     hook = hook_of(model, sae)
@@ -88,8 +87,6 @@ def find_active_latents(
                 f"tokens must be fewer: {tokens:,} of them make a page of more than "
                 f"{_MAX_BYTES // 10**6} MB"
             )
-    if not found:
-        raise ValueError("tokens must hold at least one batch, got none")
     return ActiveLatents(
         *(
             torch.cat([getattr(one, field.name) for one in found])

@@ -14,7 +14,7 @@ async function unpack({ type, data }) {
   return new ARRAYS[type](await new Response(stream).arrayBuffer());
 }
 
-// Where each of several runs of these lengths begins, and the last one ends.
+// First places of runs of these lengths, one after the other, and the end of the last.
 function offsets(lengths) {
   const starts = new Uint32Array(lengths.length + 1);
   for (let i = 0; i < lengths.length; i++) starts[i + 1] = starts[i] + lengths[i];
@@ -84,8 +84,8 @@ class Corpus {
     this.ofRow = new Uint32Array(this.latents.length);
     const next = this.starts.slice();
     for (let i = 0; i < this.latents.length; i++) this.ofRow[next[this.latents[i]]++] = i;
-    this.rowsByExpert = Array.from({ length: facts.num_experts }, () => []);
-    for (let row = 0; row < this.rows; row++) this.rowsByExpert[this.expert(row)].push(row);
+    this.rowsOf = Array.from({ length: facts.num_experts }, () => []);
+    for (let row = 0; row < this.rows; row++) this.rowsOf[this.expert(row)].push(row);
     this.topTokensOf = new Map();
     this.rowOf = new Map(Array.from(this.alive, (latent, row) => [latent, row]));
   }
@@ -96,10 +96,6 @@ class Corpus {
 
   expert(row) {
     return Math.floor(this.alive[row] / this.size);
-  }
-
-  rowsOf(expert) {
-    return this.rowsByExpert[expert];
   }
 
   activation(firing) {
@@ -132,21 +128,23 @@ class Corpus {
     return this.facts.strings[this.tokens[token]];
   }
 
+  firingsOf(row) {
+    return this.ofRow.subarray(this.starts[row], this.starts[row + 1]);
+  }
+
   // Firings of a row on tokens that count, the strongest first; of equals the earlier one.
   strongest(row) {
-    const firings = this.ofRow.subarray(this.starts[row], this.starts[row + 1]);
-    return Array.from(firings)
+    return Array.from(this.firingsOf(row))
       .filter((i) => this.isCounted(this.tokenOf[i]))
       .sort((a, b) => Math.abs(this.strengths[b]) - Math.abs(this.strengths[a]) || a - b);
   }
 
   // Firings of a row on the tokens of prompts.
   ofPrompts(row) {
-    const firings = this.ofRow.subarray(this.starts[row], this.starts[row + 1]);
-    return Array.from(firings).filter((i) => this.tokenOf[i] < this.firstCounted);
+    return Array.from(this.firingsOf(row)).filter((i) => this.tokenOf[i] < this.firstCounted);
   }
 
-  // Of firings in the order of their rank, the first of each passage.
+  // The first of each passage among firings in the order of their rank.
   onePerPassage(firings, most) {
     const seen = new Set(), kept = [];
     for (const i of firings) {
@@ -162,8 +160,8 @@ class Corpus {
   topTokens(row) {
     if (!this.topTokensOf.has(row)) {
       const sums = new Map();
-      for (let at = this.starts[row]; at < this.starts[row + 1]; at++) {
-        const i = this.ofRow[at], token = this.tokenOf[i];
+      for (const i of this.firingsOf(row)) {
+        const token = this.tokenOf[i];
         if (!this.isCounted(token)) continue;
         const id = this.tokens[token];
         sums.set(id, (sums.get(id) ?? 0) + Math.abs(this.strengths[i]));
@@ -176,8 +174,8 @@ class Corpus {
   // Rows that fire on the same tokens as a row, with their number.
   cofiring(row) {
     const counts = new Map();
-    for (let at = this.starts[row]; at < this.starts[row + 1]; at++) {
-      const token = this.tokenOf[this.ofRow[at]];
+    for (const firing of this.firingsOf(row)) {
+      const token = this.tokenOf[firing];
       if (!this.isCounted(token)) continue;
       for (let i = this.firings[token]; i < this.firings[token + 1]; i++) {
         const other = this.latents[i];
@@ -242,7 +240,7 @@ class Corpus {
     return order;
   }
 
-  // Of those that not all tokens share.
+  // The routed expert that most tokens select.
   mostUsed() {
     const shared = this.facts.num_shared_experts, routed = this.use.subarray(shared);
     return shared + routed.indexOf(Math.max(...routed));
@@ -256,7 +254,7 @@ class Corpus {
 
   // Means over the latents of an expert of their largest cosine within it and with others.
   redundancy(expert) {
-    const rows = this.rowsOf(expert);
+    const rows = this.rowsOf[expert];
     const mean = (values) => rows.reduce((sum, row) => sum + values[row], 0) / rows.length / 100;
     return rows.length > 1 ? { within: mean(this.within), between: mean(this.between) } : null;
   }

@@ -1,6 +1,6 @@
 "use strict";
 
-// What the columns of the page show. A route is {expert, latent, token, search}, as in the address.
+// The columns of the page. A route is {expert, latent, token, search}, as in the address.
 
 function address(route) {
   if (route.search !== undefined) return `#search=${encodeURIComponent(route.search)}`;
@@ -65,7 +65,7 @@ function passages(corpus, title, tokens, row, route, labels) {
 const EXPERT_ORDERS = {
   use: (corpus) => (x) => -corpus.use[x],
   number: () => (x) => x,
-  "live latents": (corpus) => (x) => -corpus.rowsOf(x).length,
+  "live latents": (corpus) => (x) => -corpus.rowsOf[x].length,
   omega: (corpus) => (x) => -(corpus.facts.omega?.[x] ?? 0),
   "cosine within": (corpus) => (x) => -(corpus.redundancy(x)?.within ?? -1),
   "cosine between": (corpus) => (x) => -(corpus.redundancy(x)?.between ?? -1),
@@ -85,7 +85,7 @@ function expertsView(corpus, route, state, redraw) {
       omega: () => omega[x].toFixed(3),
       "cosine within": () => redundancy?.within.toFixed(2) ?? "–",
       "cosine between": () => redundancy?.between.toFixed(2) ?? "–",
-    }[state.expertOrder] ?? (() => `${corpus.rowsOf(x).length}`);
+    }[state.expertOrder] ?? (() => `${corpus.rowsOf[x].length}`);
     const kind = x < shared ? "shared" : corpus.use[x] ? percent(share) : "idle";
     return [expertLink(corpus, x),
       element("div", { class: "bar", style: `width:${60 * Math.min(1, corpus.use[x] / most)}px;background:${color(x)}` }),
@@ -149,7 +149,7 @@ function latentTable(corpus, rows, route, state, redraw) {
 }
 
 function expertView(corpus, route, state, redraw) {
-  const { facts } = corpus, x = route.expert, rows = corpus.rowsOf(x);
+  const { facts } = corpus, x = route.expert, rows = corpus.rowsOf[x];
   const latents = latentTable(corpus, rows, route, state, redraw);
   if (!corpus.isMixture) return element("div", {}, heading(2, "Latents"), latents);
   const counts = new Map(), gates = [];
@@ -313,7 +313,7 @@ function overview(corpus) {
     pairs.sort(([a, b], [c, d]) => corpus.pairs()[c * n + d] - corpus.pairs()[a * n + b]);
     // In hundredths.
     const least = 50, duplicates = corpus.duplicates(least);
-    const live = Array.from({ length: n }, (_, x) => Math.max(1, corpus.rowsOf(x).length));
+    const live = Array.from({ length: n }, (_, x) => Math.max(1, corpus.rowsOf[x].length));
     const pairTable = (title, name, rows) => element("div", {}, heading(3, title),
       rows.length ? table(["experts", { number: name }], rows.map(([a, b, value]) => [
         element("span", {}, expertLink(corpus, a), " and ", expertLink(corpus, b)), { number: value }]))

@@ -71,14 +71,16 @@ class MixtureSAEConfig(SAEConfig, ABC):
             setattr(self, field.name, _to_json_type(getattr(self, field.name)))
         super().__post_init__()
         str_to_dtype(self.dtype)
-        for name in ("d_in", "d_sae", "num_experts", "k"):
+        for name in ("d_in", "d_sae", "num_experts"):
             require_positive_integer(name, getattr(self, name))
         if self.d_sae % self.num_experts:
             raise ValueError(
                 f"d_sae must be divisible by num_experts, got d_sae={self.d_sae} "
                 f"and num_experts={self.num_experts}"
             )
+        # First, as k may follow from them.
         self.require_experts()
+        require_positive_integer("k", self.k)
         candidates = self.experts_per_token * self.expert_size
         if self.k > candidates:
             raise ValueError(

@@ -199,6 +199,13 @@ def test_nothing_to_show_is_refused(tiny_model: Any, make_sae: Any, make_tokens:
     ):
         with pytest.raises(ValueError, match=message):
             explorer(tiny_model, sae, tokens, prompts=prompts, verbose=False)
+    # A hook may turn all latents off, and weights may.
+    zeros = ("hook_sae_acts_post", lambda acts, hook: torch.zeros_like(acts))
+    with (
+        sae.hooks(fwd_hooks=[zeros]),
+        pytest.raises(ValueError, match="tokens must fire at least one latent"),
+    ):
+        explorer(tiny_model, sae, [make_tokens()], verbose=False)
     sae.b_enc.data.fill_(-1e6)
     with pytest.raises(ValueError, match="tokens must fire at least one latent"):
         explorer(tiny_model, sae, [make_tokens()], verbose=False)
