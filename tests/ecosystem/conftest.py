@@ -10,6 +10,7 @@ from integration.hub import Hub, running_hub
 
 # Tests of a file, and the package without which there is nothing to test.
 _NEEDS = {
+    "page": "nnsight",
     "nnsight": "nnsight",
     "sae_dashboard": "sae_dashboard",
     "sae_bench": "sae_bench",
