@@ -70,7 +70,7 @@ def test_an_expert_alone_has_no_cosine_with_others(
 def test_on_a_narrow_screen_the_page_goes_to_what_was_chosen(
     walk: Any, scale_page: str
 ):
-    page = walk(scale_page, viewport={"width": 600, "height": 700}).page
+    page = walk(scale_page, viewport={"width": 600, "height": 300}).page
     experts = page.get_by_role("navigation", name="Experts")
     latents = page.get_by_role("region", name="Latents")
     main = page.get_by_role("main")
