@@ -20,6 +20,7 @@ HOSTILE = [
     "\u202etfel-ot-thgir\u0000\x1b\u2028",
     "\N{FAMILY}\N{ZERO WIDTH JOINER}&amp;&#0;",
     "مرحبا",
+    "x" * 400,
 ]
 
 
@@ -217,6 +218,10 @@ def test_text_is_shown_and_does_nothing(walk: Any, scale_page: str, text: str):
     shown = chip.inner_text()
     for character in text:
         assert character in shown or not character.isprintable()
+    assert page.evaluate(
+        """[...document.querySelectorAll("nav, section, main, aside")]
+            .every((part) => part.scrollWidth <= part.clientWidth)"""
+    )
     page.evaluate("view => { location.hash = view; }", f"search={text}")
     assert page.evaluate("window.attacked") is None
 
