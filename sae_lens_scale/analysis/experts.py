@@ -1,6 +1,7 @@
 """Experts of a mixture: their use, coactivation, similarity and amplification."""
 
 import math
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -293,7 +294,8 @@ def scaling_factors(sae: SAE[Any]) -> list[float]:
         ``num_experts`` values.
 
     Raises:
-        ValueError: If the SAE has no omegas.
+        ValueError: If the SAE has no omegas, or metadata with others than one finite number
+            for each expert.
     """
     omega = getattr(sae, "omega", None)
     recorded = sae.cfg.metadata.omega
@@ -304,7 +306,16 @@ def scaling_factors(sae: SAE[Any]) -> list[float]:
             "sae must be a Scale SAE trained with feature_scaling=True, got architecture "
             f"{sae.cfg.architecture()!r} without omega"
         )
-    return [float(value) for value in recorded]
+    try:
+        omegas = [float(value) for value in recorded]
+    except (TypeError, ValueError):
+        omegas = []
+    if len(omegas) != sae.cfg.num_experts or not all(map(math.isfinite, omegas)):
+        raise ValueError(
+            f"sae.cfg.metadata.omega must be {sae.cfg.num_experts} finite numbers, got "
+            f"{reprlib.repr(recorded)}"
+        )
+    return omegas
 
 
 def _set_similarity(

@@ -258,6 +258,16 @@ def test_scaling_factors_are_the_omegas_in_training_in_files_and_after_folding(
     assert scaling_factors(sae) == moved
 
 
+@pytest.mark.parametrize("omega", [[0.0] * 3, [0.0] * 3 + [float("inf")], "abcd", 1])
+def test_scaling_factors_that_are_not_one_for_each_expert_are_refused(omega: Any):
+    sae = simple_sae()
+    sae.cfg.metadata.omega = omega
+    with pytest.raises(
+        ValueError, match=r"metadata\.omega must be 4 finite numbers, got"
+    ):
+        scaling_factors(sae)
+
+
 def test_scaling_factors_of_an_untrained_sae_are_zero():
     sae = scale_sae()
     sae.get_parameter("omega").data.zero_()

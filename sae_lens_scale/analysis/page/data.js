@@ -7,6 +7,7 @@ const ARRAYS = {
 };
 
 async function unpack({ type, data }) {
+  if (!("DecompressionStream" in window)) throw new Error("it needs a newer browser");
   const packed = atob(data);
   const bytes = new Uint8Array(packed.length);
   for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
@@ -21,16 +22,21 @@ function offsets(lengths) {
   return starts;
 }
 
+// 25 divides the 250, or 125, steps of strengths, so that all bins of a histogram hold equally
+// many.
+const BINS = 25;
+
 // Pairs of a key and a number, the largest first; of equals the one that came first.
 function ranked(counts) {
   return [...counts].sort((a, b) => b[1] - a[1]);
 }
 
-function histogram(values, bins, most) {
-  const counts = new Uint32Array(bins);
+function histogram(values, most) {
+  const counts = new Uint32Array(BINS);
   for (const value of values) {
-    const bin = Math.floor((value / most) * bins);
-    counts[Math.max(0, Math.min(bins - 1, bin))]++;
+    // A step at the edge of a bin is in it, whatever way it was rounded.
+    const bin = Math.floor((value / most) * BINS + 1e-9);
+    counts[Math.max(0, Math.min(BINS - 1, bin))]++;
   }
   return counts;
 }
@@ -64,6 +70,7 @@ class Corpus {
     this.numCounted = 0;
     this.use = new Uint32Array(facts.num_experts);
     const count = new Uint32Array(this.rows), all = new Uint32Array(this.rows);
+    const strongest = new Uint8Array(this.rows);
     for (let t = 0; t < this.tokens.length; t++) {
       const counts = this.isCounted(t);
       let row = 0;
@@ -72,7 +79,9 @@ class Corpus {
         this.latents[i] = row;
         this.tokenOf[i] = t;
         all[row]++;
-        if (counts) count[row]++;
+        if (!counts) continue;
+        count[row]++;
+        strongest[row] = Math.max(strongest[row], Math.abs(this.strengths[i]));
       }
       if (!counts) continue;
       this.numCounted++;
@@ -80,6 +89,7 @@ class Corpus {
       for (const expert of this.expertsOf(t)) this.use[expert]++;
     }
     this.numFirings = count;
+    this.maximum = Array.from(strongest, (strength, row) => (strength / facts.steps) * this.largest[row]);
     this.starts = offsets(all);
     this.ofRow = new Uint32Array(this.latents.length);
     const next = this.starts.slice();
@@ -87,6 +97,8 @@ class Corpus {
     this.rowsOf = Array.from({ length: facts.num_experts }, () => []);
     for (let row = 0; row < this.rows; row++) this.rowsOf[this.expert(row)].push(row);
     this.topTokensOf = new Map();
+    // Of tokens, as they are shown: what is searched.
+    this.names = facts.strings.map((text) => visible(text).trim().toLowerCase());
     this.rowOf = new Map(Array.from(this.alive, (latent, row) => [latent, row]));
   }
 
@@ -112,7 +124,7 @@ class Corpus {
     if (!this.isMixture) return 1;
     const place = this.expertsOf(token).indexOf(expert);
     if (place < 0) return null;
-    return (this.gates[token * this.expertsPerToken + place] / 255) * this.facts.largest_gate;
+    return this.gates[token * this.expertsPerToken + place] * this.facts.gate_step;
   }
 
   passageOf(token) {
@@ -132,16 +144,12 @@ class Corpus {
     return this.ofRow.subarray(this.starts[row], this.starts[row + 1]);
   }
 
-  // Firings of a row on tokens that count, the strongest first; of equals the earlier one.
-  strongest(row) {
+  // Firings of a row on tokens that count, or on those of prompts, the strongest first; of equals
+  // the earlier one.
+  strongest(row, ofPrompts = false) {
     return Array.from(this.firingsOf(row))
-      .filter((i) => this.isCounted(this.tokenOf[i]))
+      .filter((i) => (ofPrompts ? this.tokenOf[i] < this.firstCounted : this.isCounted(this.tokenOf[i])))
       .sort((a, b) => Math.abs(this.strengths[b]) - Math.abs(this.strengths[a]) || a - b);
-  }
-
-  // Firings of a row on the tokens of prompts.
-  ofPrompts(row) {
-    return Array.from(this.firingsOf(row)).filter((i) => this.tokenOf[i] < this.firstCounted);
   }
 
   // The first of each passage among firings in the order of their rank.
@@ -252,21 +260,25 @@ class Corpus {
     return expected ? this.pairs()[a * this.facts.num_experts + b] / expected : 0;
   }
 
-  // Means over the latents of an expert of their largest cosine within it and with others.
+  // Means over the latents of an expert of their largest cosine within it and with others; null
+  // where there are no two to compare.
   redundancy(expert) {
     const rows = this.rowsOf[expert];
-    const mean = (values) => rows.reduce((sum, row) => sum + values[row], 0) / rows.length / 100;
-    return rows.length > 1 ? { within: mean(this.within), between: mean(this.between) } : null;
+    const mean = (values) => rows.reduce((sum, row) => sum + values[row], 0) / rows.length / this.facts.cosine_steps;
+    return {
+      within: rows.length > 1 ? mean(this.within) : null,
+      between: rows.length && rows.length < this.rows ? mean(this.between) : null,
+    };
   }
 
   // Pairs of experts that share near-duplicates: for each, how many latents of the first have
-  // a latent of the second among their nearest whose cosine is at least this, in hundredths.
+  // a latent of the second among their nearest whose cosine is at least this.
   duplicates(least) {
     const counts = new Map(), n = this.facts.num_experts, listed = this.nearest.length / this.rows;
     for (let row = 0; row < this.rows; row++) {
       const others = new Set();
       for (let j = row * listed; j < (row + 1) * listed; j++) {
-        if (this.cosines[j] >= least) others.add(this.expert(this.nearest[j]));
+        if (this.cosines[j] >= least * this.facts.cosine_steps) others.add(this.expert(this.nearest[j]));
       }
       others.delete(this.expert(row));
       for (const other of others) {
@@ -282,11 +294,10 @@ class Corpus {
   find(query) {
     const wanted = query.trim().toLowerCase();
     if (!wanted) return [];
-    const matching = (test) =>
-      this.facts.strings.flatMap((text, id) => (test(text.trim().toLowerCase()) ? [id] : []));
-    let ids = matching((text) => text === wanted);
-    if (!ids.length) ids = matching((text) => text.includes(wanted));
-    const asked = new Uint8Array(this.facts.strings.length), sums = new Map();
+    const matching = (test) => this.names.flatMap((name, id) => (test(name) ? [id] : []));
+    let ids = matching((name) => name === wanted);
+    if (!ids.length) ids = matching((name) => name.includes(wanted));
+    const asked = new Uint8Array(this.names.length), sums = new Map();
     for (const id of ids) asked[id] = 1;
     for (let t = 0; t < this.tokens.length; t++) {
       if (!asked[this.tokens[t]]) continue;

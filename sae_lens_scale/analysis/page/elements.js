@@ -43,7 +43,8 @@ function percent(share) {
 }
 
 function number(value) {
-  return Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3);
+  const size = Math.abs(value);
+  return size >= 100 && size < 1e6 ? value.toFixed(0) : value.toPrecision(3);
 }
 
 function chip(text, kind = "") {
@@ -86,22 +87,32 @@ function table(names, rows) {
     element("tbody", {}, rows.map((cells) => element("tr", {}, cells.map((one) => cell("td", one))))));
 }
 
+// Mark the row of what is shown elsewhere, if it is in the table: at this index, or none at -1.
+function markCurrent(made, index) {
+  made.tBodies[0].rows[index]?.setAttribute("aria-current", "true");
+}
+
 function select(id, label, options, chosen, change) {
   return element("label", {}, `${label} `,
     element("select", { id, change: (event) => change(event.target.value) },
       options.map((name) => element("option", { value: name, selected: name === chosen && "" }, name))));
 }
 
-// A list of elements made from items, some at a time.
+// A list of elements made from items, some at a time. The focus, on a button that goes, moves on to
+// what it brought.
 function inPortions(items, portion, show) {
   const box = element("div");
   const add = (begin) => {
     const end = Math.min(items.length, begin + portion);
-    box.append(show(items.slice(begin, end)));
-    if (end === items.length) return;
-    const more = element("button", { type: "button", click: () => { more.remove(); add(end); } },
-      `Show ${Math.min(portion, items.length - end)} more of ${items.length - end}`);
-    box.append(more);
+    const shown = show(items.slice(begin, end));
+    box.append(shown);
+    if (end < items.length) {
+      const more = element("button", {
+        type: "button", click: () => { more.remove(); add(end).querySelector("a")?.focus(); },
+      }, `Show ${Math.min(portion, items.length - end)} more of ${items.length - end}`);
+      box.append(more);
+    }
+    return shown;
   };
   add(0);
   return box;

@@ -9,6 +9,7 @@ from sae_lens import SAE
 
 from sae_lens_scale.analysis.autointerp.results import Interpretability, QuantileScores
 from sae_lens_scale.analysis.corpus import Tokens, excluded_ids, token_batches
+from sae_lens_scale.analysis.experts import scaling_factors
 from sae_lens_scale.analysis.language_model import (
     LanguageModel,
     hook_of,
@@ -20,6 +21,14 @@ from sae_lens_scale.saes.mixture import MixtureSAE
 from .active_latents import ActiveLatents, find_active_latents
 from .directions import Directions, directions_of
 from .html import pack, page
+
+# Steps from 0 to a latent's largest activation, to the largest gate of all, and to a cosine of 1. The
+# browser's histograms have 25 bars, each of equally many steps of activations. Gates have more steps
+# because the largest, often that of a BOS, can be far from all others.
+_STEPS = 250
+_SIGNED_STEPS = 125
+_GATE_STEPS = 2**15 - 1
+_COSINE_STEPS = 10_000
 
 
 @torch.no_grad()
@@ -60,10 +69,12 @@ def explorer(
 
     Raises:
         ValueError: If the tokens would make a longer page, or fire no latent at all; if a
-            prompt has no tokens; as for :func:`.top_activating_contexts`.
+            prompt has no tokens; if the metadata's omegas are not one for each expert; as for
+            :func:`.top_activating_contexts`.
     """
     # Before long work.
     hook_of(model, sae)
+    facts = _facts(sae)
     read = [sum(text_ids(model, sae, text), []) for text in prompts]
     excluded = excluded_ids(model, exclude_special_tokens)
     total = None if max_batches is None else max_batches + len(read)
@@ -78,14 +89,15 @@ def explorer(
         total,
         verbose,
     )
-    alive, rows = found.latents.unique(return_inverse=True)
-    if not len(alive):
+    # Those of prompts, which come first, do not count.
+    if not found.counts[sum(map(len, read)) :].any():
         raise ValueError("tokens must fire at least one latent of the SAE, got none")
+    alive, rows = found.latents.unique(return_inverse=True)
     directions = directions_of(model, sae, alive, verbose)
     vocabulary = torch.cat(
         [found.ids, directions.promoted.flatten(), directions.suppressed.flatten()]
     ).unique()
-    facts = _facts(sae) | {
+    facts |= {
         "num_prompts": len(read),
         "strings": token_strings(model, vocabulary),
         "excluded": torch.isin(vocabulary, excluded).nonzero().flatten().tolist(),
@@ -118,7 +130,8 @@ def _facts(sae: SAE[Any]) -> dict[str, Any]:
         "model_name": metadata.model_name,
         "neuronpedia_id": metadata.neuronpedia_id,
         "config": {
-            name: value
+            # As text, which may be "nan".
+            name: str(value)
             for name, value in cfg.to_dict().items()
             if isinstance(value, (str, int, float, bool)) and name != "device"
         },
@@ -127,9 +140,16 @@ def _facts(sae: SAE[Any]) -> dict[str, Any]:
         facts |= {
             "num_experts": cfg.num_experts,
             "num_shared_experts": cfg.num_shared_experts,
-            "omega": metadata.omega,
+            "omega": _omega(sae),
         }
     return facts
+
+
+def _omega(sae: MixtureSAE[Any]) -> list[float] | None:
+    """Omega of each expert, or None if the SAE has none."""
+    if getattr(sae, "omega", None) is None and sae.cfg.metadata.omega is None:
+        return None
+    return scaling_factors(sae)
 
 
 def _explanations(found: Interpretability | None) -> dict[int, dict[str, Any]]:
@@ -163,11 +183,11 @@ def _arrays(
         0, rows, magnitudes, "amax"
     )
     # Whether there are any tells the page how to read the bytes.
-    steps = 127 if (found.activations < 0).any() else 255
+    steps = _SIGNED_STEPS if (found.activations < 0).any() else _STEPS
     # What fires stays apart from what does not.
     strength = (magnitudes / largest[rows] * steps).round().clamp(1, steps)
-    largest_gate = found.gates.max().item() if found.gates.numel() else 1.0
-    largest_gate = max(largest_gate, torch.finfo(torch.float32).tiny)
+    largest_gate = found.gates.abs().max().item() if found.gates.numel() else 0.0
+    gate_step = (largest_gate or 1.0) / _GATE_STEPS
     at = {
         name: torch.searchsorted(vocabulary, ids)
         for name, ids in (
@@ -189,12 +209,12 @@ def _arrays(
         "gaps": gaps,
         "strengths": (strength * found.activations.sign()).long()[order],
         "experts": found.experts,
-        "gates": (found.gates / largest_gate * 255).round().long(),
+        "gates": (found.gates / gate_step).round().long(),
         "alive": alive,
         "largest": largest,
         "nearest": directions.nearest,
     } | at
     for name in ("cosines", "within", "between"):
-        arrays[name] = (getattr(directions, name) * 100).round().long()
-    scales = {"steps": steps, "largest_gate": largest_gate}
+        arrays[name] = (getattr(directions, name) * _COSINE_STEPS).round().long()
+    scales = {"steps": steps, "gate_step": gate_step, "cosine_steps": _COSINE_STEPS}
     return {name: pack(array) for name, array in arrays.items()}, scales

@@ -25,6 +25,8 @@ async function start() {
   const corpus = await Corpus.load(JSON.parse(document.getElementById("data").textContent));
   const { facts } = corpus;
   const [nav, section, main, found] = ["experts", "latents", "main", "found"].map((id) => document.getElementById(id));
+  const search = document.getElementById("search");
+  // Of the lists: how they are sorted and filtered, and what of them is shown elsewhere.
   const state = { expertOrder: "use", latentOrder: "density", filter: "" };
   const silent = facts.d_sae - corpus.rows;
   document.title = `${facts.architecture} SAE at ${facts.hook_name}`;
@@ -35,43 +37,40 @@ async function start() {
   document.body.classList.toggle("dense", !corpus.isMixture);
   let last = null;
 
-  function drawExperts(route) {
-    nav.replaceChildren(...(corpus.isMixture ? [expertsView(corpus, route, state, redrawLists)] : []));
-  }
-
   function drawLatents(route) {
     found.textContent = "";
     if (route.search === undefined) {
       const expert = route.expert ?? (corpus.isMixture ? corpus.mostUsed() : 0);
-      section.replaceChildren(expertView(corpus, { ...route, expert }, state, redrawLists));
+      section.replaceChildren(expertView(corpus, expert, state));
       return;
     }
+    search.elements.text.value = route.search;
     const rows = corpus.find(route.search), query = `“${visible(route.search)}”`;
     found.textContent = `${rows.length} latents for ${query}`;
-    section.replaceChildren(heading(2, query), latentTable(corpus, rows, route, state, redrawLists));
+    section.replaceChildren(heading(2, query), latentTable(corpus, rows, state));
   }
 
-  // After another order or filter was chosen, in a control that keeps the focus.
-  function redrawLists() {
-    const control = document.activeElement?.id;
-    drawExperts(last);
-    drawLatents(last);
-    if (control) document.getElementById(control)?.focus();
+  // Where columns are below each other, this one may be out of sight.
+  function moveTo(column) {
+    column.focus({ preventScroll: true });
+    column.scrollIntoView();
   }
 
   // The lists stay as they are, and so does the place in them, where only the latent or the token
   // changed. The focus moves on to what was asked for.
   function draw() {
-    const route = readRoute(location.hash, corpus);
+    const route = readRoute(location.hash, corpus), word = document.activeElement.closest(".passage a");
     const changed = (...names) => !last || names.some((name) => route[name] !== last[name]);
+    Object.assign(state, { expert: route.expert, latent: route.latent });
     if (changed("expert", "search")) {
       const isSearch = route.search !== undefined;
-      Object.assign(state, { filter: "", found: isSearch, latentOrder: isSearch ? "as found" : "density" });
-      drawExperts(route);
+      Object.assign(state, { filter: "", found: isSearch });
+      if (isSearch) state.latentOrder = "as found";
+      else if (state.latentOrder === "as found") state.latentOrder = "density";
+      if (corpus.isMixture) nav.replaceChildren(expertsView(corpus, state));
       drawLatents(route);
-      if (last) section.focus({ preventScroll: true });
     }
-    if (changed("latent", "expert", "search")) {
+    if (changed("latent")) {
       main.replaceChildren(route.latent === undefined ? overview(corpus) : latentView(corpus, route));
       main.scrollTop = 0;
       for (const row of section.querySelectorAll("tbody tr")) {
@@ -82,14 +81,18 @@ async function start() {
     }
     document.getElementById("token")?.remove();
     if (route.token !== undefined) main.append(tokenView(corpus, route));
-    if (last && changed("latent", "token") && (route.latent ?? route.token ?? last.token) !== undefined) {
-      (document.getElementById("token") ?? main).focus({ preventScroll: true });
-    }
+    if (!last) main.setAttribute("aria-busy", "false");
+    else if (route.token !== undefined && changed("token")) {
+      document.getElementById("token").focus({ preventScroll: true });
+      // From behind the panel.
+      word?.scrollIntoView({ block: "nearest" });
+    } else if (route.latent !== undefined && changed("latent")) moveTo(main);
+    else if (changed("latent", "expert", "search")) moveTo(section);
+    else if (changed("token")) main.focus({ preventScroll: true });
     last = route;
-    main.setAttribute("aria-busy", "false");
   }
 
-  document.getElementById("search").addEventListener("submit", (event) => {
+  search.addEventListener("submit", (event) => {
     event.preventDefault();
     location.hash = address({ search: event.target.elements.text.value });
   });

@@ -62,95 +62,106 @@ function passages(corpus, title, tokens, row, route, labels) {
     tokens.map((token, i) => passage(corpus, token, row, route, { label: labels?.[i] })));
 }
 
+function cosine(value) {
+  return value === null ? "–" : value.toFixed(2);
+}
+
 const EXPERT_ORDERS = {
   use: (corpus) => (x) => -corpus.use[x],
   number: () => (x) => x,
   "live latents": (corpus) => (x) => -corpus.rowsOf[x].length,
   omega: (corpus) => (x) => -(corpus.facts.omega?.[x] ?? 0),
-  "cosine within": (corpus) => (x) => -(corpus.redundancy(x)?.within ?? -1),
-  "cosine between": (corpus) => (x) => -(corpus.redundancy(x)?.between ?? -1),
+  "cosine within": (corpus) => (x) => -(corpus.redundancy(x).within ?? -1),
+  "cosine between": (corpus) => (x) => -(corpus.redundancy(x).between ?? -1),
 };
 
-function expertsView(corpus, route, state, redraw) {
+// A table of experts; another order replaces the rows, and leaves the control its focus.
+function expertsView(corpus, state) {
   const { num_experts: n, num_shared_experts: shared, omega } = corpus.facts;
-  const key = EXPERT_ORDERS[state.expertOrder](corpus);
-  const keys = Array.from({ length: n }, (_, x) => key(x));
-  const order = [...keys.keys()].sort((a, b) => keys[a] - keys[b] || a - b);
   const most = Math.max(1, ...corpus.use.subarray(shared));
   const idle = corpus.use.filter((count) => !count).length;
   const orders = Object.keys(EXPERT_ORDERS).filter((name) => omega || name !== "omega");
-  const rows = order.map((x) => {
-    const share = corpus.use[x] / corpus.numCounted, redundancy = corpus.redundancy(x);
-    const shown = {
-      omega: () => omega[x].toFixed(3),
-      "cosine within": () => redundancy?.within.toFixed(2) ?? "–",
-      "cosine between": () => redundancy?.between.toFixed(2) ?? "–",
-    }[state.expertOrder] ?? (() => `${corpus.rowsOf[x].length}`);
-    const kind = x < shared ? "shared" : corpus.use[x] ? percent(share) : "idle";
-    return [expertLink(corpus, x),
+  const box = element("div");
+  const draw = () => {
+    const key = EXPERT_ORDERS[state.expertOrder](corpus);
+    const keys = Array.from({ length: n }, (_, x) => key(x));
+    const order = [...keys.keys()].sort((a, b) => keys[a] - keys[b] || a - b);
+    const columns = {
+      omega: (x) => omega[x].toFixed(3),
+      "cosine within": (x) => cosine(corpus.redundancy(x).within),
+      "cosine between": (x) => cosine(corpus.redundancy(x).between),
+    };
+    const name = state.expertOrder in columns ? state.expertOrder : "live";
+    const shown = columns[name] ?? ((x) => `${corpus.rowsOf[x].length}`);
+    const made = table(["expert", "use", { number: "tokens" }, { number: name }], order.map((x) => [
+      expertLink(corpus, x),
       element("div", { class: "bar", style: `width:${60 * Math.min(1, corpus.use[x] / most)}px;background:${color(x)}` }),
-      { number: kind }, { number: shown() }];
-  });
-  const last = ["omega", "cosine within", "cosine between"].includes(state.expertOrder) ? state.expertOrder : "live";
-  const made = table(["expert", "use", { number: "tokens" }, { number: last }], rows);
-  order.forEach((x, i) => {
-    if (x === route.expert) made.tBodies[0].rows[i].setAttribute("aria-current", "true");
-  });
+      { number: x < shared ? "shared" : corpus.use[x] ? percent(corpus.use[x] / corpus.numCounted) : "idle" },
+      { number: shown(x) },
+    ]));
+    markCurrent(made, order.indexOf(state.expert));
+    box.replaceChildren(made);
+  };
+  draw();
   return element("div", {}, heading(2, "Experts"),
     element("p", { class: "dim" }, `${n} experts, ${shared} shared by all tokens, ${idle} idle here`),
     element("div", { class: "controls" }, select("expert-order", "sort by", orders, state.expertOrder, (value) => {
       state.expertOrder = value;
-      redraw();
-    })), made);
+      draw();
+    })), box);
 }
 
 const LATENT_ORDERS = {
   density: (corpus) => (row) => -corpus.numFirings[row],
   "given expert": (corpus) => (row) => -corpus.numFirings[row] / Math.max(1, corpus.use[corpus.expert(row)]),
-  maximum: (corpus) => (row) => -corpus.largest[row],
+  maximum: (corpus) => (row) => -corpus.maximum[row],
   "nearest cosine": (corpus) => (row) => -Math.max(corpus.within[row], corpus.between[row]),
   number: () => (row) => row,
 };
 
-// A table of latents, sorted and filtered by a token that fires them or by their explanation.
-function latentTable(corpus, rows, route, state, redraw) {
-  const wanted = state.filter.trim().toLowerCase();
-  const matches = (row) => corpus.topTokens(row).some((id) => corpus.facts.strings[id].toLowerCase().includes(wanted)) ||
-    (corpus.facts.explanations[corpus.alive[row]]?.text.toLowerCase().includes(wanted) ?? false);
-  const kept = wanted ? rows.filter(matches) : rows.slice();
+// A table of latents, sorted and filtered by a token that fires them or by their explanation; the
+// controls stay, and keep their focus.
+function latentTable(corpus, rows, state) {
+  const count = element("p", { class: "dim", "aria-live": "polite" }), box = element("div");
+  const draw = () => {
+    const wanted = state.filter.trim().toLowerCase();
+    const matches = (row) => corpus.topTokens(row).some((id) => corpus.names[id].includes(wanted)) ||
+      (corpus.facts.explanations[corpus.alive[row]]?.text.toLowerCase().includes(wanted) ?? false);
+    const kept = wanted ? rows.filter(matches) : rows.slice();
+    if (state.latentOrder !== "as found") {
+      const key = LATENT_ORDERS[state.latentOrder](corpus);
+      kept.sort((a, b) => key(a) - key(b) || a - b);
+    }
+    count.textContent = rows.length ? `${kept.length} of ${rows.length} latents` :
+      "Nothing: no token of this text, no such latent that fires here, no explanation with it.";
+    box.replaceChildren(inPortions(kept, 200, (part) => {
+      const made = table(["latent", { number: "density" }, { number: "max" }, "fires on"],
+        part.map((row) => [latentLink(corpus, row),
+          { number: percent(corpus.numFirings[row] / corpus.numCounted) },
+          { number: number(corpus.maximum[row]) }, topTokenChips(corpus, row)]));
+      markCurrent(made, part.findIndex((row) => corpus.alive[row] === state.latent));
+      return made;
+    }));
+  };
   const orders = Object.keys(LATENT_ORDERS);
-  if (state.latentOrder !== "as found") {
-    const key = LATENT_ORDERS[state.latentOrder](corpus);
-    kept.sort((a, b) => key(a) - key(b) || a - b);
-  }
-  const list = inPortions(kept, 200, (part) => {
-    const made = table(["latent", { number: "density" }, { number: "max" }, "fires on"],
-      part.map((row) => [latentLink(corpus, row),
-        { number: percent(corpus.numFirings[row] / corpus.numCounted) },
-        { number: number(corpus.largest[row]) }, topTokenChips(corpus, row)]));
-    part.forEach((row, i) => {
-      if (corpus.alive[row] === route.latent) made.tBodies[0].rows[i].setAttribute("aria-current", "true");
-    });
-    return made;
-  });
   const filter = element("input", {
     id: "latent-filter", type: "search", value: state.filter, "aria-label": "Filter by token or explanation",
-    change: (event) => { state.filter = event.target.value; redraw(); },
+    input: (event) => { state.filter = event.target.value; draw(); },
   });
+  draw();
   return element("div", {},
     element("div", { class: "controls" },
       select("latent-order", "sort by", state.found ? ["as found", ...orders] : orders, state.latentOrder, (value) => {
         state.latentOrder = value;
-        redraw();
+        draw();
       }),
       element("label", {}, "filter ", filter)),
-    element("p", { class: "dim" }, rows.length ? `${kept.length} of ${rows.length} latents` :
-      "Nothing: no token of this text, no such latent that fires here, no explanation with it."), list);
+    count, box);
 }
 
-function expertView(corpus, route, state, redraw) {
-  const { facts } = corpus, x = route.expert, rows = corpus.rowsOf[x];
-  const latents = latentTable(corpus, rows, route, state, redraw);
+function expertView(corpus, x, state) {
+  const { facts } = corpus, rows = corpus.rowsOf[x];
+  const latents = latentTable(corpus, rows, state);
   if (!corpus.isMixture) return element("div", {}, heading(2, "Latents"), latents);
   const counts = new Map(), gates = [];
   for (let t = corpus.firstCounted; t < corpus.tokens.length; t++) {
@@ -164,21 +175,21 @@ function expertView(corpus, route, state, redraw) {
     const together = corpus.pairs()[x * n + y];
     if (y !== x && y >= facts.num_shared_experts && together) partners.push([y, together]);
   }
-  const redundancy = corpus.redundancy(x);
+  const redundancy = corpus.redundancy(x), largestGate = gates.reduce((a, b) => Math.max(a, b), 0);
   return element("div", {},
     heading(2, swatch(x), `Expert ${x}`),
     element("p", { class: "dim" },
       `${x < facts.num_shared_experts ? "shared by all tokens" : `selected by ${percent(gates.length / corpus.numCounted)} of tokens`}, ` +
       `${rows.length} of ${corpus.size} latents fire here`,
       facts.omega ? `, omega ${facts.omega[x].toFixed(3)}` : "",
-      redundancy ? `, mean largest cosine ${redundancy.within.toFixed(2)} within, ${redundancy.between.toFixed(2)} with others` : ""),
+      `, mean largest cosine ${cosine(redundancy.within)} within, ${cosine(redundancy.between)} with others`),
     heading(3, "Tokens routed here, most frequent first"),
     element("p", {}, ranked(counts).slice(0, 14).map(([id]) => chip(facts.strings[id]))),
     partners.length ? element("div", {}, heading(3, "Selected together with"),
       element("p", {}, ranked(partners).slice(0, 6).map(([y, together]) => element("span", {},
         expertLink(corpus, y), ` ${percent(together / corpus.use[x])}  `)))) : null,
-    gates.length ? element("div", {}, heading(3, "Gates"),
-      chart(histogram(gates, 30, facts.largest_gate), facts.largest_gate, "Gates of this expert")) : null,
+    largestGate ? element("div", {}, heading(3, "Gates"),
+      chart(histogram(gates, largestGate), largestGate, "Gates of this expert")) : null,
     heading(3, "Latents"), latents);
 }
 
@@ -201,11 +212,11 @@ function latentView(corpus, route) {
   const together = corpus.cofiring(row).map(([other, count]) => [other, percent(count / Math.max(1, n))]);
   const width = corpus.nearest.length / corpus.rows;
   const nearest = Array.from({ length: width }, (_, j) => row * width + j)
-    .map((j) => [corpus.nearest[j], (corpus.cosines[j] / 100).toFixed(2)]);
+    .map((j) => [corpus.nearest[j], cosine(corpus.cosines[j] / facts.cosine_steps)]);
   const token = (i) => corpus.tokenOf[i], shown = (i) => number(corpus.activation(i));
   const part = (share) => firings.slice(Math.floor(n * share));
   const groups = [
-    ["Prompts", corpus.ofPrompts(row)],
+    ["Prompts, the strongest token of each", corpus.onePerPassage(corpus.strongest(row, true), 12)],
     ["Strongest contexts, one per passage", corpus.onePerPassage(firings, 12)],
     ["Around the median", n > 24 ? corpus.onePerPassage(part(0.5), 4) : []],
     ["Weakest tenth", n > 24 ? corpus.onePerPassage(part(0.9), 4) : []],
@@ -223,17 +234,17 @@ function latentView(corpus, route) {
     element("p", { class: "dim" },
       `fires on ${percent(n / corpus.numCounted)} of tokens`,
       corpus.isMixture ? `, on ${percent(n / Math.max(1, corpus.use[x]))} of those of its expert` : "",
-      `, at most ${number(corpus.largest[row])}`,
+      `, at most ${number(corpus.maximum[row])}`,
       corpus.isMixture && n ? `, mean gate ${mean(gates).toFixed(2)}` : "",
       facts.neuronpedia_id ? element("span", {}, ", ", element("a", {
         href: `https://neuronpedia.org/${facts.neuronpedia_id}/${route.latent}`, rel: "noreferrer",
       }, "on Neuronpedia")) : ""),
     element("div", { class: "columns" },
       element("div", {},
-        heading(3, "Activations"),
-        chart(histogram(magnitudes, 30, corpus.largest[row]), corpus.largest[row], "Activations"),
+        n ? element("div", {}, heading(3, "Activations"),
+          chart(histogram(magnitudes, corpus.maximum[row]), corpus.maximum[row], "Activations")) : null,
         corpus.isMixture && largestUnscaled ? element("div", {}, heading(3, "Activations without the gate"),
-          chart(histogram(unscaled, 30, largestUnscaled), largestUnscaled, "Activations divided by gates")) : null,
+          chart(histogram(unscaled, largestUnscaled), largestUnscaled, "Activations divided by gates")) : null,
         listed ? element("div", {}, heading(3, "Promotes"), words(corpus.promoted.subarray(row * listed, (row + 1) * listed), "raises"),
           heading(3, "Suppresses"), words(corpus.suppressed.subarray(row * listed, (row + 1) * listed), "lowers")) : null),
       element("div", {},
@@ -302,8 +313,9 @@ function overview(corpus) {
   const parts = [
     heading(2, `${facts.architecture} SAE at ${facts.hook_name}`),
     element("p", {}, "Choose an expert, then a latent, then a word: each shows what it fires with. Everything is a link, and Back goes back."),
-    prompts.length ? element("div", {}, heading(3, "Prompts"), prompts.map((i) => passage(
-      corpus, corpus.passages[i], null, {}, { after: corpus.lengths[i], label: `${i}` }))) : null,
+    prompts.length ? element("div", {}, heading(3, "Prompts"),
+      inPortions(prompts, 20, (part) => element("div", {}, part.map((i) => passage(
+        corpus, corpus.passages[i], null, {}, { after: corpus.lengths[i], label: `${i}` }))))) : null,
   ];
   if (corpus.isMixture) {
     const pairs = [];
@@ -311,8 +323,7 @@ function overview(corpus) {
       for (let b = a + 1; b < n; b++) if (corpus.pairs()[a * n + b]) pairs.push([a, b]);
     }
     pairs.sort(([a, b], [c, d]) => corpus.pairs()[c * n + d] - corpus.pairs()[a * n + b]);
-    // In hundredths.
-    const least = 50, duplicates = corpus.duplicates(least);
+    const least = 0.5, duplicates = corpus.duplicates(least);
     const live = Array.from({ length: n }, (_, x) => Math.max(1, corpus.rowsOf[x].length));
     const pairTable = (title, name, rows) => element("div", {}, heading(3, title),
       rows.length ? table(["experts", { number: name }], rows.map(([a, b, value]) => [
@@ -325,7 +336,7 @@ function overview(corpus) {
         pairMap(corpus, (a, b) => (a === b ? 0 : corpus.pairs()[a * n + b] / Math.max(1, corpus.use[a])),
           (a, b) => `experts ${a} and ${b}: together on ${percent(corpus.pairs()[a * n + b] / corpus.numCounted)} of tokens, ` +
             `${corpus.lift(a, b).toFixed(2)} times as often as by chance`, "Co-selection of experts; the table beside it has the strongest pairs")),
-      element("div", {}, heading(3, `Redundancy: share of a row's latents with a neighbour of cosine ${least / 100} or more in the column's expert`),
+      element("div", {}, heading(3, `Redundancy: share of a row's latents with a neighbour of cosine ${least} or more in the column's expert`),
         pairMap(corpus, (a, b) => (duplicates.get(a * n + b) ?? 0) / live[a],
           (a, b) => `${duplicates.get(a * n + b) ?? 0} of the ${live[a]} latents of expert ${a} have such a neighbour in expert ${b}`,
           "Redundancy between experts; the table beside it has the strongest pairs")),

@@ -42,7 +42,7 @@ def test_the_page_has_what_the_sae_computes(
     step = (expected.abs().amax(dim=0) / facts["steps"]).clamp(min=1e-9)
     off = (got - expected).abs() / step
     assert (off <= torch.where(expected.abs() < step, 1.01, 0.51)).all()
-    assert facts["steps"] == (127 if architecture == "abstopk" else 255)
+    assert facts["steps"] == (125 if architecture == "abstopk" else 250)
     strings = [facts["strings"][i] for i in arrays["tokens"]]
     assert strings == kind.model.tokenizer.batch_decode(
         [[i] for i in tokens.flatten().tolist()], clean_up_tokenization_spaces=False
@@ -54,11 +54,9 @@ def test_the_page_has_what_the_sae_computes(
     if architecture in ("scale", "switch"):
         routing = sae.route(x)
         experts = arrays["experts"].reshape(len(strings), -1)
-        gates = arrays["gates"].reshape(experts.shape) / 255 * facts["largest_gate"]
+        gates = arrays["gates"].reshape(experts.shape) * facts["gate_step"]
         assert experts.tolist() == routing.indices.tolist()
-        assert np.allclose(
-            gates, routing.weights.detach(), atol=facts["largest_gate"] / 500
-        )
+        assert np.allclose(gates, routing.weights.detach(), rtol=0, atol=1e-4)
     else:
         assert not arrays["experts"].size
         assert facts["num_experts"] == 1
@@ -77,12 +75,12 @@ def test_neighbours_and_promoted_tokens_are_those_of_brute_force(
     assert (
         arrays["nearest"].reshape(best.indices.shape).tolist() == best.indices.tolist()
     )
-    listed = arrays["cosines"].reshape(best.values.shape) / 100
-    assert np.allclose(listed, best.values, atol=0.0051)
+    listed = arrays["cosines"].reshape(best.values.shape) / facts["cosine_steps"]
+    assert np.allclose(listed, best.values, atol=6e-5)
     same = (alive[:, None] // 16) == (alive // 16)
     for name, mask in (("within", same), ("between", ~same)):
         largest = torch.where(mask, cosines, -1.0).amax(dim=1).clamp(min=-1)
-        assert np.allclose(arrays[name] / 100, largest, atol=0.0051)
+        assert np.allclose(arrays[name] / facts["cosine_steps"], largest, atol=6e-5)
 
     # Through an RMSNorm, whose weights are ones in these models, directions keep theirs.
     if hasattr(kind.model, "W_U"):
@@ -193,9 +191,12 @@ def test_a_page_that_would_be_too_long_is_refused(
 
 def test_nothing_to_show_is_refused(tiny_model: Any, make_sae: Any, make_tokens: Any):
     sae = make_sae()
+    silent = [torch.ones(2, 3, dtype=torch.int64)]
     for tokens, prompts, message in (
         ([], ["text"], "tokens must hold at least one batch, got none"),
         ([make_tokens()], [""], "text must have at least one token, got ''"),
+        # Prompts do not count.
+        (silent, ["text"], "tokens must fire at least one latent"),
     ):
         with pytest.raises(ValueError, match=message):
             explorer(tiny_model, sae, tokens, prompts=prompts, verbose=False)
@@ -209,3 +210,13 @@ def test_nothing_to_show_is_refused(tiny_model: Any, make_sae: Any, make_tokens:
     sae.b_enc.data.fill_(-1e6)
     with pytest.raises(ValueError, match="tokens must fire at least one latent"):
         explorer(tiny_model, sae, [make_tokens()], verbose=False)
+
+
+def test_what_the_page_cannot_show_is_refused_before_the_text_is_read(
+    tiny_model: Any, make_sae: Any, make_tokens: Any
+):
+    sae, batches = make_sae(), iter([make_tokens()])
+    sae.cfg.metadata.omega = [0.5, float("nan"), 0.0, 1.0]
+    with pytest.raises(ValueError, match="omega must be 4 finite numbers"):
+        explorer(tiny_model, sae, batches, verbose=False)
+    assert len(list(batches)) == 1

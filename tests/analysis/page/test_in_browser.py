@@ -1,18 +1,14 @@
 """The explorer page in a real browser: walked, searched, read by a screen reader."""
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from analysis.page.reading import dense_activations, read, rebuilt
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
 from sae_lens_scale.analysis import explorer
 
@@ -24,67 +20,8 @@ HOSTILE = [
     "\u202etfel-ot-thgir\u0000\x1b\u2028",
     "\N{FAMILY}\N{ZERO WIDTH JOINER}&amp;&#0;",
     "مرحبا",
+    "x" * 400,
 ]
-
-
-class Walk(NamedTuple):
-    """A page in the browser, with all that it asked for or complained of."""
-
-    page: Page
-    requests: list[str]
-    complaints: list[str]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Headless Chromium; only CI has to have it."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        assert not os.environ.get("CI"), "CI needs Chromium"
-        pytest.skip("Chromium is not installed")
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def walk(browser: Browser, tmp_path: Path) -> Iterator[Any]:
-    """Function that opens a page's HTML; nothing may come from a network, or go wrong."""
-    opened: list[Walk] = []
-
-    def open_page(text: str, **settings: Any) -> Walk:
-        path = tmp_path / "page.html"
-        path.write_text(text, encoding="utf-8")
-        page = browser.new_page(viewport={"width": 1440, "height": 900}, **settings)
-        one = Walk(page, [], [])
-        page.on("request", lambda request: one.requests.append(request.url))
-        page.on("console", lambda message: one.complaints.append(message.text))
-        page.on("pageerror", lambda error: one.complaints.append(str(error)))
-        page.goto(path.as_uri())
-        page.wait_for_selector("main[aria-busy=false]")
-        opened.append(one)
-        return one
-
-    yield open_page
-    for one in opened:
-        assert one.requests == [(tmp_path / "page.html").as_uri()]
-        assert not one.complaints
-        one.page.context.close()
-
-
-@pytest.fixture(scope="module")
-def scale_page(tiny_model: Any, make_sae: Any) -> str:
-    """Page of a Scale SAE on 40 passages, beside a prompt."""
-    generator = torch.Generator().manual_seed(3)
-    # Few different tokens, so that latents fire on each more than once.
-    tokens = torch.randint(500, 560, (40, 16), generator=generator)
-    tokens[:, 0] = 1
-    sae = make_sae("scale", num_shared_experts=1, experts_per_token=3)
-    sae.cfg.metadata.omega = [0.0, 0.5, -0.25, 1.0]
-    prompts = ["I love apples"]
-    return explorer(tiny_model, sae, [tokens], prompts=prompts, verbose=False)
 
 
 def test_one_walks_from_experts_to_latents_to_contexts_to_tokens(
@@ -167,6 +104,8 @@ def test_tokens_of_a_context_are_reached_with_the_keyboard(walk: Any, scale_page
 def test_latents_are_found_by_token_number_and_explanation(walk: Any, scale_page: str):
     facts, arrays = read(scale_page)
     latent, other = (int(i) for i in arrays["alive"][[3, 5]])
+    newline = arrays["tokens"][-1]
+    facts["strings"][newline] = "\n"
     facts["explanations"] = {
         str(other): {"text": "Fruit & veg", "detection": 0.75, "fuzzing": None}
     }
@@ -199,6 +138,14 @@ def test_latents_are_found_by_token_number_and_explanation(walk: Any, scale_page
     expect(links).to_have_text([str(other)])
     links.first.click()
     expect(page.get_by_role("main")).to_contain_text("Fruit & veg detection 0.75")
+    # As tokens are shown.
+    search.fill("\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+    search.press("Enter")
+    fires = (acts[arrays["tokens"] == newline] != 0).any(axis=0)
+    expect(links).to_have_count(int(fires.sum()))
+    page.go_back()
+    page.go_back()
+    expect(search).to_have_value("fruit &")
     search.fill("no such thing")
     search.press("Enter")
     expect(status).to_have_text("0 latents for “no such thing”")
@@ -221,11 +168,19 @@ def test_lists_are_sorted_and_filtered(walk: Any, scale_page: str):
         [str(i) for i in arrays["alive"][own][order]]
     )
     chip = latents.locator("tbody .chip").first.inner_text().strip()
-    latents.get_by_label("Filter by token or explanation").fill(chip)
-    latents.get_by_label("Filter by token or explanation").press("Enter")
-    assert 0 < latents.locator("tbody tr").count() <= own.sum()
+    text_filter = latents.get_by_label("Filter by token or explanation")
+    text_filter.press_sequentially(chip)
+    expect(text_filter).to_be_focused()
+    expect(latents).not_to_contain_text(f"{own.sum()} of {own.sum()} latents")
+    assert 0 < latents.locator("tbody tr").count() < own.sum()
     for row in latents.locator("tbody tr").all():
         expect(row).to_contain_text(chip, ignore_case=True)
+    text_filter.press("Tab")
+    expect(latents.locator("tbody a").first).to_be_focused()
+    # The next expert's latents have the same order, all of them.
+    experts.get_by_role("link", name="2", exact=True).click()
+    expect(latents.get_by_label("sort by")).to_have_value("maximum")
+    expect(text_filter).to_have_value("")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -263,6 +218,10 @@ def test_text_is_shown_and_does_nothing(walk: Any, scale_page: str, text: str):
     shown = chip.inner_text()
     for character in text:
         assert character in shown or not character.isprintable()
+    assert page.evaluate(
+        """[...document.querySelectorAll("nav, section, main, aside")]
+            .every((part) => part.scrollWidth <= part.clientWidth)"""
+    )
     page.evaluate("view => { location.hash = view; }", f"search={text}")
     assert page.evaluate("window.attacked") is None
 
