@@ -290,7 +290,8 @@ class Corpus {
   }
 
   // Rows for a query: of a latent's number, of explanations with it in them, and those that fire
-  // on tokens of that text, or else with it in them, by the sum of activations.
+  // on tokens of that text, or else with it in them: by the sum of activations there, times its
+  // share of all, without which those that fire on everything would come first.
   find(query) {
     const wanted = query.trim().toLowerCase();
     if (!wanted) return [];
@@ -306,7 +307,8 @@ class Corpus {
         sums.set(row, (sums.get(row) ?? 0) + Math.abs(this.activation(i)));
       }
     }
-    const rows = ranked(sums).map(([row]) => row);
+    const all = (row) => this.firingsOf(row).reduce((sum, i) => sum + Math.abs(this.activation(i)), 0);
+    const rows = ranked([...sums].map(([row, sum]) => [row, (sum * sum) / all(row)])).map(([row]) => row);
     const explained = Object.entries(this.facts.explanations)
       .filter(([, { text }]) => text.toLowerCase().includes(wanted))
       .map(([latent]) => this.rowOf.get(Number(latent)));
