@@ -74,7 +74,7 @@ def test_explore_trains_an_SAE_where_there_is_none_and_explores_it(
     tmp_path: Path,
 ):
     # Enough for an SAE that has learned next to nothing.
-    out = run("explore", tmp_path, BATCHES=1, STRENGTH=40.0, WORDS=6, **SMALL)
+    out = run("explore", tmp_path, BATCHES=1, STRENGTH=400.0, WORDS=6, **SMALL)
     assert SAE.load_from_disk(tmp_path / "outputs/explore").cfg.d_sae == 2_304
     assert "2,304 latents in 64 experts" in out
     contexts = re.findall(r"^ +\d+\.\d  .*«.+».*$", out, re.MULTILINE)

@@ -61,6 +61,8 @@ async function start() {
   function draw() {
     const route = readRoute(location.hash, corpus), word = document.activeElement.closest(".passage a");
     const changed = (...names) => !last || names.some((name) => route[name] !== last[name]);
+    // Of several steps back at once each is told, when the last has been drawn already.
+    if (!changed("expert", "latent", "token", "search")) return;
     Object.assign(state, { expert: route.expert, latent: route.latent });
     if (changed("expert", "search")) {
       const isSearch = route.search !== undefined;
