@@ -258,7 +258,7 @@ def test_a_checkpoint_that_is_not_finished_does_not_lose_its_lr_factors(
         make(n_checkpoints=1, options={"lr_factors": {"b_enc": 0.0}}).run()
     (checkpoint,) = checkpoints(tmp_path)
     assert (checkpoint / "lr_factors.json").exists()
-    # Which says that it lacks a file.
+    # Its text says that it lacks a file.
     with pytest.raises(FileNotFoundError, match="resume_from_checkpoint: there is no"):
         make(resume_from_checkpoint=str(checkpoint))
 

@@ -116,14 +116,15 @@ def test_values_that_are_not_finite_are_refused_by_batch_and_token(
 
 def test_batches_may_be_arrays_and_must_be_numbers(make_sae: Any):
     sae = make_sae("topk", d_in=4)
-    x = np.arange(12.0).reshape(3, 4)
-    (found,) = finite_batches([x], sae)  # type: ignore[list-item]
+    x: Any = np.arange(12.0).reshape(3, 4)
+    (found,) = finite_batches([x], sae)
     assert found.tolist() == x.tolist()
     rows = list(finite_batches(torch.from_numpy(x), sae))
     assert [row.tolist() for row in rows] == x.tolist()
-    for bad in (None, ["x"], [{"x": 1}], [[[1.0], [2.0, 3.0]]]):
+    wrong: list[Any] = [None, ["x"], [{"x": 1}], [[[1.0], [2.0, 3.0]]]]
+    for bad in wrong:
         with pytest.raises(ValueError, match="activations must be .* got"):
-            list(finite_batches(bad, sae))  # type: ignore[arg-type]
+            list(finite_batches(bad, sae))
 
 
 @pytest.mark.parametrize("x", [torch.ones(3, n) for n in (0, 1, 5)])

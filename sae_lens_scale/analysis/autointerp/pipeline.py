@@ -119,7 +119,7 @@ def autointerp(
     )
     records: list[Any] = []
     skipped = []
-    # What delphi makes on the default device, it joins with what is on the CPU.
+    # delphi joins tensors of the default device with others on the CPU.
     with _global_generators_kept(), torch.device("cpu"):
         for i, latent in enumerate(latents):
             reason = corpus.shortage(i, settings)

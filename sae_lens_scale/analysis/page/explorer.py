@@ -182,9 +182,9 @@ def _arrays(
     largest = magnitudes.new_zeros(len(alive)).scatter_reduce(
         0, rows, magnitudes, "amax"
     )
-    # Whether there are any tells the page how to read the bytes.
+    # Negative ones take half of the steps.
     steps = _SIGNED_STEPS if (found.activations < 0).any() else _STEPS
-    # What fires stays apart from what does not.
+    # At least one step: a latent that fires stays apart from a silent one.
     strength = (magnitudes / largest[rows] * steps).round().clamp(1, steps)
     largest_gate = found.gates.abs().max().item() if found.gates.numel() else 0.0
     gate_step = (largest_gate or 1.0) / _GATE_STEPS

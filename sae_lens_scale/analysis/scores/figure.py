@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = 4
-# What is better, by the beginning of a score's name.
+# The better direction, by the beginning of a score's name.
 _BETTER = {
     "fvu": "lower is better",
     "loss_recovered": "higher is better",
