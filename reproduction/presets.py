@@ -9,7 +9,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.registry import get_sae_training_class
 
 from sae_lens_scale import recommended_config
-from sae_lens_scale.recipes import ARCHITECTURES
+from sae_lens_scale.recipes import ARCHITECTURES, Architecture
 
 from .activations import CacheSettings
 from .recipes import RECIPES
@@ -276,24 +276,33 @@ class _Experiment:
             runs.append(self.run("scale", sae, **how))
         return runs
 
+    def _as_users(self, k: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Sizes of an SAE, and a runner's text, as a user names them."""
+        sizes = {"d_in": self.d_in, "d_sae": 32 * self.d_in, "k": k}
+        text = {
+            "model_name": self.cache.model,
+            "hook_name": self.cache.hook_name,
+            "dataset_path": self.cache.text,
+            "training_tokens": self.training["training_tokens"],
+            "verbose": False,
+        }
+        return sizes, text
+
+    def recommended(
+        self, architecture: Architecture, k: int, variant: str = "", **sae: Any
+    ) -> RunSettings:
+        """A run by the recommended recipe, but for these fields of the SAE."""
+        sizes, text = self._as_users(k)
+        cfg = recommended_config(architecture, **sizes, **text, sae=sae)
+        name = f"{VARIANTS_OF_DEFAULTS[0]} {variant}".strip()
+        return RunSettings.of_runner(cfg, name)
+
     def defaults(self) -> list[RunSettings]:
         """Runs as users make them, the best that was found, and a dense SAE of the same cost."""
-        by_recipe, stock, old = VARIANTS_OF_DEFAULTS
+        _, stock, old = VARIANTS_OF_DEFAULTS
         runs = []
         for k, architecture in product(self.ks, ARCHITECTURES):
-            sizes: dict[str, Any] = {
-                "d_in": self.d_in,
-                "d_sae": 32 * self.d_in,
-                "k": k,
-            }
-            text: dict[str, Any] = {
-                "model_name": self.cache.model,
-                "hook_name": self.cache.hook_name,
-                "dataset_path": self.cache.text,
-                "training_tokens": self.training["training_tokens"],
-                "verbose": False,
-            }
-            recommended = recommended_config(architecture, **sizes, **text)
+            sizes, text = self._as_users(k)
             sae_class = get_sae_training_class(architecture)[1]
             alone = LanguageModelSAERunnerConfig(sae=sae_class(**sizes), **text)
             run = RunSettings.of_runner(alone, stock)
@@ -301,7 +310,7 @@ class _Experiment:
             then = {**sizes, "normalize_activations": "none"}
             del then["d_in"]
             runs += [
-                RunSettings.of_runner(recommended, by_recipe),
+                self.recommended(architecture, k),
                 run,
                 replace(run, sae=then, variant=old),
             ]
@@ -314,6 +323,28 @@ class _Experiment:
                 self.run("topk", {"k": k, "d_sae": self.d_in}),
             ]
         return runs
+
+    def evidence(self) -> list[RunSettings]:
+        """Recommended SAEs, dense ones of their cost and of their width, and parts of Scale SAE."""
+        k = 32
+        return [
+            self.recommended("scale", k),
+            self.recommended("switch", k),
+            self.run("topk", {"k": k, "d_sae": self.d_in}),
+            self.run("full", {"k": k}),
+            self.recommended("scale", k, "no feature scaling", feature_scaling=False),
+            self.recommended("scale", k, "no shared expert", num_shared_experts=0),
+            # A Switch SAE with feature scaling and the dead-latent loss of Scale SAE.
+            self.recommended(
+                "scale",
+                k,
+                "one expert",
+                num_experts=32,
+                experts_per_token=1,
+                num_shared_experts=0,
+                gate="uniform",
+            ),
+        ]
 
     def redundancy(self) -> list[RunSettings]:
         """Few latents, few of them active, all tokens: where experts would repeat others."""
@@ -408,5 +439,6 @@ PRESETS: dict[str, Preset] = {
         ("-recipe", experiment.recipe),
         ("-redundancy", experiment.redundancy),
         ("-defaults", experiment.defaults),
+        ("-evidence", experiment.evidence),
     )
 }
