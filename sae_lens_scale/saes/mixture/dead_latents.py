@@ -101,7 +101,7 @@ def dead_latent_loss(
     residual: Float[torch.Tensor, "tokens d_out"],
     num_dead: Int[torch.Tensor, " tokens"],
     size: int,
-) -> Float[torch.Tensor, ""]:
+) -> Float[torch.Tensor, " tokens"]:
     """
     Squared error of the dead latents' reconstruction of the residual.
 
@@ -116,7 +116,7 @@ def dead_latent_loss(
         size: Number of candidates that a token may have.
 
     Returns:
-        Squared error summed over d_out and averaged over tokens; a scalar.
+        Squared error of each token, summed over d_out, ``[tokens]``.
     """
     scale = (num_dead.to(residual.dtype) / size).clamp(max=1)
-    return (scale * (recons - residual).pow(2).sum(dim=-1)).mean()
+    return scale * (recons - residual).pow(2).sum(dim=-1)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 
+from .selection import Selection
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -12,13 +14,13 @@ class Rows:
     Rows with their experts: the input of everything after the router.
 
     Rows are the tokens of the batch, flattened. A subclass may give a token several rows,
-    each with some of its experts, which keep their numbers; see
-    :meth:`.MixtureEncoder.dispatch`.
+    each with some of its experts; see :meth:`.MixtureEncoder.dispatch`.
 
     Attributes:
         x: Normalised activations, ``[rows, d_in]``.
         b_dec: Vector that the encoder subtracts from them, ``[d_in]``.
-        experts: Experts of each row, ``[rows, experts_per_row]``, int64.
+        experts: Experts of each row, by their place in the weights,
+            ``[rows, experts_per_row]``, int64.
         gates: Gates of these experts, likewise.
         shape: Leading dimensions of results for each row; those of the batch, if rows are
             tokens.
@@ -29,3 +31,7 @@ class Rows:
     experts: Int[torch.Tensor, "rows experts_per_row"]
     gates: Float[torch.Tensor, "rows experts_per_row"]
     shape: torch.Size
+
+    def adapt(self, selection: Selection) -> Selection:
+        """Adapt a rule of each token to these rows; here a row is a token."""
+        return selection

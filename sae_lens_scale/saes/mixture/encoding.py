@@ -1,7 +1,7 @@
 """The forward path of a mixture SAE: input, route, products, select, keep."""
 
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -158,6 +158,11 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         """The rule by which candidates survive; :class:`.Selection` is its contract."""
         return SELECTIONS[require_choice("topk_over", self.cfg.topk_over, SELECTIONS)]
 
+    @property
+    def num_held_experts(self) -> int:
+        """Number of experts whose weights this SAE holds: all, unless ``dispatch`` is overridden."""
+        return self.cfg.num_experts
+
     def dispatch(self, inputs: Inputs, routing: Routing) -> Rows:
         """
         Bring tokens to the experts that they selected.
@@ -166,8 +171,8 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         products, selection, decoding. Here a row is a token. A subclass may give a token
         several rows, each with some of its experts: its selection then ranks the rows of a
         token together, and its ``combine`` adds up their partial reconstructions. Experts
-        keep their numbers, and weights hold all of them. Rows have to be differentiable in
-        ``x``, ``b_dec`` and the gates.
+        of rows are numbered as weights hold them, :attr:`num_held_experts` of them. Rows have
+        to be differentiable in ``b_dec``, the gates, and ``x`` if it needs a gradient.
 
         Args:
             inputs: Input of router and encoder.
@@ -215,7 +220,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         watched = with_all_pre_acts or is_hooked(self.hook_sae_acts_pre)
         with torch.set_grad_enabled(watched and torch.is_grad_enabled()):
             products = grouped_encode(
-                rows.x - rows.b_dec, W_enc, rows.experts, cfg.num_experts
+                rows.x - rows.b_dec, W_enc, rows.experts, self.num_held_experts
             )
             means = scaling = None
             if omega is not None:
@@ -232,12 +237,13 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
         # Select.
         sizes = (self._k, self._k + runners_up) if runners_up else (self._k,)
+        selection = rows.adapt(self.selection())
         all_pre_acts = None
         if watched:
             all_pre_acts = self._hook_pre_acts(candidates.pre_acts(), rows)
-            selected = candidates.select(all_pre_acts, self.selection(), sizes)
+            selected = candidates.select(all_pre_acts, selection, sizes)
         else:
-            selected = candidates.select_in_parts(self.selection(), sizes)
+            selected = candidates.select_in_parts(selection, sizes)
         slots = selected.positions // cfg.expert_size
         offsets = selected.positions % cfg.expert_size
         indices = rows.experts.gather(1, slots) * cfg.expert_size + offsets
@@ -249,7 +255,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         else:
             pre_acts = products.flatten(1).gather(1, selected.positions)
             if torch.is_grad_enabled():
-                experts = SparsityPattern(rows.experts, cfg.num_experts)
+                experts = SparsityPattern(rows.experts, self.num_held_experts)
                 pre_acts, means = encoder_products(
                     rows.x, rows.b_dec, W_enc, pre_acts, means, pattern, experts
                 )
@@ -324,7 +330,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
     def _route(self, router_in: torch.Tensor) -> Routing:
         # Of another config the same weights would be grouped into other experts.
-        require_sizes(self.cfg, {"W_enc": self.W_enc, "W_router": self.W_router})
+        self._require_sizes({"W_enc": self.W_enc, "W_router": self.W_router})
         self.cfg.require_experts()
         routing = route(
             router_in,
@@ -359,6 +365,10 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
                 f"{self.cfg.num_experts}), got {bad[0].item()}"
             )
 
+    def _require_sizes(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Refuse parameters of other sizes than the config's."""
+        require_sizes(self.cfg, tensors)
+
     def applied_router(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and centre that tokens are routed with, ``[d_in, num_experts]``, ``[d_in]``."""
         return self.W_router, self.b_router
@@ -371,7 +381,8 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         return self.W_enc, None
 
     def _pattern(self, latents: torch.Tensor) -> SparsityPattern:
-        pattern = SparsityPattern(latents, self.cfg.d_sae, pool=self._gradient_memory)
+        size = self.num_held_experts * self.cfg.expert_size
+        pattern = SparsityPattern(latents, size, pool=self._gradient_memory)
         if torch.is_grad_enabled() and self.W_dec.requires_grad:
             # Encoder and decoder gradients will both need its order.
             return pattern.sorted()
@@ -416,7 +427,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
 
     def _by_expert(self, per_latent: torch.Tensor) -> torch.Tensor:
         """Split the last dimension into experts and their latents."""
-        return rearrange(per_latent, "... (N n) -> ... N n", N=self.cfg.num_experts)
+        return rearrange(per_latent, "... (N n) -> ... N n", n=self.cfg.expert_size)
 
     @contextmanager
     def _keep_run_time_norm_state(self) -> Iterator[None]:

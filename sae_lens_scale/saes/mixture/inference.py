@@ -23,7 +23,7 @@ from sae_lens_scale.upstream import _disable_hooks
 from .dispatch import Rows
 from .encoding import T_MIXTURE_CONFIG, DecoderInput, Encoding, MixtureEncoder
 from .extension_points import is_hooked, is_overridden
-from .files import require_sizes, require_tensors
+from .files import require_tensors
 from .routing import Routing
 
 
@@ -53,7 +53,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
                 latents only: TopK ranks them with all others of their experts.
         """
         if param is not None:
-            require_sizes(self.cfg, {name: param})
+            self._require_sizes({name: param})
         super().register_parameter(name, param)
 
     @override
@@ -332,7 +332,7 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
     def _require_valid_config(self) -> None:
         """Refuse a config with which the weights, once saved, could not be loaded."""
         self.cfg.validate()
-        require_sizes(self.cfg, dict(self.named_parameters()))
+        self._require_sizes(dict(self.named_parameters()))
         # A TopK that replaced the config's own is in no file.
         if isinstance(self.activation_fn, TopK) and self._k != self.cfg.k:
             raise ValueError(

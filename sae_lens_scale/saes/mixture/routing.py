@@ -128,24 +128,19 @@ def expert_load(
 
 
 def load_balance_loss(
-    routing: Routing, num_experts: int, num_shared_experts: int = 0
+    load: Float[torch.Tensor, " num_routed_experts"],
+    mean_p: Float[torch.Tensor, " num_routed_experts"],
 ) -> Float[torch.Tensor, ""]:
     """
     Switch Transformer's balancing term ``N * sum_i f_i P_i`` (equation 2.2).
 
-    ``f_i`` is the share of selections that expert i got, counted over all selected
-    experts, and ``P_i`` its mean probability. It is 1 for a uniform router. Shared experts
-    have no part in it.
+    It is 1 for a uniform router. Shared experts have no part in it.
 
     Args:
-        routing: Routing of a batch.
-        num_experts: Number of experts (N).
-        num_shared_experts: Number of them, the first ones, that are shared.
+        load: Share of a batch's selections that each expert got (f), which sums to 1.
+        mean_p: Mean probability of each expert (P).
 
     Returns:
         A scalar, differentiable through the probabilities.
     """
-    mean_p = routing.probabilities.reshape(-1, num_experts).mean(dim=0)
-    mean_p = mean_p[num_shared_experts:]
-    load = expert_load(routing.indices, num_experts, num_shared_experts, mean_p.dtype)
     return len(mean_p) * (load * mean_p).sum()

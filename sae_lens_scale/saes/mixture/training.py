@@ -29,6 +29,7 @@ from sae_lens_scale.ops import (
 )
 from sae_lens_scale.upstream import _disable_hooks
 
+from .batch import BatchSAE
 from .dead_latents import (
     dead_by_expert,
     dead_latent_loss,
@@ -38,9 +39,9 @@ from .dead_latents import (
 from .encoding import Encoding
 from .extension_points import is_hooked, is_overridden
 from .files import require_tensors
-from .routing import expert_load, load_balance_loss
+from .routing import load_balance_loss
 from .selection import Candidates
-from .start import T_MIXTURE_TRAINING_CONFIG, StartingSAE
+from .start import T_MIXTURE_TRAINING_CONFIG
 
 # Of Gao et al. 2024, section 5.3.1.
 MULTI_TOPK_FACTOR = 4
@@ -52,7 +53,7 @@ Metrics: TypeAlias = dict[
 ]
 
 
-class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
+class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
     """Training of a mixture-of-experts SAE."""
 
     # Each routed expert's share of the selections in the last step that was logged.
@@ -132,7 +133,6 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
 
         Raises:
             ValueError: If the loss is not finite, or the batch of an SAE that is starting.
-                One such step would turn every weight into NaN, without an error.
         """
         x = step_input.sae_in
         if self._is_starting and torch.is_grad_enabled():
@@ -153,12 +153,14 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             sae_out = self.decode(feature_acts)
         else:
             encoding = self._encode(x, self._num_runners_up)
-            feature_acts = encoding.latents.to_coo(self.cfg.d_sae)
+            feature_acts = encoding.latents.to_coo(
+                self.num_held_experts * self.cfg.expert_size
+            )
             hidden_pre = encoding.pre_acts
             recons = self._recons_of(encoding, encoding.survivors)
             sae_out = self._finish_decoding(recons)
         errors = self.mse_loss_fn(sae_out, self.target(step_input))
-        losses = {"mse_loss": errors.sum(dim=-1).mean()}
+        losses = {"mse_loss": self.batch_mean(errors.sum(dim=-1).flatten())}
         with self._losses_of(x, encoding):
             losses |= self.calculate_aux_loss(
                 step_input, feature_acts, hidden_pre, sae_out
@@ -166,21 +168,13 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
         metrics = (
             self._metrics(step_input, encoding) if step_input.is_logging_step else {}
         )
-        loss = torch.stack(list(losses.values())).sum()
-        if not loss.isfinite():
-            values = ", ".join(f"{n} {v.item()}" for n, v in losses.items())
-            raise ValueError(
-                f"the loss is not finite at training step "
-                f"{step_input.n_training_steps} ({values}): sae_in, of shape "
-                f"{tuple(step_input.sae_in.shape)}, or the weights hold NaN or infinite "
-                f"values, or ones too large for {self.dtype}, or the batch is empty"
-            )
+        self._require_finite(losses, step_input)
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
             feature_acts=feature_acts,
             hidden_pre=hidden_pre,
-            loss=loss,
+            loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
             metrics=metrics,
         )
@@ -223,9 +217,9 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 encoding = self._encode(sae_in, self._num_runners_up)
         losses: dict[str, torch.Tensor] = {}
         if cfg.load_balance_coefficient:
-            balance = load_balance_loss(
-                encoding.routing, cfg.num_experts, cfg.num_shared_experts
-            )
+            p = encoding.routing.probabilities.reshape(-1, cfg.num_experts)
+            p = self.batch_mean(p)[cfg.num_shared_experts :]
+            balance = load_balance_loss(self.batch_load(encoding.routing, p.dtype), p)
             losses["load_balance_loss"] = (
                 cfg.load_balance_coefficient * cfg.d_in * balance
             )
@@ -242,8 +236,8 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             if encoding.runners_up is not None:
                 wider = sae_out + self._recons_of(encoding, encoding.runners_up)
             errors = self.mse_loss_fn(wider, self.target(step_input))
-            losses["multi_topk_loss"] = (
-                cfg.multi_topk_coefficient * errors.sum(dim=-1).mean()
+            losses["multi_topk_loss"] = cfg.multi_topk_coefficient * self.batch_mean(
+                errors.sum(dim=-1).flatten()
             )
         return losses
 
@@ -295,12 +289,14 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             with self._keep_run_time_norm_state():
                 encoding = self._encode(sae_in)
         rows = encoding.rows
-        offsets, is_dead = dead_offsets(dead)
-        first = torch.arange(cfg.num_experts, device=offsets.device) * cfg.expert_size
+        # Of all experts, so that their number of positions does not depend on those held.
+        offsets, is_dead = (self._held(t) for t in dead_offsets(dead))
+        first = torch.arange(len(offsets), device=offsets.device) * cfg.expert_size
         latents = first.unsqueeze(-1) + offsets
         pre_acts = self._dead_pre_acts(encoding, offsets, latents)
         taken = is_dead = is_dead[rows.experts]
-        size, selection = max(1, sae_out.shape[-1] // 2), self.selection()
+        size = max(1, sae_out.shape[-1] // 2)
+        selection = rows.adapt(self.selection())
         # A rule of each token alone leaves none out where there are no more than that.
         if not selection.per_token or pre_acts.shape[1:].numel() > size:
             ranking = pre_acts.detach()
@@ -311,15 +307,12 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
         gates = rows.gates.to(pre_acts.dtype).unsqueeze(-1)
         acts = torch.where(taken, pre_acts, 0) * gates
         W_dec = index_select(self.W_dec, 0, latents.flatten(), self._gradient_memory)
-        recons = grouped_decode(acts, W_dec, rows.experts, cfg.num_experts)
+        recons = grouped_decode(acts, W_dec, rows.experts, self.num_held_experts)
         residual = (sae_in - sae_out).detach().reshape(-1, sae_out.shape[-1])
-        num_dead = is_dead.sum(dim=(-2, -1)).to(residual.dtype).unsqueeze(-1)
-        return cfg.aux_loss_coefficient * dead_latent_loss(
-            self.combine(recons, rows),
-            residual,
-            self.combine(num_dead, rows).squeeze(-1),
-            size,
-        )
+        experts = encoding.routing.indices.reshape(-1, cfg.experts_per_token)
+        num_dead = dead.sum(dim=-1)[experts].sum(dim=-1)
+        errors = dead_latent_loss(self.combine(recons, rows), residual, num_dead, size)
+        return cfg.aux_loss_coefficient * self.batch_mean(errors)
 
     def _dead_pre_acts(
         self, encoding: Encoding, offsets: torch.Tensor, latents: torch.Tensor
@@ -332,7 +325,7 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             offsets: Positions within each expert, ``[num_experts, most_dead]``.
             latents: Positions among all latents, likewise.
         """
-        rows, num_experts = encoding.rows, self.cfg.num_experts
+        rows, num_experts = encoding.rows, self.num_held_experts
         if encoding.all_pre_acts is not None:
             return encoding.all_pre_acts.gather(-1, offsets[rows.experts])
         W_enc = index_select(
@@ -356,8 +349,7 @@ class MixtureTrainingSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
     def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
         """Diagnostics for the logger; docs/architectures.md says what they are."""
         num_experts, expert_size = self.cfg.num_experts, self.cfg.expert_size
-        indices = encoding.routing.indices
-        load = expert_load(indices, num_experts, self.cfg.num_shared_experts)
+        load = self.batch_load(encoding.routing, torch.float32)
         self._logged_load = load
         metrics: Metrics = {
             "router/max_load": load.max() * len(load),

@@ -46,7 +46,7 @@ def test_shared_experts_are_selected_by_all_tokens_with_gate_one():
     assert (routing.indices[:, 2:] >= 2).all()
     assert (routing.probabilities[:, :2] == 0).all()
     # They have no part in the balance, nor has the router's opinion of them.
-    loss = load_balance_loss(routing, 5, 2)
+    loss = balance(routing, 5, 2)
     load = expert_load(routing.indices[:, 2:], 5)[2:].double()
     want = 3 * (load * routing.probabilities.mean(0)[2:]).sum()
     torch.testing.assert_close(loss, want)
@@ -87,15 +87,21 @@ def test_route_selects_in_float32_under_autocast_and_in_bfloat16():
     assert torch.equal(got.weights, want.weights)
 
 
+def balance(routing: Routing, num_experts: int, num_shared: int = 0) -> torch.Tensor:
+    p = routing.probabilities.mean(0)[num_shared:]
+    load = expert_load(routing.indices, num_experts, num_shared, p.dtype)
+    return load_balance_loss(load, p)
+
+
 def test_load_balance_loss_is_one_for_a_uniform_router_and_N_for_a_collapsed_one():
     uniform = Routing(
         torch.ones(8, 1), torch.arange(8).unsqueeze(1) % 4, torch.full((8, 4), 0.25)
     )
-    assert load_balance_loss(uniform, 4).item() == pytest.approx(1.0)
+    assert balance(uniform, 4).item() == pytest.approx(1.0)
     p = torch.zeros(8, 4)
     p[:, 2] = 1
     collapsed = Routing(torch.ones(8, 1), torch.full((8, 1), 2), p)
-    assert load_balance_loss(collapsed, 4).item() == pytest.approx(4.0)
+    assert balance(collapsed, 4).item() == pytest.approx(4.0)
 
 
 def test_load_balance_loss_lowers_the_probability_of_a_busy_expert():
@@ -103,9 +109,7 @@ def test_load_balance_loss_lowers_the_probability_of_a_busy_expert():
     x = draw(64, 4).abs()
     with torch.no_grad():
         W[:, 1] = 0.5
-    loss = load_balance_loss(
-        route(x, W, torch.zeros(4, dtype=torch.float64), 1, "softmax"), 3
-    )
+    loss = balance(route(x, W, torch.zeros(4, dtype=torch.float64), 1, "softmax"), 3)
     (gradient,) = torch.autograd.grad(loss, W)
     assert (gradient[:, 1] > 0).all()
     assert (gradient[:, [0, 2]] < 0).all()
