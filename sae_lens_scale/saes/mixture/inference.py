@@ -155,17 +155,20 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
             )
         if feature_acts.layout != torch.strided:
             feature_acts = feature_acts.to_dense()
+        recons = self._decode_dense(feature_acts.reshape(-1, self.cfg.d_sae))
+        return self._finish_decoding(
+            recons.view(*feature_acts.shape[:-1], recons.shape[-1])
+        )
+
+    def _decode_dense(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """Sum of the latents' decoder rows, without bias, ``[tokens, d_out]``."""
         dtype = torch.promote_types(feature_acts.dtype, self.W_dec.dtype)
         if self.cfg.rescale_acts_by_decoder_norm:
             if dtype == torch.float16:
                 # Divided by a tiny norm, a steered activation may be infinite there.
                 feature_acts = feature_acts.float()
             feature_acts = feature_acts * (1 / decoder_norm(self.W_dec))
-        recons = decode_dense(feature_acts.reshape(-1, self.cfg.d_sae), self.W_dec)
-        recons = recons.to(dtype)
-        return self._finish_decoding(
-            recons.view(*feature_acts.shape[:-1], recons.shape[-1])
-        )
+        return decode_dense(feature_acts, self.W_dec).to(dtype)
 
     def combine(self, partial: torch.Tensor, rows: Rows) -> torch.Tensor:
         """

@@ -1,0 +1,245 @@
+"""SAELens's trainer for an SAE that several processes train."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
+from sae_lens.training.types import DataProvider
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from typing_extensions import override
+
+from .exchange import EXPERT_DIMENSIONS
+from .groups import Group
+from .sae import DataParallelSAE
+
+# Of SAELens's trainer.
+_MAX_NORM = 1.0
+
+
+@dataclass
+class GlobalScaler(ActivationScaler):
+    """
+    SAELens's scaling of activations, estimated on the batches of all processes.
+
+    Args:
+        world: The processes.
+    """
+
+    world: Group | None = None
+
+    @override
+    def estimate_scaling_factor(
+        self,
+        d_in: int,
+        data_provider: DataProvider,
+        n_batches_for_norm_estimate: int = 1_000,
+    ) -> None:
+        super().estimate_scaling_factor(
+            d_in, self._batches_of_all(data_provider), n_batches_for_norm_estimate
+        )
+
+    @override
+    def estimate_whitening(
+        self,
+        d_in: int,
+        data_provider: DataProvider,
+        n_batches_for_norm_estimate: int = 1_000,
+        eps: float = 1e-3,
+    ) -> None:
+        super().estimate_whitening(
+            d_in, self._batches_of_all(data_provider), n_batches_for_norm_estimate, eps
+        )
+
+    def _batches_of_all(self, data_provider: DataProvider) -> Iterator[torch.Tensor]:
+        assert self.world is not None
+        for batch in data_provider:
+            yield torch.cat(self.world.all_gather(batch, "scale"))
+
+
+class DistributedTrainer(SAETrainer[Any, Any]):
+    """
+    SAELens's trainer on one of several processes.
+
+    Its config, counters, losses and metrics are those of the whole batch and of all latents,
+    on every process. Each process makes one, and all make their steps together.
+
+    Args:
+        cfg: As SAELens's; ``train_batch_size_samples`` counts the tokens of all processes.
+        sae: The SAE, shared out (:func:`.distribute`).
+        data_provider: Batches of this process.
+        evaluator: As SAELens's; every process calls it.
+        save_checkpoint_fn: As SAELens's.
+
+    Attributes:
+        stop: Set to True to stop all processes after the step that goes on.
+        should_stop: Whether one of them was told to.
+    """
+
+    sae: DataParallelSAE
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: DataParallelSAE,
+        data_provider: DataProvider,
+        evaluator: Evaluator[Any] | None = None,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
+    ):
+        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        self._mesh = sae.mesh
+        self.activation_scaler = GlobalScaler(world=self._mesh.world)
+        self.stop = self.should_stop = False
+        self._l0 = 0.0
+
+    @override
+    def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        before = self.n_training_samples
+        output = super().step(batch)
+        self.n_training_samples = before + self.sae.batch_tokens
+        return output
+
+    @override
+    def _train_step(
+        self, sae: DataParallelSAE, sae_in: torch.Tensor
+    ) -> TrainStepOutput:
+        sae.train()
+        with self.autocast_if_enabled:
+            output = sae.training_forward_pass(
+                TrainStepInput(
+                    sae_in=sae_in,
+                    dead_neuron_mask=self.dead_neurons,
+                    coefficients=self.get_coefficients(),
+                    n_training_steps=self.n_training_steps,
+                    is_logging_step=self._is_logging_step(),
+                )
+            )
+        output.loss.backward()
+        output = self._sum_over_processes(output)
+        self._clip_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+        return output
+
+    @torch.no_grad()
+    def _sum_over_processes(self, output: TrainStepOutput) -> TrainStepOutput:
+        """
+        Sum gradients, losses and counts of firing latents over all processes.
+
+        Returns:
+            The output, with the losses of the whole batch.
+
+        Raises:
+            ValueError: On all processes, if the loss of the whole batch is not finite.
+        """
+        sae = self.sae
+        for parameter in sae.parameters():
+            if parameter.grad is None:
+                # No latent of this process was asked.
+                parameter.grad = torch.zeros_like(parameter)
+        everywhere = self._gradients_of_everywhere()
+        losses = torch.stack([loss.detach() for loss in output.losses.values()])
+        columns = [
+            *everywhere,
+            losses,
+            self._firing(output.feature_acts),
+            losses.new_tensor([float(self.stop)]),
+        ]
+        dtype = torch.float32
+        for column in columns:
+            dtype = torch.promote_types(dtype, column.dtype)
+        packed = torch.cat([column.flatten().to(dtype) for column in columns])
+        self._mesh.world.all_reduce(packed, "gradients of all processes")
+        summed = packed.split([column.numel() for column in columns])
+        *_, total, firing, stop = summed
+        # Before those of everywhere, some of which are parts of these.
+        for name in self._shared_out():
+            gradient = sae.get_parameter(name).grad
+            assert gradient is not None
+            self._mesh.replicas.all_reduce(gradient, "gradients of replicas")
+        for gradient, whole in zip(everywhere, summed, strict=False):
+            gradient.copy_(whole.view_as(gradient))
+        self.should_stop = bool(stop)
+        values = dict(zip(output.losses, total.unbind(), strict=True))
+        if not total.sum().isfinite():
+            texts = ", ".join(f"{n} {v.item()}" for n, v in values.items())
+            raise ValueError(
+                f"the loss is not finite at training step {self.n_training_steps} "
+                f"({texts}): activations of some process, or the weights, hold NaN or "
+                f"infinite values, or ones too large for {sae.dtype}"
+            )
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired[firing > 0] = 0
+        self.act_freq_scores += firing
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+        self._l0 = firing.sum().item() / sae.batch_tokens
+        return replace(output, loss=total.sum(), losses=values)
+
+    def _shared_out(self) -> list[str]:
+        """Parameters of which each process holds its experts' part."""
+        names = [name for name, _ in self.sae.named_parameters()]
+        return [name for name in names if name in EXPERT_DIMENSIONS]
+
+    def _gradients_of_everywhere(self) -> list[torch.Tensor]:
+        """Gradients of what all processes hold: whole parameters, and shared experts."""
+        sae, gradients = self.sae, []
+        shared_out, num_shared = self._shared_out(), sae.ownership.num_shared
+        for name, parameter in sae.named_parameters():
+            gradient = parameter.grad
+            assert gradient is not None
+            if name in shared_out:
+                dim = EXPERT_DIMENSIONS[name]
+                experts = gradient.unflatten(dim, (sae.num_held_experts, -1))
+                gradient = experts.narrow(dim, 0, num_shared)
+            gradients.append(gradient)
+        return gradients
+
+    def _firing(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """Number of this process's rows that each latent fired on, ``[d_sae]``."""
+        sae = self.sae
+        fired = feature_acts.bool().float().sum(dim=0)
+        fired = fired.to_dense() if fired.is_sparse else fired
+        of_experts = fired.new_zeros(sae.cfg.num_experts, sae.cfg.expert_size)
+        held = sae.ownership.held(sae.ownership.rank)
+        of_experts[held] = fired.view(len(held), -1)
+        return of_experts.flatten()
+
+    def _clip_gradients(self) -> None:
+        """Clip by the norm of the whole gradient, as SAELens's trainer does."""
+        sae, own, shared_out = self.sae, [], self._shared_out()
+        gradients = {n: p.grad for n, p in sae.named_parameters()}
+        for name in shared_out:
+            dim = EXPERT_DIMENSIONS[name]
+            gradient = gradients[name]
+            assert gradient is not None
+            experts = gradient.unflatten(dim, (sae.num_held_experts, -1))
+            first = sae.ownership.num_shared
+            own.append(experts.narrow(dim, first, sae.num_held_experts - first))
+        square = self._mesh.experts.all_reduce(get_total_norm(own) ** 2, "norm")
+        norm = (square + get_total_norm(self._gradients_of_everywhere()) ** 2).sqrt()
+        clip_grads_with_norm_(sae.parameters(), _MAX_NORM, norm)
+
+    @override
+    @torch.no_grad()
+    def build_train_step_log_dict(
+        self, output: TrainStepOutput, n_training_samples: int
+    ) -> dict[str, Any]:
+        logged = super().build_train_step_log_dict(output, n_training_samples)
+        logged["metrics/l0"] = self._l0
+        x, errors = output.sae_in.double(), (output.sae_out - output.sae_in).double()
+        sums = torch.cat(
+            [x.sum(0), x.pow(2).sum().view(1), errors.pow(2).sum().view(1)]
+        )
+        self._mesh.world.all_reduce(sums, "metrics")
+        *_, squares, error = sums
+        mean = sums[:-2] / self.sae.batch_tokens
+        variance = squares - self.sae.batch_tokens * mean.pow(2).sum()
+        logged["metrics/explained_variance"] = (1 - error / variance).item()
+        return logged

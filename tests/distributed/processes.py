@@ -1,0 +1,87 @@
+"""Groups of gloo processes for tests."""
+
+import io
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(seconds=60)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _work(rank: int, size: int, port: int, results: Any, tasks: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    while (task := tasks.get()) is not None:
+        function, arguments = pickle.loads(task)
+        try:
+            outcome = True, function(*arguments)
+        except BaseException:
+            outcome = False, traceback.format_exc()
+        buffer = io.BytesIO()
+        # By value: a tensor's memory may be gone when it is read.
+        torch.save(outcome, buffer)
+        results.put((rank, buffer.getvalue()))
+    dist.destroy_process_group()
+
+
+class Processes:
+    """Processes of one group that run functions of tests, one after the other."""
+
+    def __init__(self, size: int):
+        context, port = mp.get_context("spawn"), _free_port()
+        self._results = context.SimpleQueue()
+        self._tasks = [context.SimpleQueue() for _ in range(size)]
+        self._processes = [
+            context.Process(
+                target=_work, args=(r, size, port, self._results, tasks), daemon=True
+            )
+            for r, tasks in enumerate(self._tasks)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call a function of a module on all processes; its results by rank."""
+        for tasks in self._tasks:
+            tasks.put(pickle.dumps((function, arguments)))
+        outcomes = {}
+        for _ in self._tasks:
+            while self._results.empty():
+                dead = [p.exitcode for p in self._processes if not p.is_alive()]
+                assert not dead, f"processes died: {dead}"
+                time.sleep(0.01)
+            rank, buffer = self._results.get()
+            outcomes[rank] = torch.load(io.BytesIO(buffer), weights_only=False)
+        failures = [text for succeeded, text in outcomes.values() if not succeeded]
+        if failures:
+            raise RuntimeError("\n".join(failures))
+        return [outcomes[rank][1] for rank in range(len(self._tasks))]
+
+    def close(self) -> None:
+        for tasks in self._tasks:
+            tasks.put(None)
+        for process in self._processes:
+            process.join(20)
+            process.kill()

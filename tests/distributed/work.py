@@ -1,0 +1,154 @@
+"""Work that tests give to groups of processes."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from helpers import scale_sae, step_input, switch_sae
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_scale.distributed.groups import Mesh, make_mesh
+from sae_lens_scale.distributed.sae import distribute
+from sae_lens_scale.distributed.trainer import DistributedTrainer
+
+MAKERS = {"scale": scale_sae, "switch": switch_sae}
+_meshes: dict[int, Mesh] = {}
+
+
+def mesh_of(expert_parallel: int) -> Mesh:
+    """A mesh, made once, with nothing counted."""
+    mesh = _meshes.setdefault(expert_parallel, make_mesh(expert_parallel))
+    for group in (mesh.world, mesh.experts, mesh.replicas):
+        group.sent.clear()
+        group.calls.clear()
+    return mesh
+
+
+def part_of(x: torch.Tensor, sizes: Sequence[int] | None, mesh: Mesh) -> torch.Tensor:
+    """This process's tokens of a batch: so many, or as many as on the others."""
+    world = mesh.world
+    if sizes is None:
+        return x.tensor_split(world.size)[world.rank]
+    return x.split(list(sizes))[world.rank]
+
+
+def training_step(
+    architecture: str,
+    overrides: dict[str, Any],
+    x: torch.Tensor,
+    dead: torch.Tensor | None,
+    expert_parallel: int,
+    sizes: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """One forward and backward pass; what this process has of it."""
+    mesh = mesh_of(expert_parallel)
+    # Of all processes, the first one's weights count.
+    sae = distribute(MAKERS[architecture](seed=mesh.world.rank, **overrides), mesh)
+    output = sae.training_forward_pass(step_input(part_of(x, sizes, mesh), dead))
+    output.loss.backward()
+    return {
+        "sae_out": output.sae_out.detach(),
+        "losses": {name: v.detach() for name, v in output.losses.items()},
+        "gradients": {name: p.grad for name, p in sae.named_parameters()},
+        "held": sae.ownership.held(sae.ownership.rank),
+        "sent": dict(mesh.world.sent + mesh.experts.sent),
+        "calls": dict(mesh.world.calls + mesh.experts.calls),
+    }
+
+
+STEPS, BATCH = 30, 96
+
+
+def trainer_config(**overrides: Any) -> SAETrainerConfig:
+    settings: dict[str, Any] = {
+        "n_checkpoints": 0,
+        "checkpoint_path": None,
+        "save_final_checkpoint": False,
+        "total_training_samples": STEPS * BATCH,
+        "device": "cpu",
+        "autocast": False,
+        "lr": 1e-2,
+        "lr_end": 1e-3,
+        "lr_scheduler_name": "constant",
+        "lr_warm_up_steps": 5,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.99,
+        "lr_decay_steps": 10,
+        "n_restart_cycles": 1,
+        "train_batch_size_samples": BATCH,
+        "dead_feature_window": 0,
+        "feature_sampling_window": 20,
+        "n_batches_for_norm_estimate": 2,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    return SAETrainerConfig(**(settings | overrides))
+
+
+def batches(dtype: str) -> Iterator[torch.Tensor]:
+    """Activations of a few clusters, some of whose directions are rare."""
+    generator = torch.Generator().manual_seed(3)
+    like: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    centers, directions = torch.randn(5, 10, **like), torch.randn(40, 10, **like)
+    while True:
+        cluster = torch.randint(5, (BATCH,), generator=generator)
+        active = torch.rand(BATCH, 40, **like) < torch.linspace(0.01, 0.2, 40)
+        x = 2 * centers[cluster] + active.double() @ directions
+        yield x.to(getattr(torch, dtype))
+
+
+def _state(trainer: SAETrainer[Any, Any], logged: list[dict[str, Any]]) -> Any:
+    return {
+        "since_fired": trainer.n_forward_passes_since_fired,
+        "frequency": trainer.act_freq_scores,
+        "samples": trainer.n_training_samples,
+        "logged": logged,
+        "adam": len(trainer.optimizer.state),
+    }
+
+
+def _train(trainer: SAETrainer[Any, Any]) -> list[dict[str, Any]]:
+    """Train, and return what would be logged, step by step."""
+    logged, step = [], trainer.step
+
+    def step_and_log(batch: torch.Tensor) -> Any:
+        output = step(batch)
+        samples = trainer.n_training_samples
+        logged.append(trainer.build_train_step_log_dict(output, samples))
+        return output
+
+    trainer.step = step_and_log
+    trainer.fit()
+    return logged
+
+
+def train_on_one(
+    architecture: str, overrides: dict[str, Any], trainer: dict[str, Any]
+) -> dict[str, Any]:
+    """The run of one process, by SAELens's own trainer."""
+    torch.manual_seed(0)
+    sae = MAKERS[architecture](**overrides)
+    one = SAETrainer(trainer_config(**trainer), sae, batches(sae.cfg.dtype))
+    logged = _train(one)
+    return _state(one, logged) | {"weights": sae.state_dict()}
+
+
+def train(
+    architecture: str,
+    overrides: dict[str, Any],
+    trainer: dict[str, Any],
+    expert_parallel: int,
+    sizes: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """This process's share of the same run."""
+    torch.manual_seed(0)
+    mesh = mesh_of(expert_parallel)
+    sae = distribute(MAKERS[architecture](seed=mesh.world.rank, **overrides), mesh)
+    parts = (part_of(batch, sizes, mesh) for batch in batches(sae.cfg.dtype))
+    many = DistributedTrainer(trainer_config(**trainer), sae, parts)
+    logged = _train(many)
+    whole = sae.whole()
+    return _state(many, logged) | {
+        "weights": None if whole is None else whole.state_dict(),
+        "bytes": sum(p.nbytes for p in sae.parameters()),
+    }
