@@ -1,11 +1,34 @@
-"""The benchmark commands, at sizes that mean nothing."""
+"""The benchmark commands, at sizes that mean nothing, and the formulas of the cost on many GPUs."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+import pytest
+import torch
+
+from benchmarks.cost_model import (
+    Assumptions,
+    Layout,
+    Shape,
+    best_layout,
+    efficiency,
+    fits,
+    memory_bytes,
+    multiply_adds,
+    seconds,
+    wire_bytes,
+)
+from reproduction.flops import flops_per_token
+from sae_lens_scale import ScaleTrainingSAEConfig
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+SHAPE = Shape(d_in=32, d_sae=512, num_experts=16, experts_per_token=3, k=4)
+MILLION = Shape(d_in=4096, d_sae=1 << 20, num_experts=1024, experts_per_token=4, k=64)
 
 
 def run(name: str, *arguments: object) -> str:
@@ -39,3 +62,141 @@ def test_training_says_what_each_part_of_a_step_takes(tmp_path: Path):
         whole = parts.pop("whole")
         assert min(parts.values()) > 0
         assert abs(sum(parts.values()) - whole) < 1e-6 * whole
+
+
+def table(text: str) -> list[dict[str, str]]:
+    """Rows, by the head, of the Markdown table that has a column "layout"."""
+    tables = [part.strip().splitlines() for part in text.split("\n\n")]
+    (lines,) = (t for t in tables if t[0].startswith("|") and "layout" in t[0])
+    head, _, *rows = ([c.strip() for c in line.split("|")[1:-1]] for line in lines)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_scaling_prints_and_draws_the_costs_that_the_page_has(tmp_path: Path):
+    picture = tmp_path / "scale-out.png"
+    printed = table(run("scaling.py", "--output", picture))
+    stated = table((ROOT / "docs/scale-out.md").read_text())
+    assert len(stated) == 3 * 3 * 3
+    assert stated == [{name: row[name] for name in stated[0]} for row in printed]
+    assert picture.stat().st_size > 10_000
+
+
+def test_scaling_refuses_lists_that_do_not_fit_in_one_line():
+    command = [sys.executable, BENCHMARKS / "scaling.py", "--k", "32"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        "scaling.py: error: k must have as many numbers as d_in=[768, 4096, 16384], "
+        "got [32]\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("assumption", "complaint"),
+    [
+        ({"overlap": 2}, "overlap must be from 0 to 1, got 2"),
+        ({"link_share": 0}, "link_share must be above 0 and at most 1, got 0"),
+        ({"latency": -1}, "latency must be at least 0 and finite, got -1"),
+        ({"tokens": 0}, "tokens must be at least 1 and finite, got 0"),
+    ],
+)
+def test_cost_model_refuses_what_makes_no_sense(
+    assumption: dict[str, Any], complaint: str
+):
+    with pytest.raises(ValueError, match=f"^{complaint}$"):
+        Assumptions(**assumption)
+    with pytest.raises(ValueError, match="^ranks must divide gpus=8, got 3$"):
+        Layout("experts", 8, 3)
+    with pytest.raises(ValueError, match="^d_sae must be a multiple of num_experts=3"):
+        replace(SHAPE, num_experts=3)
+
+
+@pytest.mark.parametrize("multi_topk", [False, True])
+@pytest.mark.parametrize("dead", [0.0, 0.25])
+def test_cost_model_counts_the_flops_of_the_laboratory(multi_topk: bool, dead: float):
+    matrix, rows = multiply_adds(SHAPE, Assumptions(multi_topk=multi_topk, dead=dead))
+    cfg = ScaleTrainingSAEConfig(
+        **vars(SHAPE), num_shared_experts=0, multi_topk_coefficient=float(multi_topk)
+    )
+    flops = flops_per_token(cfg, dead_latents=int(dead * SHAPE.expert_size))
+    assert 2 * SHAPE.d_in * (matrix + rows) == flops.total
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 16])
+def test_wire_bytes_are_those_of_tokens_that_choose_experts_evenly(ranks: int):
+    tokens, element = 2048, 2
+    settings = Assumptions(tokens=tokens, bytes_per_element=element, dead=0.75)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(ranks, tokens, SHAPE.num_experts, generator=generator)
+    owner_of = torch.arange(SHAPE.num_experts) * ranks // SHAPE.num_experts
+    owner = owner_of[scores.topk(SHAPE.experts_per_token).indices]
+    home = torch.arange(ranks).view(-1, 1, 1)
+    pairs = (owner != home).sum().item() / ranks
+    has = torch.stack([(owner == rank).any(-1) for rank in range(ranks)], dim=-1)
+    rows = (has & (torch.arange(ranks) != home)).sum().item() / ranks
+    vector = SHAPE.d_in * element
+    # Of a pair: the best 4 k = 16 of its latents, and the best d_in / 2 = 16 of its 24 dead ones.
+    want = {
+        "tokens to owners": rows * vector + pairs * (8 + 4),
+        "ranking values": pairs * (16 + 16) * 4,
+        "prefixes": pairs * 3 * 4,
+        "reconstructions": rows * 3 * vector,
+        "reconstructions' gradients": rows * 3 * vector,
+        "gates' gradients": pairs * 4,
+    }
+    got = wire_bytes(SHAPE, Layout("experts", ranks, ranks), settings)
+    assert {name: got[name] for name in want} == pytest.approx(want, rel=0.03)
+    assert got["gradients of weights"] == 0
+    summed = 2 * (ranks - 1) / ranks * 4 * 32 * (16 + 2)
+    assert got["router"] == pytest.approx(summed)
+
+
+def test_experts_of_one_rank_are_data_parallel():
+    settings = Assumptions()
+    data, experts = (Layout(kind, 64, 1) for kind in ("data", "experts"))
+    for cost in (wire_bytes, memory_bytes, seconds):
+        assert cost(MILLION, experts, settings) == cost(MILLION, data, settings)
+    sent = wire_bytes(MILLION, data, settings)
+    # Each parameter's gradient and sum in float32, of 63 of 64 ranks.
+    numbers = MILLION.expert_parameters + MILLION.other_parameters
+    assert sum(sent.values()) == pytest.approx(2 * 63 / 64 * 4 * numbers)
+
+
+def test_weights_and_their_gradients_are_shared_out_among_ranks():
+    settings, layout = Assumptions(), Layout("experts", 64, 16)
+    alone = memory_bytes(MILLION, Layout("data", 64, 1), settings)
+    shared = memory_bytes(MILLION, layout, settings)
+    for name in ("weights", "gradients", "Adam"):
+        assert 1 / 16 < shared[name] / alone[name] < 1.01 / 16
+    less = memory_bytes(MILLION, layout, replace(settings, sharded_adam=True))
+    assert less["Adam"] == pytest.approx(shared["Adam"] / 4)
+
+
+def test_the_fastest_layout_of_those_that_fit_is_chosen():
+    settings = Assumptions()
+    best = best_layout(MILLION, "experts", 64, settings)
+    times = {
+        ranks: seconds(MILLION, Layout("experts", 64, ranks), settings)["step"]
+        for ranks in (2, 4, 8, 16, 32, 64)
+        if fits(MILLION, Layout("experts", 64, ranks), settings)
+    }
+    assert best.ranks == min(times, key=lambda ranks: times[ranks])
+    assert not fits(MILLION, best_layout(MILLION, "data", 64, settings), settings)
+
+
+def test_one_gpu_is_efficient_and_hidden_communication_costs_nothing():
+    settings = Assumptions(gpu_memory=200)
+    assert efficiency(MILLION, Layout("data", 1, 1), settings) == 1
+    # Computing is longer than communication here, and hides it whole.
+    layout = Layout("experts", 8, 8)
+    hidden = seconds(MILLION, layout, replace(settings, overlap=1.0))
+    assert hidden["step"] == pytest.approx(hidden["computing"])
+    assert hidden["exchange"] == seconds(MILLION, layout, settings)["exchange"] > 0
+
+
+def test_bytes_to_other_nodes_take_longer():
+    settings = Assumptions(latency=0)
+    within = seconds(MILLION, Layout("experts", 8, 8), settings)["exchange"]
+    settings = replace(settings, gpus_per_node=1)
+    between = seconds(MILLION, Layout("experts", 8, 8), settings)["exchange"]
+    assert between == pytest.approx(within * 450 / 50)
