@@ -252,20 +252,23 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             # Due at the end of this step, when weights, optimizer and counters agree.
             trainer.checkpoint_thresholds.insert(0, -1)
 
+        self._set_up_optimizer(trainer)
+        # An earlier run of this runner may have been interrupted.
+        self._interrupted = False
+        with handling_signals(interrupt):
+            return trainer.fit()
+
+    def _set_up_optimizer(self, trainer: SAETrainer[Any, Any]) -> None:
         for group in trainer.optimizer.param_groups:
             # None is torch's default; False would also refuse its foreach implementation.
             group["fused"] = self.fused_optimizer or None
         apply_lr_factors(trainer.optimizer, self.sae, self.lr_factors)
-        # An earlier run of this runner may have been interrupted.
-        self._interrupted = False
-        with _handling_signals(interrupt):
-            return trainer.fit()
 
     @override
     def save_final_sae(self, *args: Any, **kwargs: Any) -> None:
         """Save the trained SAE; a signal that comes meanwhile takes effect afterwards."""
         came: list[int] = []
-        with _handling_signals(lambda number, _: came.append(number)):
+        with handling_signals(lambda number, _: came.append(number)):
             super().save_final_sae(*args, **kwargs)
         for number in came:
             signal.raise_signal(number)
@@ -286,7 +289,7 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
 
 
 @contextmanager
-def _handling_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+def handling_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
     """Handle interruptions by a handler of one's own, and by those from before afterwards."""
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

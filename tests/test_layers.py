@@ -26,7 +26,7 @@ LAYERS = [
     ["upstream"],
     # SAEs as SAELens knows them.
     ["saes"],
-    ["recipes", "loading", "run_settings", "runner", "analysis"],
+    ["recipes", "loading", "run_settings", "runner", "distributed", "analysis"],
     ["cli", "__main__"],
     # The public names.
     [""],

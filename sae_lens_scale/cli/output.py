@@ -63,8 +63,12 @@ def complain(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print what a reader of the terminal wants to know, beside the result."""
-    _print(f"sae-lens-scale: {text}", sys.stderr)
+    """
+    Print what a reader of the terminal wants to know, beside the result; of several
+    processes that torchrun has started, the first one does.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        _print(f"sae-lens-scale: {text}", sys.stderr)
 
 
 def _print(text: str, stream: TextIO | None) -> None:

@@ -7,11 +7,13 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from sae_lens.constants import SAE_CFG_FILENAME
 
+from sae_lens_scale.distributed.runner import DistributedTrainingRunner, is_launched
 from sae_lens_scale.recipes import (
     ARCHITECTURES,
     CONTEXT_SIZE,
@@ -91,6 +93,20 @@ def add_parser(commands: Any) -> None:
         "b_enc=0.5 (the router has --router_lr_factor besides); with "
         "--resume_from_checkpoint the checkpoint's, unless some are given",
     )
+    parser.add_argument(
+        "--expert_parallel",
+        type=positive,
+        metavar="N",
+        help="where torchrun starts this command (docs/scale-out.md): number of neighbouring "
+        "processes that share out the experts; by default all processes hold all of them",
+    )
+    parser.add_argument(
+        "--process_timeout",
+        type=positive,
+        metavar="SECONDS",
+        help="likewise: longest wait for another process (by default torch's, of 10 minutes on "
+        "GPUs and 30 without)",
+    )
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
@@ -106,13 +122,27 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
     # SAELens takes no options at all for a call for help.
     if not arguments or {"-h", "--help"} & set(arguments):
         print_result(options.format_help())
+    seconds = options.process_timeout
+    for name in ("expert_parallel", "process_timeout"):
+        if getattr(options, name) and not is_launched():
+            raise ValueError(
+                f"--{name} is for several processes: torchrun -m sae_lens_scale train ..."
+            )
     cfg = _with_recipe(options.recipe, arguments)
-    InterruptibleTrainingRunner(
-        cfg,
-        fused_optimizer=options.fused_optimizer,
+    settings: dict[str, Any] = {
+        "fused_optimizer": options.fused_optimizer,
         # None leaves them to the checkpoint that the run goes on from.
-        lr_factors=dict(options.lr_factors) or None,
-    ).run()
+        "lr_factors": dict(options.lr_factors) or None,
+    }
+    if is_launched():
+        DistributedTrainingRunner(
+            cfg,
+            expert_parallel=options.expert_parallel or 1,
+            timeout=None if seconds is None else timedelta(seconds=seconds),
+            **settings,
+        ).run()
+    else:
+        InterruptibleTrainingRunner(cfg, **settings).run()
     if cfg.output_path is not None:
         note(f"next: sae-lens-scale evaluate {shlex.quote(str(cfg.output_path))}")
 

@@ -221,6 +221,9 @@ def make_mesh(expert_parallel: int, timeout: timedelta | None = None) -> Mesh:
     ranks = torch.arange(size).view(-1, expert_parallel)
     groups = []
     for partition in (ranks, ranks.T):
-        made = [(r, dist.new_group(r, timeout=timeout)) for r in partition.tolist()]
-        groups.append(Group(next(group for r, group in made if rank in r)))
+        for members in partition.tolist():
+            group = dist.new_group(members, timeout=timeout)
+            if rank in members:
+                assert isinstance(group, dist.ProcessGroup)
+                groups.append(Group(group))
     return Mesh(Group(), *groups)

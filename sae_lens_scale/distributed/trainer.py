@@ -1,7 +1,9 @@
 """SAELens's trainer for an SAE that several processes train."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from sae_lens.training.types import DataProvider
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from typing_extensions import override
 
+from sae_lens_scale.upstream import InterruptedException
+
 from .exchange import EXPERT_DIMENSIONS
-from .groups import Group
+from .groups import Group, on_first
 from .sae import DataParallelSAE
 
 # Of SAELens's trainer.
@@ -73,11 +77,12 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         sae: The SAE, shared out (:func:`.distribute`).
         data_provider: Batches of this process.
         evaluator: As SAELens's; every process calls it.
-        save_checkpoint_fn: As SAELens's.
+        save_checkpoint_fn: As SAELens's, for what a checkpoint needs besides; on the first
+            process only.
+        before_checkpoint: Called before that, on all processes.
 
     Attributes:
         stop: Set to True to stop all processes after the step that goes on.
-        should_stop: Whether one of them was told to.
     """
 
     sae: DataParallelSAE
@@ -89,11 +94,13 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         data_provider: DataProvider,
         evaluator: Evaluator[Any] | None = None,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
+        before_checkpoint: Callable[[], None] = lambda: None,
     ):
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
         self._mesh = sae.mesh
+        self._before_checkpoint = before_checkpoint
         self.activation_scaler = GlobalScaler(world=self._mesh.world)
-        self.stop = self.should_stop = False
+        self.stop = self._is_stopping = False
         self._l0 = 0.0
 
     @override
@@ -166,7 +173,10 @@ class DistributedTrainer(SAETrainer[Any, Any]):
             self._mesh.replicas.all_reduce(gradient, "gradients of replicas")
         for gradient, whole in zip(everywhere, summed, strict=False):
             gradient.copy_(whole.view_as(gradient))
-        self.should_stop = bool(stop)
+        if bool(stop) and not self._is_stopping:
+            self._is_stopping = True
+            # Due at the end of this step, when weights, optimizer and counters agree.
+            self.checkpoint_thresholds.insert(0, -1)
         values = dict(zip(output.losses, total.unbind(), strict=True))
         if not total.sum().isfinite():
             texts = ", ".join(f"{n} {v.item()}" for n, v in values.items())
@@ -243,3 +253,85 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         variance = squares - self.sae.batch_tokens * mean.pow(2).sum()
         logged["metrics/explained_variance"] = (1 - error / variance).item()
         return logged
+
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        super()._checkpoint_if_needed()
+        # Once training is over there is nothing to resume: the run ends as usual.
+        is_over = self.n_training_samples >= self.cfg.total_training_samples
+        if self._is_stopping and not is_over:
+            message = "no checkpoint was saved: checkpoint_path is not set"
+            if self.cfg.checkpoint_path is not None:
+                path = Path(self.cfg.checkpoint_path, str(self.n_training_samples))
+                message = f"resume_from_checkpoint {path} goes on from here"
+            raise InterruptedException(message)
+
+    @override
+    @torch.no_grad()
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """
+        Save a checkpoint of one process, whole or not at all; on all processes together.
+
+        Raises:
+            RuntimeError: If the first process could not; that one raises its own error.
+        """
+        base = self.cfg.checkpoint_path if base_path is None else base_path
+        self._before_checkpoint()
+        sae, optimizer = self.sae.whole(), self._whole_optimizer()
+
+        def save() -> None:
+            # SAELens's own trainer saves what it is made of.
+            one: SAETrainer[Any, Any] = SAETrainer.__new__(SAETrainer)
+            vars(one).update(vars(self) | {"sae": sae, "optimizer": optimizer})
+            if base is None:
+                one.save_checkpoint(checkpoint_name, None, wandb_aliases)
+                return
+            final = Path(base, checkpoint_name)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=".saving-", dir=base) as folder:
+                one.save_checkpoint(checkpoint_name, folder, wandb_aliases)
+                if final.exists():
+                    # Of a run that went on from before: replaced by the same step's.
+                    final.rename(Path(folder, "before"))
+                Path(folder, checkpoint_name).rename(final)
+
+        on_first(self._mesh.world, save)
+
+    def _whole_optimizer(self) -> "_State":
+        """Gather the optimizer's state as one process has it, on the first one."""
+        sae, state = self.sae, self.optimizer.state_dict()
+        names = [name for name, _ in sae.named_parameters()]
+        for index, values in state["state"].items():
+            shape = sae.get_parameter(names[index]).shape
+            state["state"][index] = {
+                name: sae.gathered(names[index], value)
+                if value.shape == shape
+                else value
+                for name, value in values.items()
+            }
+        return _State(state)
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        super().load_trainer_state(checkpoint_path)
+        sae = self.sae
+        for name, parameter in sae.named_parameters():
+            values = self.optimizer.state.get(parameter, {})
+            for key, value in values.items():
+                if value.dim():
+                    values[key] = sae.ownership.part(name, value)
+
+
+class _State:
+    """A state, as an optimizer has one."""
+
+    def __init__(self, state: dict[str, Any]):
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state

@@ -1,0 +1,292 @@
+"""SAELens's training runner on several processes."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext, redirect_stderr
+from copy import copy
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import wandb
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.prefetch import PrefetchingIterator
+from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.types import DataProvider
+from safetensors.torch import load_file, save_file
+from transformer_lens.hook_points import HookedRootModule
+from typing_extensions import override
+
+from sae_lens_scale.runner import InterruptibleTrainingRunner, handling_signals
+from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
+from sae_lens_scale.upstream import InterruptedException
+
+from .groups import make_mesh, on_first
+from .sae import distribute
+from .trainer import DistributedTrainer
+
+_ROWS = "n_dataset_processed"
+# Fields that name a device, of which each process has its own.
+_DEVICES = ("device", "llm_device", "act_store_device")
+
+
+def is_launched() -> bool:
+    """Say whether this process is one of several that torchrun, or the like, has started."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+class DistributedTrainingRunner(InterruptibleTrainingRunner):
+    """
+    InterruptibleTrainingRunner on all processes that torchrun has started.
+
+    Each reads its own part of the text, and they train one SAE: that of one process with the
+    same batches. Numbers of tokens in the config (``training_tokens``,
+    ``train_batch_size_tokens``) count those of all processes, so that a config needs no
+    change for more of them. Checkpoints, exports and what is logged are those of one
+    process, from the first one; every process reads a checkpoint that a run goes on from.
+    After a restart by torchrun the run goes on from its newest checkpoint.
+
+    Args:
+        cfg: Config of the run; the same on all processes. Device "cuda" is the process's GPU.
+        override_dataset: The whole text, instead of the config's.
+        override_model: The language model, instead of the config's.
+        override_sae: The SAE to train, instead of a new one; the first process's counts.
+        expert_parallel: Number of neighbouring processes that share out the experts among
+            them; 1 for whole SAEs on all processes.
+        timeout: Longest wait for another process before the run fails; None for torch's.
+        fused_optimizer: As :class:`.InterruptibleTrainingRunner`.
+        lr_factors: Likewise.
+
+    Raises:
+        ValueError: As that; if the processes cannot share out the batch, the text or the
+            experts, or if the config has an option that several processes cannot have.
+    """
+
+    def __init__(
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        override_dataset: HfDataset | None = None,
+        override_model: HookedRootModule | None = None,
+        override_sae: TrainingSAE[Any] | None = None,
+        *,
+        expert_parallel: int = 1,
+        timeout: timedelta | None = None,
+        fused_optimizer: bool = False,
+        lr_factors: Mapping[str, float] | None = None,
+    ):
+        # Its own: SAELens draws another checkpoint_path for each copy that it makes.
+        cfg = copy(cfg)
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        for name in _DEVICES:
+            if getattr(cfg, name) == "cuda":
+                setattr(cfg, name, f"cuda:{local}")
+        on_gpu = str(cfg.device).startswith("cuda")
+        if on_gpu:
+            torch.cuda.set_device(cfg.device)
+        self._owns_processes = not dist.is_initialized()
+        if self._owns_processes:
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+        self._mesh = make_mesh(expert_parallel, timeout)
+        self._require_shares(cfg)
+        _share_checkpoints(cfg, self._mesh.world.rank)
+        with _quiet_unless_first(self._mesh.world.rank):
+            super().__init__(
+                cfg,
+                override_dataset,
+                override_model,
+                override_sae,
+                fused_optimizer=fused_optimizer,
+                lr_factors=lr_factors,
+            )
+        if not isinstance(self.sae, MixtureTrainingSAE):
+            raise ValueError(
+                "architecture must be scale or switch, to be trained by several "
+                f"processes, got {self.sae.cfg.architecture()}"
+            )
+        if cfg.use_cached_activations:
+            self._share_text()
+        world, tokens = self._mesh.world, cfg.train_batch_size_tokens
+        share = (
+            tokens * (world.rank + 1) // world.size - tokens * world.rank // world.size
+        )
+        self.activations_store.train_batch_size_tokens = share
+
+    def _require_shares(self, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+        if cfg.train_batch_size_tokens < self._mesh.world.size:
+            raise ValueError(
+                f"train_batch_size_tokens must be at least the {self._mesh.world.size} "
+                f"processes, got {cfg.train_batch_size_tokens}"
+            )
+        if cfg.compile_sae:
+            raise ValueError(
+                "compile_sae must be False with several processes, got True"
+            )
+
+    @override
+    def _require_activations(self, dataset_is_named: bool) -> None:
+        self._share_text()
+        super()._require_activations(dataset_is_named)
+
+    def _share_text(self) -> None:
+        """Let the store read this process's rows: each as many as processes after the last."""
+        store, world = self.activations_store, self._mesh.world
+        cached = store.cached_activation_dataset
+        rows = store.dataset if cached is None else cached
+        if isinstance(rows, Dataset) and len(rows) < world.size:
+            raise ValueError(
+                f"the text must have a row for each of the {world.size} processes, got "
+                f"{len(rows)}"
+            )
+        if cached is not None:
+            store.cached_activation_dataset = cached.shard(world.size, world.rank)
+        elif isinstance(rows, IterableDataset):
+            store.dataset = split_dataset_by_node(rows, world.rank, world.size)
+        elif isinstance(rows, Dataset):
+            # Not neighbours: the first rows are read first by any number of processes.
+            store.dataset = rows.shard(world.size, world.rank, contiguous=False)
+
+    @override
+    def run(self) -> Any:
+        """
+        Train, and save the SAE.
+
+        Returns:
+            The trained SAE, an ordinary one, on the first process; None on the others.
+        """
+        cfg, world = self.cfg, self._mesh.world
+        self._set_sae_metadata()
+        if cfg.logger.log_to_wandb:
+            wandb.init(
+                project=cfg.logger.wandb_project,
+                entity=cfg.logger.wandb_entity,
+                config=cfg.to_dict(),
+                name=cfg.logger.run_name,
+                id=cfg.logger.wandb_id,
+                mode="disabled" if world.rank else None,
+            )
+        checkpoint = cfg.resume_from_checkpoint
+        if checkpoint is not None:
+            self.sae.load_weights_from_checkpoint(checkpoint)
+        assert isinstance(self.sae, MixtureTrainingSAE)
+        data_provider: DataProvider = self.activations_store
+        reading = nullcontext()
+        if cfg.prefetch_llm_batches:
+            data_provider = PrefetchingIterator(
+                iter(self.activations_store), prefetch=int(cfg.prefetch_llm_batches)
+            )
+            reading = closing(data_provider)
+        with reading, _quiet_unless_first(world.rank):
+            trainer = DistributedTrainer(
+                cfg.to_sae_trainer_config(),
+                distribute(self.sae, self._mesh),
+                data_provider,
+                self._evaluate,
+                self.save_checkpoint,
+                self._count_rows,
+            )
+            if checkpoint is not None:
+                trainer.load_trainer_state(checkpoint)
+                self._go_on_reading(Path(checkpoint))
+            self.run_trainer_with_interruption_handling(trainer)
+            whole = trainer.sae.whole()
+            if cfg.output_path is not None:
+                final = (whole, cfg.output_path, trainer.log_feature_sparsity)
+                on_first(world, lambda: self.save_final_sae(*final))
+        if cfg.logger.log_to_wandb:
+            wandb.finish()
+        if self._owns_processes:
+            dist.destroy_process_group()
+        return whole
+
+    @override
+    def run_trainer_with_interruption_handling(
+        self, trainer: SAETrainer[Any, Any]
+    ) -> Any:
+        assert isinstance(trainer, DistributedTrainer)
+
+        def interrupt(*_: Any) -> None:
+            if trainer.stop or trainer.n_training_samples == 0:
+                raise InterruptedException("no checkpoint was saved")
+            trainer.stop = True
+
+        self._set_up_optimizer(trainer)
+        with handling_signals(interrupt):
+            return trainer.fit()
+
+    def _evaluate(
+        self, sae: Any, data_provider: DataProvider, scaler: ActivationScaler
+    ) -> dict[str, Any]:
+        """Metrics of SAELens's evaluation, mean over processes, each on its own text."""
+        metrics = self.evaluator(sae, data_provider, scaler)
+        names = sorted(metrics)
+        values = torch.tensor(
+            [float(metrics[name]) for name in names],
+            dtype=torch.float64,
+            device=sae.device,
+        )
+        means = self._mesh.world.all_reduce(values, "metrics") / self._mesh.world.size
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def _count_rows(self) -> None:
+        """Count rows of the text that no process has to read again."""
+        world = self._mesh.world
+        mine = torch.tensor([self.activations_store.n_dataset_processed])
+        counts = world.all_gather(mine.to(self.sae.device), "rows")
+        self._rows_read = world.size * max(int(count) for count in counts)
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is not None:
+            state = {_ROWS: torch.tensor(self._rows_read)}
+            save_file(state, checkpoint_path / ACTIVATIONS_STORE_STATE_FILENAME)
+
+    def _go_on_reading(self, checkpoint: Path) -> None:
+        """Pass over this process's share of the rows that were read before a checkpoint."""
+        state = load_file(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME)
+        state[_ROWS] = -(-state[_ROWS] // self._mesh.world.size)
+        with TemporaryDirectory() as folder:
+            path = str(Path(folder, ACTIVATIONS_STORE_STATE_FILENAME))
+            save_file(state, path)
+            self.activations_store.load(path)
+
+
+@contextmanager
+def _quiet_unless_first(rank: int) -> Iterator[None]:
+    """Show progress and warnings of the first process only; errors come afterwards."""
+    if rank == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
+
+
+def _share_checkpoints(cfg: LanguageModelSAERunnerConfig[Any], rank: int) -> None:
+    """
+    Let all processes, and all lives of a run that torchrun restarts, have one folder of
+    checkpoints, and go on from the newest in it after a restart.
+    """
+    if cfg.checkpoint_path is None:
+        return
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    paths = [cfg.checkpoint_path]
+    if run_id != "none":
+        paths = [str(Path(cfg.checkpoint_path).parent / run_id)]
+    dist.broadcast_object_list(paths)
+    cfg.checkpoint_path = paths[0]
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return
+    newest = [None]
+    if rank == 0 and Path(cfg.checkpoint_path).is_dir():
+        steps = [p for p in Path(cfg.checkpoint_path).iterdir() if p.name.isdecimal()]
+        newest = [str(max(steps, key=lambda p: int(p.name), default="")) or None]
+    dist.broadcast_object_list(newest)
+    cfg.resume_from_checkpoint = newest[0] or cfg.resume_from_checkpoint
