@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cli.runs import train_command
+from distributed import work
+from distributed.processes import Processes
 from sae_lens import SAE
 from safetensors.torch import load_file
 
@@ -92,3 +95,16 @@ def test_the_command_trains_on_several_processes_what_it_trains_on_one(
     again = train_command("scale", tiny_llama, text_folder, resumed)
     assert main([*again.split(), "--resume_from_checkpoint", str(middle)]) == 0
     assert (resumed / "sae" / "cfg.json").exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_row_of_the_text_is_read_by_one_process(
+    processes: Callable[[int], Processes], tiny_llama: Path, streaming: bool
+):
+    texts = [f"{i} " * 30 for i in range(31)]
+    # Null text is passed over.
+    results = processes(3).run(work.rows_to_read, tiny_llama, [*texts, None], streaming)
+    read = [text for rows, _ in results for text in rows]
+    assert sorted(read) == sorted(texts)
+    assert all(len(rows) >= 10 for rows, _ in results)
+    assert [tokens for _, tokens in results] == [21, 21, 22]

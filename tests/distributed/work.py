@@ -1,14 +1,22 @@
 """Work that tests give to groups of processes."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from helpers import scale_sae, step_input, switch_sae
-from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.config import (
+    LanguageModelSAERunnerConfig,
+    LoggingConfig,
+    SAETrainerConfig,
+)
 from sae_lens.training.sae_trainer import SAETrainer
 
+from sae_lens_scale import ScaleTrainingSAEConfig
 from sae_lens_scale.distributed.groups import Mesh, make_mesh
+from sae_lens_scale.distributed.runner import DistributedTrainingRunner
 from sae_lens_scale.distributed.sae import distribute
 from sae_lens_scale.distributed.trainer import DistributedTrainer
 
@@ -152,3 +160,40 @@ def train(
         "weights": None if whole is None else whole.state_dict(),
         "bytes": sum(p.nbytes for p in sae.parameters()),
     }
+
+
+def make_runner(
+    model: Path, text: Dataset | IterableDataset, **overrides: Any
+) -> DistributedTrainingRunner:
+    settings: dict[str, Any] = {
+        "model_class_name": "AutoModelForCausalLM",
+        "model_name": str(model),
+        "hook_name": "model.layers.0",
+        "context_size": 16,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 16,
+        "train_batch_size_tokens": 64,
+        "training_tokens": 640,
+        "n_checkpoints": 0,
+        "checkpoint_path": None,
+        "output_path": None,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    cfg = LanguageModelSAERunnerConfig(
+        sae=ScaleTrainingSAEConfig(
+            d_in=32, d_sae=128, num_experts=4, experts_per_token=2, k=8
+        ),
+        **(settings | overrides),
+    )
+    return DistributedTrainingRunner(cfg, override_dataset=text)
+
+
+def rows_to_read(
+    model: Path, texts: list[str | None], streaming: bool
+) -> tuple[list[str], int]:
+    """Texts that this process reads, and the tokens that it gives to a batch."""
+    text = Dataset.from_dict({"text": texts})
+    runner = make_runner(model, text.to_iterable_dataset() if streaming else text)
+    store = runner.activations_store
+    rows: Any = store.dataset
+    return [row["text"] for row in rows], store.train_batch_size_tokens
