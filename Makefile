@@ -16,7 +16,7 @@ FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-matrix test-ecosystem lint docs notebooks bench bench-training reproduce release clean
+.PHONY: install demo test test-slow test-matrix test-ecosystem lint docs notebooks bench bench-training reproduce release clean
 
 install: $(INSTALLED)
 
@@ -43,7 +43,11 @@ demo: $(INSTALLED)
 TEST_PROCESSES ?= 2
 
 test: $(INSTALLED)
-	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(RUN) -m pytest -m "not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Groups of processes, one test at a time.
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -m slow $(ARGS)
 
 # Each row has its own environment, made once, and the constraints of its name.
 test-matrix:

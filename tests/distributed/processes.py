@@ -50,7 +50,9 @@ class Processes:
     """Processes of one group that run functions of tests, one after the other."""
 
     def __init__(self, size: int):
-        context, port = mp.get_context("spawn"), _free_port()
+        # A server imports everything once, and forks all processes.
+        context, port = mp.get_context("forkserver"), _free_port()
+        context.set_forkserver_preload(["distributed.work"])
         self._results = context.SimpleQueue()
         self._tasks = [context.SimpleQueue() for _ in range(size)]
         self._processes = [

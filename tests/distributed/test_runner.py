@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from sae_lens_scale.cli import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # Of each of its processes, in seconds.
 TIMEOUT = "60"

@@ -62,6 +62,7 @@ def assert_as_one_process(
 
 
 PLAIN = {"multi_topk_coefficient": 0.0, "aux_loss_coefficient": 0.0}
+MESHES = [(2, 1), (2, 2), (3, 3)]
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"topk_over": "activations", "gate": "softmax"},
@@ -84,7 +85,10 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("overrides", SETTINGS, ids=str)
-@pytest.mark.parametrize(("size", "expert_parallel"), [(2, 2), (2, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("size", "expert_parallel"),
+    [(4, 2), *(pytest.param(n, e, marks=pytest.mark.slow) for n, e in MESHES)],
+)
 def test_losses_and_gradients_are_those_of_one_process(
     processes: Callable[[int], Processes],
     size: int,
@@ -94,6 +98,7 @@ def test_losses_and_gradients_are_those_of_one_process(
     assert_as_one_process(processes, size, expert_parallel, overrides=overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_parallel", [1, 2, 4])
 @pytest.mark.parametrize("architecture", ["scale", "switch"])
 @pytest.mark.parametrize("dead", [None, torch.zeros(60).bool(), torch.ones(60).bool()])
@@ -106,6 +111,7 @@ def test_four_processes_as_replicas_experts_and_both(
     assert_as_one_process(processes, 4, expert_parallel, architecture, dead=dead)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_parallel", [1, 3])
 @pytest.mark.parametrize("sizes", [[24, 0, 0], [0, 1, 23], [8, 7, 9]], ids=str)
 def test_processes_may_have_other_numbers_of_tokens_or_none(

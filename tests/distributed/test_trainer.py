@@ -53,9 +53,18 @@ def assert_same_training(
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-MESHES = [(2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4)]
+# Replicas, shared out experts, of which there are five, and both.
+MESHES = [(2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 4)]
 
 
+@pytest.mark.parametrize("architecture", ["scale", "switch"])
+def test_two_replicas_of_two_parts_train_as_one_process(
+    processes: Callable[[int], Processes], architecture: str
+):
+    assert_same_training(processes, 4, 2, architecture)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "expert_parallel"), MESHES)
 @pytest.mark.parametrize("architecture", ["scale", "switch"])
 def test_thirty_steps_are_those_of_one_process(
@@ -67,6 +76,7 @@ def test_thirty_steps_are_those_of_one_process(
     assert_same_training(processes, size, expert_parallel, architecture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -90,6 +100,7 @@ def test_shared_experts_normalisation_and_start_are_of_the_whole_batch(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "expert_parallel"), [(3, 3), (4, 2)])
 def test_in_float32(
     processes: Callable[[int], Processes], size: int, expert_parallel: int
@@ -103,6 +114,7 @@ def test_in_float32(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_parallel", [1, 3])
 def test_uneven_shards_and_a_process_without_tokens(
     processes: Callable[[int], Processes], expert_parallel: int
