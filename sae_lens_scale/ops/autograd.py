@@ -15,18 +15,21 @@ class SparsityPattern(NamedTuple):
     The latents, or the experts, of each token: the non-zeros of a ``[tokens, size]`` matrix.
 
     Attributes:
-        indices: Columns of each row's non-zeros, in ``range(size)``; ``[tokens, k]``, int64.
+        indices: Columns of each row's non-zeros, in ``range(size)``, or ``size`` where a row
+            has fewer than others; ``[tokens, k]``, int64.
         size: Number of columns: of latents, or of experts.
         order: ``indices`` flattened and sorted by column, as positions in the unsorted;
             ``[tokens * k]``. None until :meth:`sorted` finds it.
         pool: Memory for results that are as large as weights, which are gradients most of
             the time; fresh memory if None.
+        ragged: Whether some rows have fewer non-zeros than others.
     """
 
     indices: Int[torch.Tensor, "tokens k"]
     size: int
     order: Int[torch.Tensor, " tokens_k"] | None = None
     pool: BufferPool | None = None
+    ragged: bool = False
 
     def sorted(self) -> "SparsityPattern":
         """The same pattern with ``order``: one sort for all products that follow."""
@@ -42,7 +45,7 @@ class SparsityPattern(NamedTuple):
 
     def counts(self) -> Int[torch.Tensor, " size"]:
         """Number of non-zeros in each column."""
-        return torch.bincount(self.indices.flatten(), minlength=self.size)
+        return torch.bincount(self.indices.flatten(), minlength=self.size)[: self.size]
 
     def empty(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """An uninitialised tensor of a shape, from the pool if there is one."""
@@ -115,7 +118,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
-        ctx.product, a, b, indices, ctx.size, order, ctx.pool = inputs
+        ctx.product, a, b, indices, ctx.size, order, ctx.pool, ctx.ragged = inputs
         device = a.device.type
         ctx.autocast = {
             "device_type": device,
@@ -134,7 +137,7 @@ class _Apply(torch.autograd.Function):
                 grad_a = ctx.product.gradient_in_a(grads[0], a, b, pattern)
             if ctx.needs_input_grad[2]:
                 grad_b = ctx.product.gradient_in_b(grads[0], a, b, pattern)
-        return None, grad_a, grad_b, None, None, None, None
+        return None, grad_a, grad_b, *[None] * 5
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
@@ -153,7 +156,7 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def _restore(ctx: Any) -> tuple[torch.Tensor, torch.Tensor, SparsityPattern]:
         a, b, indices, order = ctx.saved_tensors
-        return a, b, SparsityPattern(indices, ctx.size, order, ctx.pool)
+        return a, b, SparsityPattern(indices, ctx.size, order, ctx.pool, ctx.ragged)
 
 
 _apply = opaque_to_compiler(_Apply)

@@ -20,8 +20,8 @@ class _EncoderProducts(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
-        x, b_dec, W_enc, _, _, indices, order, experts, num_experts, pool = inputs
-        ctx.num_experts, ctx.pool = num_experts, pool
+        x, b_dec, W_enc, _, _, indices, order, experts, *others = inputs
+        ctx.num_experts, ctx.pool, ctx.ragged = others
         ctx.save_for_backward(x, b_dec, W_enc, indices, order, experts)
         ctx.save_for_forward(x, b_dec, W_enc, indices, order, experts)
         ctx.set_materialize_grads(False)
@@ -29,7 +29,8 @@ class _EncoderProducts(torch.autograd.Function):
     @staticmethod
     def _restore(ctx: Any) -> tuple[Any, ...]:
         x, b_dec, W_enc, indices, order, experts = ctx.saved_tensors
-        latents = SparsityPattern(indices, W_enc.shape[1], order, ctx.pool)
+        size = W_enc.shape[1]
+        latents = SparsityPattern(indices, size, order, ctx.pool, ctx.ragged)
         return x - b_dec, W_enc, latents, SparsityPattern(experts, ctx.num_experts)
 
     @staticmethod
@@ -65,7 +66,7 @@ class _EncoderProducts(torch.autograd.Function):
                         grad_W = (by_expert + shared.unsqueeze(-1)).flatten(1)
                     else:
                         by_expert.add_(shared.unsqueeze(-1))
-        return grad_x, grad_b_dec, grad_W, *[None] * 7
+        return grad_x, grad_b_dec, grad_W, *[None] * 8
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -97,8 +98,9 @@ class _EncoderProducts(torch.autograd.Function):
 def _totals(values: torch.Tensor, pattern: SparsityPattern) -> torch.Tensor:
     # A sum of thousands of bfloat16 numbers in bfloat16 would be wrong.
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    zeros = values.new_zeros(pattern.size)
-    return zeros.index_add(0, pattern.indices.flatten(), values.flatten())
+    zeros = values.new_zeros(pattern.size + 1)
+    sums = zeros.index_add(0, pattern.indices.flatten(), values.flatten())
+    return sums[: pattern.size]
 
 
 _encoder_products = opaque_to_compiler(_EncoderProducts)
@@ -153,5 +155,6 @@ def encoder_products(
         experts.indices,
         experts.size,
         latents.pool,
+        latents.ragged,
     )
     return products, None if no_means else means

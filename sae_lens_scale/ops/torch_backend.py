@@ -22,10 +22,16 @@ def sparse_decode(
     indices = latents.indices
     if not indices.numel():
         return weights.new_zeros(len(indices), weights.shape[-1])
+    offsets = None
+    if latents.ragged:
+        there = indices < latents.size
+        counts = there.sum(dim=-1)
+        indices, values, offsets = indices[there], values[there], _starts(counts)
     # Rows that are not contiguous would all be gathered first.
     return F.embedding_bag(
         indices,
         _with_contiguous_rows(weights),
+        offsets,
         per_sample_weights=values,
         mode="sum",
     )
@@ -37,7 +43,18 @@ def sampled_products(
     """``out[t, i] = rows[t] . weights[indices[t, i]]``; ``[tokens, k]``."""
     indices = latents.indices
     if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
-        return _sampled_addmm(rows, weights, indices)
+        if not latents.ragged:
+            counts = torch.full(indices.shape[:1], indices.shape[1])
+            products = _sampled_addmm(rows, weights, indices.flatten(), counts)
+            return products.view(indices.shape)
+        there = indices < latents.size
+        out = weights.new_zeros(indices.shape)
+        out[there] = _sampled_addmm(rows, weights, indices[there], there.sum(dim=-1))
+        return out
+    if latents.ragged:
+        there = indices < latents.size
+        rectangular = latents._replace(indices=indices.where(there, 0), ragged=False)
+        return sampled_products(rows, weights, rectangular).where(there, 0)
     out = weights.new_empty(indices.shape)
     step = max(1, _CHUNK_BYTES // max(1, indices.shape[-1] * rows[:1].nbytes))
     for first in range(0, len(rows), step):
@@ -51,19 +68,26 @@ def sampled_products(
 
 
 def _sampled_addmm(
-    rows: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    latents: torch.Tensor,
+    counts: torch.Tensor,
 ) -> torch.Tensor:
+    """Products of rows with so many latents each, of all rows one after the other."""
     _silence_beta_warning()
-    tokens, k = indices.shape
     pattern = torch.sparse_csr_tensor(
-        torch.arange(tokens + 1) * k,
-        indices.flatten(),
-        rows.new_zeros(tokens * k),
-        (tokens, len(weights)),
+        F.pad(counts.cumsum(0), (1, 0)),
+        latents,
+        rows.new_zeros(len(latents)),
+        (len(rows), len(weights)),
         check_invariants=False,
     )
-    out = torch.sparse.sampled_addmm(pattern, rows, weights.T, beta=0.0)
-    return out.values().view(tokens, k)
+    return torch.sparse.sampled_addmm(pattern, rows, weights.T, beta=0.0).values()
+
+
+def _starts(counts: torch.Tensor) -> torch.Tensor:
+    """Position at which each group begins, of groups of so many one after the other."""
+    return counts.cumsum(0) - counts
 
 
 @cache
@@ -81,11 +105,12 @@ def latent_sums(
     out: torch.Tensor,
 ) -> None:
     """Write, for each latent, the sum of its tokens' rows times values into ``out``."""
-    order = latents.find_order()
+    order, counts = latents.find_order(), latents.counts()
+    if latents.ragged:
+        order = order[: int(counts.sum())]
     rows = _with_contiguous_rows(rows)
     tokens = order // max(1, latents.indices.shape[-1])
     weights = values.flatten()[order]
-    counts = latents.counts()
     ends = counts.cumsum(0)
     step, boundaries = len(out), [0, len(order)]
     if out.device.type == "cpu":

@@ -4,7 +4,8 @@ GPU kernels for the products of mixture-of-experts SAEs, in Triton.
 Nothing here knows autograd, and nothing waits for the GPU. Sums are formed in float32, or
 float64 where the result is that, and in the same order each time. All tensors may have any
 strides; rows that are contiguous are read fastest. Indices are int64 and not checked: one
-that is out of range reads or writes memory that is not the tensor's.
+that is out of range, but for the number of latents, which is no latent's, reads or writes
+memory that is not the tensor's.
 """
 
 from typing import Any
@@ -68,6 +69,7 @@ def _sparse_decode_kernel(
     weights,
     indices,
     out,
+    num_latents,
     k,
     width,
     values_stride_t,
@@ -97,7 +99,7 @@ def _sparse_decode_kernel(
             weights
             + latents[:, None] * weights_stride_j
             + columns[None, :] * weights_stride_w,
-            in_k[:, None] & in_width[None, :],
+            (in_k & (latents < num_latents))[:, None] & in_width[None, :],
             0.0,
         )
         sums += factors.to(SUM)[:, None] * rows.to(SUM)
@@ -124,6 +126,7 @@ def sparse_decode(
         weights,
         indices,
         out,
+        len(weights),
         k,
         width,
         *values.stride(),
@@ -142,6 +145,7 @@ def _sampled_products_kernel(
     weights,
     indices,
     out,
+    num_latents,
     k,
     width,
     rows_stride_t,
@@ -171,7 +175,7 @@ def _sampled_products_kernel(
             weights
             + latents[:, None] * weights_stride_j
             + columns[None, :] * weights_stride_w,
-            in_k[:, None] & in_width[None, :],
+            (in_k & (latents < num_latents))[:, None] & in_width[None, :],
             0.0,
         )
         sums += row.to(SUM)[None, :] * selected.to(SUM)
@@ -198,6 +202,7 @@ def sampled_products(
         weights,
         indices,
         out,
+        len(weights),
         k,
         width,
         *rows.stride(),

@@ -22,12 +22,19 @@ from sae_lens_scale.ops import (
 NUM_LATENTS, WIDTH = 12, 5
 
 
-def select(tokens: int, k: int, popular: bool = False) -> SparsityPattern:
-    """Latents with repetitions, within tokens too; all of the last four, if popular."""
+def select(
+    tokens: int, k: int, popular: bool = False, ragged: bool = False
+) -> SparsityPattern:
+    """
+    Latents with repetitions, within tokens too; all of the last four, if popular; if ragged,
+    every third place is none.
+    """
     low = NUM_LATENTS - 4 if popular else 0
     generator = torch.Generator().manual_seed(tokens + k)
     indices = torch.randint(low, NUM_LATENTS, (tokens, k), generator=generator)
-    return SparsityPattern(indices, NUM_LATENTS)
+    if ragged:
+        indices.view(-1)[::3] = NUM_LATENTS
+    return SparsityPattern(indices, NUM_LATENTS, ragged=ragged)
 
 
 def factors(pattern: SparsityPattern) -> tuple[torch.Tensor, ...]:
@@ -49,21 +56,32 @@ def factors(pattern: SparsityPattern) -> tuple[torch.Tensor, ...]:
         select(40, 6, popular=True),
         select(0, 3),
         select(4, 0),
+        select(7, 4, ragged=True),
+        select(7, 4, ragged=True).sorted(),
+        select(9, 1, ragged=True),
+        select(1, 1, ragged=True),
+        select(0, 3, ragged=True),
     ],
-    ids=lambda pattern: f"{tuple(pattern.indices.shape)}",
+    ids=lambda pattern: f"{tuple(pattern.indices.shape)}-{pattern.ragged}",
 )
 def test_products_are_their_formulas(pattern: SparsityPattern):
     indices = pattern.indices
     values, rows, weights = factors(pattern)
     by_column = weights.T.contiguous().T
-    for product, formula, first in (
-        (sparse_decode, reference.decode_selected, values),
-        (sampled_products, reference.sample_products, rows),
+    there = indices < NUM_LATENTS
+    indices = indices.where(there, 0)
+    # Products with a latent that is none are none, whatever their factor.
+    kept = values * there
+    for product, formula, first, counted in (
+        (sparse_decode, reference.decode_selected, values, kept),
+        (sampled_products, reference.sample_products, rows, rows),
     ):
-        want = formula(first, weights, indices)
+        want = formula(counted, weights, indices)
+        if product is sampled_products:
+            want = want * there
         assert_same_derivatives(product(first, weights, pattern), want, first, weights)
         torch.testing.assert_close(product(first, by_column, pattern), want)
-    want = reference.sum_by_latent(values, rows, indices, NUM_LATENTS)
+    want = reference.sum_by_latent(kept, rows, indices, NUM_LATENTS)
     assert_same_derivatives(latent_sums(values, rows, pattern), want, values, rows)
     got = transposed_latent_sums(values, rows, pattern)
     assert got.is_contiguous()

@@ -152,6 +152,23 @@ def test_products_with_selected_latents_are_their_formulas(
     check_latent_sums(run, values, rows, indices, num_latents)
 
 
+def test_latents_that_are_none_have_no_products(run: Run):
+    torch.manual_seed(0)
+    values, rows = (random_numbers(6, n, dtype=torch.float32) for n in (5, 7))
+    weights = random_weights(9, 7, torch.float32)
+    indices = random_indices(6, 5, 9)
+    there = torch.rand(6, 5) < 0.6
+    latents = SparsityPattern(indices.where(there, 9), 9, ragged=True)
+    out = run(triton_backend.sparse_decode, values, weights, latents)
+    kept = values * there
+    assert_close(out, reference.decode_selected(kept, weights, indices))
+    out = run(triton_backend.sampled_products, rows, weights, latents)
+    assert_close(out, reference.sample_products(rows, weights, indices) * there)
+    sums = torch.full((9, 7), torch.nan)
+    run(triton_backend.latent_sums, values, rows, latents, sums)
+    assert_close(sums, reference.sum_by_latent(kept, rows, indices, 9))
+
+
 def check_latent_sums(
     run: Run,
     values: torch.Tensor,

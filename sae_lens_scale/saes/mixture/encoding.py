@@ -247,7 +247,7 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         slots = selected.positions // cfg.expert_size
         offsets = selected.positions % cfg.expert_size
         indices = rows.experts.gather(1, slots) * cfg.expert_size + offsets
-        pattern = self._pattern(indices)
+        pattern = self._pattern(indices, selected.mask)
 
         # Keep.
         if all_pre_acts is not None:
@@ -273,15 +273,18 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             coefficients = torch.where(selected.mask, coefficients, 0)
         survivors, others = DecoderInput(coefficients, pattern), None
         if any(selected.widths[1:]):
+            end = selected.widths[0]
             survivors, others = (
-                DecoderInput(c, self._pattern(i))
-                for c, i in zip(
-                    coefficients.split(selected.widths, dim=1),
-                    indices.split(selected.widths, dim=1),
-                    strict=True,
+                DecoderInput(
+                    coefficients[:, columns],
+                    self._pattern(
+                        indices[:, columns],
+                        None if selected.mask is None else selected.mask[:, columns],
+                    ),
                 )
+                for columns in (slice(end), slice(end, None))
             )
-        values, indices = survivors.coefficients, survivors.pattern.indices
+        values, indices = survivors.coefficients, indices[:, : selected.widths[0]]
         pre_acts = pre_acts[:, : indices.shape[1]]
         if norms is not None:
             values, pre_acts = values * norms[indices], pre_acts * norms[indices]
@@ -380,13 +383,18 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         """
         return self.W_enc, None
 
-    def _pattern(self, latents: torch.Tensor) -> SparsityPattern:
+    def _pattern(
+        self, latents: torch.Tensor, mask: torch.Tensor | None
+    ) -> SparsityPattern:
         size = self.num_held_experts * self.cfg.expert_size
-        pattern = SparsityPattern(latents, size, pool=self._gradient_memory)
-        if torch.is_grad_enabled() and self.W_dec.requires_grad:
-            # Encoder and decoder gradients will both need its order.
-            return pattern.sorted()
-        return pattern
+        if mask is not None:
+            # Products of latents that are not kept would cost as much as the others.
+            latents = torch.where(mask, latents, size)
+        ragged = mask is not None
+        pattern = SparsityPattern(latents, size, None, self._gradient_memory, ragged)
+        # Encoder and decoder gradients will both need its order.
+        has_gradients = torch.is_grad_enabled() and self.W_dec.requires_grad
+        return pattern.sorted() if has_gradients else pattern
 
     def _hook_pre_acts(self, pre_acts: torch.Tensor, rows: Rows) -> torch.Tensor:
         # The d_sae-wide tensor costs more than the whole encoder: only on request.
