@@ -50,24 +50,26 @@ class Group:
             dist.all_reduce(tensor, group=self._members)
         return tensor
 
-    def all_gather(self, tensor: torch.Tensor, purpose: str) -> list[torch.Tensor]:
+    def all_gather(
+        self, tensor: torch.Tensor, purpose: str, sizes: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
         """
         Gather a tensor of each process.
 
         Args:
             tensor: Of any length, and the same other dimensions everywhere.
             purpose: Name that it is counted under.
+            sizes: Lengths of all processes' tensors; None asks them.
 
         Returns:
             The tensors, by rank.
         """
         if self.size == 1:
             return [tensor]
-        length = torch.tensor([len(tensor)], device=tensor.device)
-        lengths = [torch.empty_like(length) for _ in range(self.size)]
-        self._count(purpose, length.nbytes * (self.size - 1))
-        dist.all_gather(lengths, length, group=self._members)
-        sizes = [int(n) for n in torch.cat(lengths).tolist()]
+        if sizes is None:
+            length = torch.tensor([len(tensor)], device=tensor.device)
+            lengths = self.all_gather(length, purpose, [1] * self.size)
+            sizes = torch.cat(lengths).tolist()
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
@@ -122,10 +124,9 @@ class Group:
         send, receive = [0] * self.size, [0] * self.size
         length = torch.tensor([len(tensor)], device=tensor.device)
         send[0] = len(tensor)
+        lengths = self.all_gather(length, purpose, [1] * self.size)
         if self.rank == 0:
-            receive = torch.cat(self.all_gather(length, purpose)).tolist()
-        else:
-            self.all_gather(length, purpose)
+            receive = torch.cat(lengths).tolist()
         rows = self.all_to_all(tensor, receive, send, purpose)
         return list(rows.split(receive)) if self.rank == 0 else None
 

@@ -20,6 +20,7 @@ from sae_lens_scale.upstream import InterruptedException
 from .exchange import EXPERT_DIMENSIONS
 from .groups import Group, on_first
 from .sae import DataParallelSAE
+from .slices import Slices
 
 # Of SAELens's trainer.
 _MAX_NORM = 1.0
@@ -99,6 +100,16 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
         self._mesh = sae.mesh
         self._before_checkpoint = before_checkpoint
+        self._slices = Slices(
+            {n: p for n, p in sae.named_parameters() if n in EXPERT_DIMENSIONS},
+            self._mesh.replicas,
+        )
+        # In their order, by which their state is saved.
+        (group,) = self.optimizer.param_groups
+        group["params"] = [
+            self._slices.get(name, parameter)
+            for name, parameter in sae.named_parameters()
+        ]
         self.activation_scaler = GlobalScaler(world=self._mesh.world)
         self.stop = self._is_stopping = False
         self._l0 = 0.0
@@ -127,9 +138,9 @@ class DistributedTrainer(SAETrainer[Any, Any]):
             )
         output.loss.backward()
         output = self._sum_over_processes(output)
-        self._clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._slices.share_values()
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -138,7 +149,8 @@ class DistributedTrainer(SAETrainer[Any, Any]):
     @torch.no_grad()
     def _sum_over_processes(self, output: TrainStepOutput) -> TrainStepOutput:
         """
-        Sum gradients, losses and counts of firing latents over all processes.
+        Sum gradients, losses and counts of firing latents over all processes, and clip the
+        gradients.
 
         Returns:
             The output, with the losses of the whole batch.
@@ -151,6 +163,7 @@ class DistributedTrainer(SAETrainer[Any, Any]):
             if parameter.grad is None:
                 # No latent of this process was asked.
                 parameter.grad = torch.zeros_like(parameter)
+        names = [name for name, _ in sae.named_parameters()]
         everywhere = self._gradients_of_everywhere()
         losses = torch.stack([loss.detach() for loss in output.losses.values()])
         columns = [
@@ -166,13 +179,13 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         self._mesh.world.all_reduce(packed, "gradients of all processes")
         summed = packed.split([column.numel() for column in columns])
         *_, total, firing, stop = summed
-        # Before those of everywhere, some of which are parts of these.
-        for name in self._shared_out():
-            gradient = sae.get_parameter(name).grad
-            assert gradient is not None
-            self._mesh.replicas.all_reduce(gradient, "gradients of replicas")
-        for gradient, whole in zip(everywhere, summed, strict=False):
-            gradient.copy_(whole.view_as(gradient))
+        for name, gradient, whole in zip(names, everywhere, summed, strict=False):
+            # Of shared experts all replicas' are summed once more.
+            copies = self._mesh.replicas.size if name in self._slices else 1
+            gradient.copy_(whole.view_as(gradient) / copies)
+        shared = [w for n, w in zip(names, summed, strict=False) if n in self._slices]
+        self._slices.sum_gradients()
+        self._clip_gradients(shared)
         if bool(stop) and not self._is_stopping:
             self._is_stopping = True
             # Due at the end of this step, when weights, optimizer and counters agree.
@@ -192,19 +205,14 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         self._l0 = firing.sum().item() / sae.batch_tokens
         return replace(output, loss=total.sum(), losses=values)
 
-    def _shared_out(self) -> list[str]:
-        """Parameters of which each process holds its experts' part."""
-        names = [name for name, _ in self.sae.named_parameters()]
-        return [name for name in names if name in EXPERT_DIMENSIONS]
-
     def _gradients_of_everywhere(self) -> list[torch.Tensor]:
         """Gradients of what all processes hold: whole parameters, and shared experts."""
         sae, gradients = self.sae, []
-        shared_out, num_shared = self._shared_out(), sae.ownership.num_shared
+        num_shared = sae.ownership.num_shared
         for name, parameter in sae.named_parameters():
             gradient = parameter.grad
             assert gradient is not None
-            if name in shared_out:
+            if name in self._slices:
                 dim = EXPERT_DIMENSIONS[name]
                 experts = gradient.unflatten(dim, (sae.num_held_experts, -1))
                 gradient = experts.narrow(dim, 0, num_shared)
@@ -221,20 +229,23 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         of_experts[held] = fired.view(len(held), -1)
         return of_experts.flatten()
 
-    def _clip_gradients(self) -> None:
-        """Clip by the norm of the whole gradient, as SAELens's trainer does."""
-        sae, own, shared_out = self.sae, [], self._shared_out()
-        gradients = {n: p.grad for n, p in sae.named_parameters()}
-        for name in shared_out:
-            dim = EXPERT_DIMENSIONS[name]
-            gradient = gradients[name]
-            assert gradient is not None
-            experts = gradient.unflatten(dim, (sae.num_held_experts, -1))
-            first = sae.ownership.num_shared
-            own.append(experts.narrow(dim, first, sae.num_held_experts - first))
-        square = self._mesh.experts.all_reduce(get_total_norm(own) ** 2, "norm")
-        norm = (square + get_total_norm(self._gradients_of_everywhere()) ** 2).sqrt()
-        clip_grads_with_norm_(sae.parameters(), _MAX_NORM, norm)
+    def _clip_gradients(self, shared: list[torch.Tensor]) -> None:
+        """
+        Clip by the norm of the whole gradient, as SAELens's trainer does.
+
+        Args:
+            shared: Gradients of shared experts, which all of those that share out the
+                experts hold.
+        """
+        names = [name for name, _ in self.sae.named_parameters()]
+        (group,) = self.optimizer.param_groups
+        gradients = {n: p.grad for n, p in zip(names, group["params"], strict=True)}
+        sliced = [g for n, g in gradients.items() if n in self._slices]
+        others = [g for n, g in gradients.items() if n not in self._slices]
+        square = self._mesh.world.all_reduce(get_total_norm(sliced) ** 2, "norm")
+        square = square - (self._mesh.experts.size - 1) * get_total_norm(shared) ** 2
+        norm = (square + get_total_norm(others) ** 2).clamp(min=0).sqrt()
+        clip_grads_with_norm_(group["params"], _MAX_NORM, norm)
 
     @override
     @torch.no_grad()
@@ -307,24 +318,31 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         sae, state = self.sae, self.optimizer.state_dict()
         names = [name for name, _ in sae.named_parameters()]
         for index, values in state["state"].items():
-            shape = sae.get_parameter(names[index]).shape
             state["state"][index] = {
-                name: sae.gathered(names[index], value)
-                if value.shape == shape
-                else value
-                for name, value in values.items()
+                key: self._whole_state(names[index], value) if value.dim() else value
+                for key, value in values.items()
             }
         return _State(state)
+
+    def _whole_state(self, name: str, value: torch.Tensor) -> torch.Tensor | None:
+        if name in self._slices:
+            value = self._slices.whole(name, value)
+        return self.sae.gathered(name, value)
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         super().load_trainer_state(checkpoint_path)
         sae = self.sae
-        for name, parameter in sae.named_parameters():
+        (group,) = self.optimizer.param_groups
+        names = [name for name, _ in sae.named_parameters()]
+        for name, parameter in zip(names, group["params"], strict=True):
             values = self.optimizer.state.get(parameter, {})
             for key, value in values.items():
                 if value.dim():
-                    values[key] = sae.ownership.part(name, value)
+                    part = sae.ownership.part(name, value)
+                    if name in self._slices:
+                        part = self._slices.own(name, part).clone()
+                    values[key] = part
 
 
 class _State:
