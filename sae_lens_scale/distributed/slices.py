@@ -43,29 +43,42 @@ class Slices:
 
     def sum_gradients(self) -> None:
         """Give each slice the sum of all replicas' gradients of it; parameters lose theirs."""
-        if self._replicas.size == 1:
+        size, rank = self._replicas.size, self._replicas.rank
+        if size == 1:
             return
+        pieces = []
         for name, parameter in self._parameters.items():
             assert parameter.grad is not None
-            sizes = self._sizes(name)
-            own = sizes[self._replicas.rank]
-            parts = self._replicas.all_to_all(
-                parameter.grad.flatten(),
-                [own] * len(sizes),
-                sizes,
-                "gradients of replicas",
-            )
-            self._slices[name].grad = parts.view(len(sizes), own).sum(dim=0)
+            pieces.append(parameter.grad.flatten().split(self._sizes(name)))
             parameter.grad = None
+        totals = self._totals()
+        received = self._replicas.all_to_all(
+            torch.cat(
+                [piece for of_rank in zip(*pieces, strict=True) for piece in of_rank]
+            ),
+            [totals[rank]] * size,
+            totals,
+            "gradients of replicas",
+        )
+        sums = received.view(size, -1).sum(dim=0)
+        slices = self._slices.values()
+        for own, gradient in zip(
+            slices, sums.split([len(s) for s in slices]), strict=True
+        ):
+            own.grad = gradient
 
     @torch.no_grad()
     def share_values(self) -> None:
         """Give all replicas' parameters each replica's slices."""
         if self._replicas.size == 1:
             return
-        for name, parameter in self._parameters.items():
-            whole = self.whole(name, self._slices[name].data)
-            parameter.data.copy_(whole)
+        own = torch.cat([piece.data for piece in self._slices.values()])
+        shared = self._replicas.all_gather(own, "slices of replicas", self._totals())
+        for rank, values in enumerate(shared):
+            sizes = [self._sizes(name)[rank] for name in self._parameters]
+            for name, value in zip(self._parameters, values.split(sizes), strict=True):
+                numbers = self._parameters[name].data.view(-1)
+                numbers.split(self._sizes(name))[rank].copy_(value)
 
     def whole(self, name: str, own: torch.Tensor) -> torch.Tensor:
         """A tensor of a parameter's shape, from its slices; all replicas call this together."""
@@ -80,3 +93,8 @@ class Slices:
         numbers, size = self._parameters[name].numel(), self._replicas.size
         most = -(-numbers // size)
         return [min(most, max(0, numbers - r * most)) for r in range(size)]
+
+    def _totals(self) -> list[int]:
+        """Numbers in all slices of each replica."""
+        sizes = [self._sizes(name) for name in self._parameters]
+        return [sum(of_rank) for of_rank in zip(*sizes, strict=True)]
