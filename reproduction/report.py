@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from sae_lens_scale.files import read_json
+
 from .columns import COLUMNS
 from .presets import PRESETS, VARIANTS_OF_DEFAULTS
 from .records import held_out_variances, read, read_curves, require_one_text
@@ -21,6 +23,7 @@ from .tables import (
     markdown,
     measured_runs,
     recipe_table,
+    scores_table,
 )
 
 # Starts of the labels between which the comparison puts the others.
@@ -44,6 +47,16 @@ BEST = {
     "Switch 32 Multi-TopK": "Switch SAE 32",
     "TopK 576": "dense TopK, 576 latents",
     "Full TopK 18432": "dense TopK, 18,432 latents",
+}
+# Rows of the scores, by the start of the names of their runs.
+_SCORED = {
+    "scale-256-8-recommended-k": "Scale SAE",
+    "switch-32-recommended-k": "Switch SAE",
+    "topk-576-k": "dense TopK, 576 latents (same cost)",
+    "full-topk-18432-k": "dense TopK, 18,432 latents (same width)",
+    "scale-256-8-recommended-no-feature": "Scale SAE without feature scaling",
+    "scale-256-8-recommended-no-shared": "Scale SAE without a shared expert",
+    "scale-32-1-recommended-one-expert": "Scale SAE of one expert per token",
 }
 _WORDS = {True: "with scaling", False: "without scaling"}
 
@@ -153,6 +166,12 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             measured = measured_runs(runs, metric)
             if len(measured):
                 found[name] = markdown(cells(measured, metric, "row"), forms[metric])
+    if (scores := Path(folder, "scores.json")).exists():
+        found["scores"] = scores_table(read_json(scores), _SCORED)
+    runs = _of_preset(everything, f"{base}-evidence")
+    # Runs that it shares with other grids are not the parts yet.
+    if len(set(runs["label"])) > len(BEST):
+        found["parts"] = markdown(cells(runs, "fvu"), forms["fvu"])
     runs = _of_preset(everything, f"{base}-length")
     if not set(runs["name"]) <= main:
         for name, metric in (("length", "fvu"), ("length-redundancy", "redundancy")):

@@ -4,7 +4,8 @@ Tables of runs, rows of :func:`.records.read`: text for the command line, Markdo
 In Markdown a single run, or seed, is marked with an asterisk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,15 @@ TOKENS = "settings.training_tokens"
 _FLOPS = ("router", "encoder", "decoder", "backward", "total")
 # Headers of a table's columns, by the column of the frame that they are values of.
 _HEADERS = {"k": "k = {:g}".format, TOKENS: "{:,.0f} tokens".format}
+_SCORES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "fvu": ("FVU", "{:.3f}".format),
+    "loss_recovered": ("loss recovered", "{:.3f}".format),
+    "alive": ("alive", "{:.1%}".format),
+    "redundancy": ("redundancy", "{:.2%}".format),
+    "probing_auc_1": ("probing, 1 latent", "{:.3f}".format),
+    "probing_auc_5": ("5 latents", "{:.3f}".format),
+    "probing_auc_16": ("16 latents", "{:.3f}".format),
+}
 _L1_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("L0", "l0", "{:.1f}".format),
     ("FVU", "fvu", "{:.4f}".format),
@@ -217,6 +227,37 @@ def gated_comparison(gated: pd.DataFrame, others: pd.DataFrame) -> str:
         if not np.isnan(lower).all():
             rows.append([str(label), *("-" if x != x else f"{x:.1%}" for x in lower)])
     return _lines(["lower than Gated", *(f"L0 = {x:.1f}" for x in l0)], rows)
+
+
+def scores_table(scores: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """
+    Table in Markdown of what ``sae-lens-scale score --group`` found.
+
+    Args:
+        scores: Its JSON.
+        names: Rows, by the start of the names of the SAEs' folders, in order; others are left
+            out.
+
+    Returns:
+        A row for each group that is named, a column for each score.
+    """
+    rows = []
+    for start, name in names.items():
+        for group in scores["groups"]:
+            if Path(group["saes"][0]).name.startswith(start):
+                cells = [
+                    _score(group["scores"][score], form)
+                    for score, (_, form) in _SCORES.items()
+                ]
+                rows.append([name, f"{len(group['saes'])}", *cells])
+    return _lines(["", "seeds", *(header for header, _ in _SCORES.values())], rows)
+
+
+def _score(score: Mapping[str, float | None], form: Callable[[float], str]) -> str:
+    mean, std = score["mean"], score["std"]
+    if mean is None:
+        return "-"
+    return f"{form(mean)}*" if std is None else f"{form(mean)} ± {form(std)}"
 
 
 def flops_table(runs: pd.DataFrame) -> str:

@@ -1,5 +1,6 @@
 """Tables and figures of a grid's records."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,33 @@ def test_published_tables_are_made_from_the_published_records(page: str, folder:
     text = (ROOT / page).read_text()
     assert "<!-- table" in text
     assert fill(text, tables(folder, "smollm2")) == text
+
+
+def test_scores_are_a_row_for_each_kind_of_sae_that_was_scored(main_grid: Path):
+    def group(name: str, seeds: int, **scores: float) -> dict[str, Any]:
+        saes = [f"runs/{name}-s{seed}-0123abcd" for seed in range(seeds)]
+        spread = 0.01 if seeds > 1 else None
+        of_all = {"fvu": 0.5, "loss_recovered": 0.9, "alive": 1.0, "redundancy": None}
+        of_all |= {f"probing_auc_{k}": 0.8 for k in (1, 5, 16)}
+        return {
+            "saes": saes,
+            "scores": {
+                metric: {"mean": value, "std": None if value is None else spread}
+                for metric, value in (of_all | scores).items()
+            },
+        }
+
+    groups = [
+        group("topk-576-k32", 3, fvu=0.75),
+        group("scale-256-8-recommended-k32", 1),
+        group("scale-256-8-recommended-no-feature-scaling-k32", 2),
+        group("another", 2),
+    ]
+    (main_grid / "scores.json").write_text(json.dumps({"groups": groups}))
+    lines = tables(main_grid, "smollm2")["scores"].splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [
+        ["| Scale SAE", "1", "0.500*"],
+        ["| dense TopK, 576 latents (same cost)", "3", "0.750 ± 0.010"],
+        ["| Scale SAE without feature scaling", "2", "0.500 ± 0.010"],
+    ]
+    assert lines[3].split(" | ")[5] == "-"
