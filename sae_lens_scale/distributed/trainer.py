@@ -319,6 +319,9 @@ class DistributedTrainer(SAETrainer[Any, Any]):
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         super().load_trainer_state(checkpoint_path)
+        # SAELens would save one again for each that has been saved.
+        done, thresholds = self.n_training_samples, self.checkpoint_thresholds
+        self.checkpoint_thresholds = [t for t in thresholds if t >= done]
         sae = self.sae
         for name, parameter in sae.named_parameters():
             values = self.optimizer.state.get(parameter, {})
