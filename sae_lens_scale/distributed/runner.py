@@ -1,6 +1,7 @@
 """SAELens's training runner on several processes."""
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, redirect_stderr
 from copy import copy
@@ -29,7 +30,7 @@ from sae_lens_scale.runner import InterruptibleTrainingRunner, handling_signals
 from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 from sae_lens_scale.upstream import InterruptedException
 
-from .groups import make_mesh, on_first
+from .groups import Group, make_mesh, on_first
 from .sae import distribute
 from .trainer import DistributedTrainer
 
@@ -52,7 +53,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
     ``train_batch_size_tokens``) count those of all processes, so that a config needs no
     change for more of them. Checkpoints, exports and what is logged are those of one
     process, from the first one; every process reads a checkpoint that a run goes on from.
-    After a restart by torchrun the run goes on from its newest checkpoint.
+    After a restart by torchrun the run goes on from its newest checkpoint. A signal to any
+    process stops all after the same step, with one checkpoint; a second one changes nothing.
 
     Args:
         cfg: Config of the run; the same on all processes. Device "cuda" is the process's GPU.
@@ -67,7 +69,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
 
     Raises:
         ValueError: As that; if the processes cannot share out the batch, the text or the
-            experts, or if the config has an option that several processes cannot have.
+            experts, if the config has an option that several processes cannot have, or if
+            torchrun is to restart a run that it gives no name.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
         self._mesh = make_mesh(expert_parallel, timeout)
         self._require_shares(cfg)
-        _share_checkpoints(cfg, self._mesh.world.rank)
+        share_checkpoints(cfg, self._mesh.world)
         with _quiet_unless_first(self._mesh.world.rank):
             super().__init__(
                 cfg,
@@ -213,8 +216,10 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         assert isinstance(trainer, DistributedTrainer)
 
         def interrupt(*_: Any) -> None:
-            if trainer.stop or trainer.n_training_samples == 0:
+            if trainer.n_training_samples == 0:
                 raise InterruptedException("no checkpoint was saved")
+            # Also for a second one: a scheduler may signal torchrun, which passes it on, and
+            # its processes. What hangs torchrun kills.
             trainer.stop = True
 
         self._set_up_optimizer(trainer)
@@ -269,24 +274,46 @@ def _quiet_unless_first(rank: int) -> Iterator[None]:
         yield
 
 
-def _share_checkpoints(cfg: LanguageModelSAERunnerConfig[Any], rank: int) -> None:
+def share_checkpoints(cfg: LanguageModelSAERunnerConfig[Any], world: Group) -> None:
     """
     Let all processes, and all lives of a run that torchrun restarts, have one folder of
     checkpoints, and go on from the newest in it after a restart.
+
+    Args:
+        cfg: Config of the run, which is changed.
+        world: All processes, which have to call this together.
+
+    Raises:
+        ValueError: If a restarted run could not find its folder.
     """
     if cfg.checkpoint_path is None:
         return
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if run_id == "none" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError(
+            "torchrun's --rdzv-id must name the run where --max-restarts is given, whose "
+            "checkpoints a restart looks for, got none"
+        )
     paths = [cfg.checkpoint_path]
     if run_id != "none":
         paths = [str(Path(cfg.checkpoint_path).parent / run_id)]
     dist.broadcast_object_list(paths)
     cfg.checkpoint_path = paths[0]
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    # Each machine counts the restarts that its own processes have caused.
+    restarts = [""] * world.size
+    dist.all_gather_object(restarts, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if set(restarts) == {"0"}:
         return
-    newest = [None]
-    if rank == 0 and Path(cfg.checkpoint_path).is_dir():
-        steps = [p for p in Path(cfg.checkpoint_path).iterdir() if p.name.isdecimal()]
-        newest = [str(max(steps, key=lambda p: int(p.name), default="")) or None]
+    newest = [on_first(world, lambda: _newest_checkpoint(Path(paths[0])))]
     dist.broadcast_object_list(newest)
     cfg.resume_from_checkpoint = newest[0] or cfg.resume_from_checkpoint
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    """Find the newest checkpoint, and remove those that a process died writing."""
+    if not folder.is_dir():
+        return None
+    for unfinished in folder.glob(".saving-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    steps = [path for path in folder.iterdir() if path.name.isdecimal()]
+    return str(max(steps, key=lambda path: int(path.name), default="")) or None

@@ -332,6 +332,9 @@ class DistributedTrainer(SAETrainer[Any, Any]):
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         super().load_trainer_state(checkpoint_path)
+        # SAELens would save one again for each that has been saved.
+        done, thresholds = self.n_training_samples, self.checkpoint_thresholds
+        self.checkpoint_thresholds = [t for t in thresholds if t >= done]
         sae = self.sae
         (group,) = self.optimizer.param_groups
         names = [name for name, _ in sae.named_parameters()]

@@ -1,9 +1,6 @@
 """The training command under torchrun: real processes, model, text and files."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from cli.runs import train_command
 from distributed import work
+from distributed.launch import checkpoints, finish, torchrun
 from distributed.processes import Processes
 from sae_lens import SAE
 from safetensors.torch import load_file
@@ -18,49 +16,6 @@ from safetensors.torch import load_file
 from sae_lens_scale.cli import main
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
-# Of each of its processes, in seconds.
-TIMEOUT = "60"
-
-
-def torchrun(
-    processes: int, command: str, *options: str, **environment: str
-) -> subprocess.Popen[str]:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.Popen(
-        [
-            *run,
-            f"--nproc-per-node={processes}",
-            *options,
-            "-m",
-            "sae_lens_scale",
-            *command.split(),
-            "--process_timeout",
-            TIMEOUT,
-        ],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            **environment,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == status, err
-    return out, err
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """Checkpoints, the earliest first."""
-    found = output.glob("checkpoints/*/*")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("final_")))
 
 
 @pytest.mark.parametrize(("processes", "experts"), [(2, 1), (3, 3)])

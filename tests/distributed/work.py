@@ -1,12 +1,16 @@
 """Work that tests give to groups of processes."""
 
-from collections.abc import Iterator, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from helpers import scale_sae, step_input, switch_sae
+from helpers import files_no_larger_than, scale_sae, step_input, switch_sae
 from sae_lens.config import (
     LanguageModelSAERunnerConfig,
     LoggingConfig,
@@ -16,11 +20,22 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_scale import ScaleTrainingSAEConfig
 from sae_lens_scale.distributed.groups import Mesh, make_mesh
-from sae_lens_scale.distributed.runner import DistributedTrainingRunner
+from sae_lens_scale.distributed.runner import (
+    DistributedTrainingRunner,
+    share_checkpoints,
+)
 from sae_lens_scale.distributed.sae import distribute
 from sae_lens_scale.distributed.trainer import DistributedTrainer
 
 MAKERS = {"scale": scale_sae, "switch": switch_sae}
+
+
+def make_sae(architecture: str, overrides: dict[str, Any], rank: int = 0) -> Any:
+    """A small SAE; a fresh one, which is not random, if it is to start from activations."""
+    sae = MAKERS[architecture](seed=rank, **overrides)
+    return type(sae)(sae.cfg) if sae.cfg.initialize_from_activations else sae
+
+
 _meshes: dict[int, Mesh] = {}
 
 
@@ -130,31 +145,84 @@ def _train(trainer: SAETrainer[Any, Any]) -> list[dict[str, Any]]:
     return logged
 
 
+def _batches_after(checkpoint: Path | None, dtype: str) -> Iterator[torch.Tensor]:
+    """The batches that a run, or one that goes on from a checkpoint, is given."""
+    steps = 0 if checkpoint is None else int(checkpoint.name) // BATCH
+    return islice(batches(dtype), steps, None)
+
+
 def train_on_one(
-    architecture: str, overrides: dict[str, Any], trainer: dict[str, Any]
+    architecture: str,
+    overrides: dict[str, Any],
+    trainer: dict[str, Any],
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """The run of one process, by SAELens's own trainer."""
     torch.manual_seed(0)
-    sae = MAKERS[architecture](**overrides)
-    one = SAETrainer(trainer_config(**trainer), sae, batches(sae.cfg.dtype))
+    sae = make_sae(architecture, overrides)
+    if checkpoint is not None:
+        sae.load_weights_from_checkpoint(checkpoint)
+    data = _batches_after(checkpoint, sae.cfg.dtype)
+    one = SAETrainer(trainer_config(**trainer), sae, data)
+    if checkpoint is not None:
+        one.load_trainer_state(checkpoint)
     logged = _train(one)
     return _state(one, logged) | {"weights": sae.state_dict()}
 
 
-def train(
+# Changes a batch of a process, or delays it: called with both and the number of the batch.
+Disturbance = Callable[[torch.Tensor, Mesh, int], torch.Tensor]
+
+
+def undisturbed(batch: torch.Tensor, mesh: Mesh, step: int) -> torch.Tensor:
+    return batch
+
+
+def late_on_last(batch: torch.Tensor, mesh: Mesh, step: int) -> torch.Tensor:
+    """Have the last process wait now and then."""
+    if mesh.world.rank == mesh.world.size - 1 and step % 10 == 3:
+        time.sleep(0.3)
+    return batch
+
+
+def nan_on_last(at: int, batch: torch.Tensor, mesh: Mesh, step: int) -> torch.Tensor:
+    """Put one NaN into the last process's batch of a step."""
+    if mesh.world.rank == mesh.world.size - 1 and step == at:
+        batch[0, 0] = float("nan")
+    return batch
+
+
+def make_trainer(
     architecture: str,
     overrides: dict[str, Any],
     trainer: dict[str, Any],
     expert_parallel: int,
     sizes: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """This process's share of the same run."""
+    checkpoint: Path | None = None,
+    disturb: Disturbance = undisturbed,
+) -> DistributedTrainer:
+    """This process's trainer of the same run."""
     torch.manual_seed(0)
     mesh = mesh_of(expert_parallel)
-    sae = distribute(MAKERS[architecture](seed=mesh.world.rank, **overrides), mesh)
-    parts = (part_of(batch, sizes, mesh) for batch in batches(sae.cfg.dtype))
+    sae = make_sae(architecture, overrides, mesh.world.rank)
+    if checkpoint is not None:
+        sae.load_weights_from_checkpoint(checkpoint)
+    sae = distribute(sae, mesh)
+    parts = (
+        disturb(part_of(batch, sizes, mesh), mesh, step)
+        for step, batch in enumerate(_batches_after(checkpoint, sae.cfg.dtype))
+    )
     many = DistributedTrainer(trainer_config(**trainer), sae, parts)
+    if checkpoint is not None:
+        many.load_trainer_state(checkpoint)
+    return many
+
+
+def train(*arguments: Any) -> dict[str, Any]:
+    """This process's share of the same run; arguments are those of ``make_trainer``."""
+    many = make_trainer(*arguments)
     logged = _train(many)
+    sae = many.sae
     whole = sae.whole()
     return _state(many, logged) | {
         "weights": None if whole is None else whole.state_dict(),
@@ -197,3 +265,59 @@ def rows_to_read(
     store = runner.activations_store
     rows: Any = store.dataset
     return [row["text"] for row in rows], store.train_batch_size_tokens
+
+
+def train_until_error(*arguments: Any) -> dict[str, Any]:
+    """The same, of a run that fails: its error and the last step that changed weights."""
+    many = make_trainer(*arguments)
+    try:
+        many.fit()
+    except ValueError as error:
+        adam = many.optimizer.state.values()
+        return {
+            "error": str(error),
+            "optimizer_steps": {int(state["step"]) for state in adam},
+            "finite": all(bool(p.isfinite().all()) for p in many.sae.parameters()),
+        }
+    raise AssertionError("training should fail")
+
+
+def save_on_full_disk(folder: Path, *arguments: Any) -> str:
+    """Save a checkpoint, and another for which the first process has no room; its error."""
+    many = make_trainer(*arguments)
+    batches = iter(many.data_provider)
+    many.step(next(batches))
+    many.save_checkpoint("1", folder)
+    many.step(next(batches))
+    # Less than the weights take.
+    room = 1_000 if many.sae.mesh.world.rank == 0 else 1_000_000
+    try:
+        with files_no_larger_than(room):
+            many.save_checkpoint("2", folder)
+    except Exception as error:
+        # The processes still agree on what comes next.
+        many.step(next(batches))
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("saving should fail")
+
+
+def shared_checkpoints(
+    folder: Path, run_id: str, max_restarts: int, restarts: Sequence[int]
+) -> tuple[str, str | None]:
+    """Folder of checkpoints and the one to go on from, after each process's restarts."""
+    world = mesh_of(1).world
+    cfg: Any = SimpleNamespace(
+        checkpoint_path=str(folder / str(world.rank)), resume_from_checkpoint=None
+    )
+    environment = {
+        "TORCHELASTIC_RUN_ID": run_id,
+        "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
+        "TORCHELASTIC_RESTART_COUNT": str(restarts[world.rank]),
+    }
+    os.environ |= environment
+    try:
+        share_checkpoints(cfg, world)
+    finally:
+        for name in environment:
+            del os.environ[name]
+    return cfg.checkpoint_path, cfg.resume_from_checkpoint
