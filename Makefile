@@ -45,9 +45,9 @@ TEST_PROCESSES ?= 2
 test: $(INSTALLED)
 	$(RUN) -m pytest -m "not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Groups of processes, one test at a time.
+# Groups of processes, which wait for each other much of the time.
 test-slow: $(INSTALLED)
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest -m slow --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 # Each row has its own environment, made once, and the constraints of its name.
 test-matrix:
