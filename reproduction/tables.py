@@ -4,7 +4,7 @@ Tables of runs, rows of :func:`.records.read`: text for the command line, Markdo
 In Markdown a single run, or seed, is marked with an asterisk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,13 +50,15 @@ _RECIPE_FIELDS = (
 )
 
 
-def summary(runs: pd.DataFrame) -> str:
+def summary(
+    runs: pd.DataFrame, metrics: Sequence[str] = ("fvu", "l0", "alive", "dead")
+) -> str:
     """
-    Means and spreads over seeds, as text: a line for each label, k and combination of those settings
-    (but the seed) that differ between runs of one label and k.
+    Means and spreads of metrics over seeds, as text: a line for each label, k and combination of
+    those settings (but the seed) that differ between runs of one label and k.
     """
     groups = runs.groupby(["label", "k", *_varying(runs)], dropna=False)
-    text = groups[["fvu", "l0", "alive", "dead"]].agg(_mean_and_spread)
+    text = groups[[*metrics]].agg(_mean_and_spread)
     return text.assign(runs=groups.size()).reset_index().to_string(index=False)
 
 
@@ -148,6 +150,25 @@ def _written(row: pd.Series, form: Callable[[float], str]) -> list[str]:
         return f"{form(mean)}*" if size == 1 else f"{form(mean)} ± {form(std)}"
 
     return [write(cell) for cell in row]
+
+
+def scores_table(
+    runs: pd.DataFrame, scores: Mapping[str, tuple[str, Callable[[float], str]]]
+) -> str:
+    """
+    Write means and spreads of several scores in Markdown, a column each.
+
+    Args:
+        runs: Runs, with a column ``row`` that names their rows.
+        scores: Columns of ``runs``, each with its header and a function that writes a value.
+    """
+    columns = [
+        _written(cells(runs.assign(of=""), score, "row", "of").iloc[:, 0], form)
+        for score, (_, form) in scores.items()
+    ]
+    names = dict.fromkeys(runs["row"])
+    rows = [[*row] for row in zip(names, *columns, strict=True)]
+    return _lines(["", *(header for header, _ in scores.values())], rows)
 
 
 def recipe_table(d_sae: int) -> str:
