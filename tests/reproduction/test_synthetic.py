@@ -103,6 +103,7 @@ def test_dense_SAEs_are_trained_as_long_as_mixtures_and_one_is_as_wide():
     assert widths == {
         "Scale 64/2 recommended": 2_048,
         "Switch 32 recommended": 2_048,
+        "TopK 640": 640,
         "TopK 896": 896,
         "Full TopK 2048": 2_048,
     }
