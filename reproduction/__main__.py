@@ -1,4 +1,7 @@
-"""The laboratory's commands: ``python -m reproduction cache | run | evaluate | report | table``."""
+"""
+The laboratory's commands: ``python -m reproduction cache | run | evaluate | report | table``, and
+``synthetic``, which does all of this with activations that are not a language model's.
+"""
 
 import argparse
 import json
@@ -15,7 +18,7 @@ import torch
 
 from sae_lens_scale.cli.arguments import positive
 from sae_lens_scale.cli.output import error_text, print_result
-from sae_lens_scale.files import write_whole
+from sae_lens_scale.files import require_writable, write_whole
 
 from .activations import ActivationCache, CacheSettings
 from .caching import cache_activations
@@ -25,6 +28,12 @@ from .presets import PRESETS
 from .records import read, read_records, write_tables
 from .report import draw, fill, tables
 from .settings import RunSettings
+from .synthetic import (
+    score_records,
+    synthetic_activations,
+    synthetic_runs,
+    synthetic_table,
+)
 from .tables import summary
 
 _DEFAULT_FOLDER = Path("outputs/experiments")
@@ -75,18 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--prompts_per_batch", type=positive, default=16)
 
     run = _add(commands, "run", "train what has no record yet", _run)
-    run.add_argument(
-        "--only", help='part of the names of the runs to train, such as "scale-64*k32"'
-    )
-    run.add_argument("--seeds", type=int, nargs="+", help="by default the preset's")
-    run.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change a setting of the runs, or a field of their SAEs, such as lr=8e-4; "
-        "several values, separated by commas, make a run each",
-    )
+    _add_choice(run)
     run.add_argument(
         "--workers", type=positive, default=1, help="runs at the same time"
     )
@@ -116,13 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="folder of the records, or of tables made of them, if it is another",
     )
-    report.add_argument(
-        "--documents",
-        type=Path,
-        nargs="+",
-        default=[],
-        help='put the tables into these, between "<!-- table NAME -->" and "<!-- end -->"',
-    )
+    _add_documents(report)
     report.add_argument("--images", type=Path, help="folder for the figures")
     report.add_argument(
         "--figures",
@@ -133,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
 
     table = _add(commands, "table", "write the records as tables, in CSV", _table)
     table.add_argument("--output", type=Path, required=True, help="folder for them")
+
+    _add_synthetic(commands)
     return parser
 
 
@@ -159,6 +153,55 @@ def _add(commands: Any, name: str, help: str, run: Any) -> argparse.ArgumentPars
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_choice(
+    parser: argparse.ArgumentParser, seeds: str = "by default the preset's"
+) -> None:
+    parser.add_argument(
+        "--only", help='part of the names of the runs to train, such as "scale-64*k32"'
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help=seeds)
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting of the runs, or a field of their SAEs, such as lr=8e-4; "
+        "several values, separated by commas, make a run each",
+    )
+
+
+def _add_synthetic(commands: Any) -> None:
+    help = "train on synthetic activations, and count the features that were found"
+    parser = commands.add_parser(
+        "synthetic",
+        help=help,
+        description=f"{help.capitalize()}. Goes on where it was interrupted.",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=_DEFAULT_FOLDER / "synthetic",
+        help="of activations and records (default: %(default)s)",
+    )
+    _add_choice(parser, "default: 0 1 2")
+    parser.add_argument(
+        "--threads", type=positive, default=1, help="default: %(default)s"
+    )
+    parser.add_argument("--output", type=Path, help="folder for the records in CSV")
+    _add_documents(parser)
+    parser.set_defaults(run=_synthetic)
+
+
+def _add_documents(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--documents",
+        type=Path,
+        nargs="+",
+        default=[],
+        help='put the tables into these, between "<!-- table NAME -->" and "<!-- end -->"',
+    )
 
 
 def _cache(options: argparse.Namespace) -> str:
@@ -216,17 +259,46 @@ def _report(options: argparse.Namespace) -> str:
     base = PRESETS[options.preset].base
     records = options.records or _folder(options) / "runs"
     found = tables(records, base)
-    filled = {path: fill(path.read_text("utf-8"), found) for path in options.documents}
-    for path, text in filled.items():
-        write_whole(path, text)
+    _fill(options.documents, found)
     if options.images is not None:
         drawn = draw(records, base, options.images, options.figures)
         found["figures"] = "\n".join(map(str, drawn))
     return "\n\n".join(f"{name}\n\n{text}" for name, text in found.items())
 
 
+def _fill(documents: Sequence[Path], found: dict[str, str]) -> None:
+    filled = {path: fill(path.read_text("utf-8"), found) for path in documents}
+    for path, text in filled.items():
+        write_whole(path, text)
+
+
 def _table(options: argparse.Namespace) -> str:
     return "\n".join(map(str, write_tables(_folder(options) / "runs", options.output)))
+
+
+def _synthetic(options: argparse.Namespace) -> str:
+    runs = select_runs(
+        synthetic_runs(*([options.seeds] if options.seeds else [])),
+        options.set,
+        options.only,
+    )
+    # Mistakes show before the long work.
+    for run in runs:
+        run.sae_config(1)
+    if options.output is not None:
+        require_writable("--output", options.output)
+    for document in options.documents:
+        fill(document.read_text("utf-8"), {"synthetic": ""})
+    folder = options.folder / "runs"
+    model, cache = synthetic_activations(options.folder)
+    run_grid(runs, cache, folder, threads=options.threads, keep_weights=True)
+    score_records(folder, model)
+    if options.output is not None:
+        write_tables(folder, options.output)
+    if options.documents:
+        _fill(options.documents, {"synthetic": synthetic_table(folder)})
+    found = read(folder, [run.name for run in runs])
+    return summary(found, ["recovered", "mcc", "f1", "fvu"])
 
 
 def select_runs(

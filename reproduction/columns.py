@@ -56,6 +56,10 @@ COLUMNS = (
     Column("training_flops", "measures.flops_per_token.training.total"),
     # Runs may have shared the machine with others, which wall time would show.
     Column("cpu_seconds", "seconds.training_cpu", "{:.0f}".format),
+    *(
+        Column(score, f"measures.synthetic.{score}")
+        for score in ("recovered", "mcc", "uniqueness", "precision", "recall", "f1")
+    ),
     Column("expert_counts", "measures.expert_usage.counts"),
     Column("overlap_histogram", "measures.overlap_histogram.pairs"),
     Column("scaling_factors", "measures.scaling_factors"),

@@ -19,11 +19,11 @@ from .tables import (
     flops_table,
     gap_closed,
     gated_comparison,
+    groups_table,
     l1_table,
     markdown,
     measured_runs,
     recipe_table,
-    scores_table,
 )
 
 # Starts of the labels between which the comparison puts the others.
@@ -167,7 +167,7 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
             if len(measured):
                 found[name] = markdown(cells(measured, metric, "row"), forms[metric])
     if (scores := Path(folder, "scores.json")).exists():
-        found["scores"] = scores_table(read_json(scores), _SCORED)
+        found["scores"] = groups_table(read_json(scores), _SCORED)
     runs = _of_preset(everything, f"{base}-evidence")
     # Runs that it shares with other grids are not the parts yet.
     if len(set(runs["label"])) > len(BEST):

@@ -60,13 +60,15 @@ _RECIPE_FIELDS = (
 )
 
 
-def summary(runs: pd.DataFrame) -> str:
+def summary(
+    runs: pd.DataFrame, metrics: Sequence[str] = ("fvu", "l0", "alive", "dead")
+) -> str:
     """
-    Means and spreads over seeds, as text: a line for each label, k and combination of those settings
-    (but the seed) that differ between runs of one label and k.
+    Means and spreads of metrics over seeds, as text: a line for each label, k and combination of
+    those settings (but the seed) that differ between runs of one label and k.
     """
     groups = runs.groupby(["label", "k", *_varying(runs)], dropna=False)
-    text = groups[["fvu", "l0", "alive", "dead"]].agg(_mean_and_spread)
+    text = groups[[*metrics]].agg(_mean_and_spread)
     return text.assign(runs=groups.size()).reset_index().to_string(index=False)
 
 
@@ -160,6 +162,25 @@ def _written(row: pd.Series, form: Callable[[float], str]) -> list[str]:
     return [write(cell) for cell in row]
 
 
+def scores_table(
+    runs: pd.DataFrame, scores: Mapping[str, tuple[str, Callable[[float], str]]]
+) -> str:
+    """
+    Write means and spreads of several scores in Markdown, a column each.
+
+    Args:
+        runs: Runs, with a column ``row`` that names their rows.
+        scores: Columns of ``runs``, each with its header and a function that writes a value.
+    """
+    columns = [
+        _written(cells(runs.assign(of=""), score, "row", "of").iloc[:, 0], form)
+        for score, (_, form) in scores.items()
+    ]
+    names = dict.fromkeys(runs["row"])
+    rows = [[*row] for row in zip(names, *columns, strict=True)]
+    return _lines(["", *(header for header, _ in scores.values())], rows)
+
+
 def recipe_table(d_sae: int) -> str:
     """List what the recommended recipe chooses for d_sae latents, in Markdown."""
     columns: dict[str, dict[str, Any]] = {}
@@ -229,7 +250,7 @@ def gated_comparison(gated: pd.DataFrame, others: pd.DataFrame) -> str:
     return _lines(["lower than Gated", *(f"L0 = {x:.1f}" for x in l0)], rows)
 
 
-def scores_table(scores: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def groups_table(scores: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """
     Table in Markdown of what ``sae-lens-scale score --group`` found.
 
