@@ -227,17 +227,18 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
 
     def _evaluate(
         self, sae: Any, data_provider: DataProvider, scaler: ActivationScaler
-    ) -> dict[str, Any]:
+    ) -> dict[str, dict[str, float]]:
         """Metrics of SAELens's evaluation, mean over processes, each on its own text."""
+        # By topic.
         metrics = self.evaluator(sae, data_provider, scaler)
-        names = sorted(metrics)
-        values = torch.tensor(
-            [float(metrics[name]) for name in names],
-            dtype=torch.float64,
-            device=sae.device,
-        )
-        means = self._mesh.world.all_reduce(values, "metrics") / self._mesh.world.size
-        return dict(zip(names, means.tolist(), strict=True))
+        values = [float(v) for of_topic in metrics.values() for v in of_topic.values()]
+        means = torch.tensor(values, dtype=torch.float64, device=sae.device)
+        self._mesh.world.all_reduce(means, "metrics")
+        rest = iter((means / self._mesh.world.size).tolist())
+        return {
+            topic: {name: next(rest) for name in of_topic}
+            for topic, of_topic in metrics.items()
+        }
 
     def _count_rows(self) -> None:
         """Count rows of the text that no process has to read again."""

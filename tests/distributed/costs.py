@@ -15,7 +15,10 @@ from sae_lens_scale.distributed.trainer import DistributedTrainer
 def state_bytes(trainer: SAETrainer[Any, Any]) -> int:
     """Bytes of weights, gradients and Adam's moments."""
     parameters = list(trainer.sae.parameters())
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    # Of the optimizer's, which may be slices of the SAE's.
+    (group,) = trainer.optimizer.param_groups
+    owners = {id(p): p for p in [*parameters, *group["params"]]}.values()
+    gradients = [p.grad for p in owners if p.grad is not None]
     states = trainer.optimizer.state.values()
     moments = [v for state in states for v in state.values() if v.dim()]
     return sum(t.nbytes for t in [*parameters, *gradients, *moments])

@@ -97,7 +97,7 @@ def of_runner(model: Path | str, overrides: dict[str, Any]) -> str:
     sae, rows = overrides.pop("sae", {}), overrides.pop("rows", 31)
     expert_parallel = overrides.pop("expert_parallel", 1)
     sizes: dict[str, Any] = {"d_in": 32, "d_sae": 128, "num_experts": 4, "k": 8}
-    settings = {
+    settings: dict[str, Any] = {
         "model_class_name": "AutoModelForCausalLM",
         "model_name": str(model),
         "hook_name": "model.layers.0",
@@ -111,7 +111,8 @@ def of_runner(model: Path | str, overrides: dict[str, Any]) -> str:
         "logger": LoggingConfig(log_to_wandb=False),
     }
     if isinstance(sae, dict):
-        sae = ScaleTrainingSAEConfig(**(sizes | {"experts_per_token": 2} | sae))
+        sizes |= {"experts_per_token": 2} | sae
+        sae = ScaleTrainingSAEConfig(**sizes)
     cfg = LanguageModelSAERunnerConfig(sae=sae, **(settings | overrides))
     text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(rows)]})
     return _message(

@@ -5,22 +5,23 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from benchmarks.cost_model import Assumptions, Layout, Shape, wire_bytes
 from distributed import costs
 from distributed.processes import Processes
+
+from benchmarks.cost_model import Assumptions, Layout, Shape, wire_bytes
 
 SHAPE = Shape(d_in=32, d_sae=512, num_experts=16, experts_per_token=3, k=4)
 TOKENS = 512
 # Purposes of the formulas, and names that they are counted under.
-PURPOSES = {
-    "tokens to owners": "tokens",
-    "ranking values": "ranking values",
-    "prefixes": "selected",
-    "reconstructions": "reconstructions",
-    "reconstructions' gradients": "reconstructions, gradients",
-    "gates' gradients": "gates, gradients",
-    "gradients of weights": "gradients of replicas",
-    "router and firing counts": "gradients of all processes",
+PURPOSES: dict[str, tuple[str, ...]] = {
+    "tokens to owners": ("tokens",),
+    "ranking values": ("ranking values",),
+    "prefixes": ("selected",),
+    "reconstructions": ("reconstructions",),
+    "reconstructions' gradients": ("reconstructions, gradients",),
+    "gates' gradients": ("gates, gradients",),
+    "gradients of weights": ("gradients of replicas", "slices of replicas"),
+    "router and firing counts": ("gradients of all processes",),
 }
 
 
@@ -69,7 +70,10 @@ def test_bytes_are_those_of_the_formulas(
         costs.cost_of_step, overrides, TOKENS, expert_parallel, dead
     )
     sent: Counter[str] = sum((r["sent"] for r in results), Counter())
-    got = {purpose: sent[name] / size for purpose, name in PURPOSES.items()}
+    got = {
+        purpose: sum(sent[name] for name in names) / size
+        for purpose, names in PURPOSES.items()
+    }
     assert got == pytest.approx(want, rel=0.1)
     # Numbers of tokens for each owner, loads and the norm are small.
     assert sum(sent.values()) / size == pytest.approx(sum(want.values()), rel=0.1)
@@ -91,7 +95,7 @@ def test_shared_experts_travel_no_more_than_none(
         )
         for shape, num_shared in ((SHAPE, 0), (with_shared, 2))
     )
-    for name in list(PURPOSES.values())[:6]:
+    for (name,) in list(PURPOSES.values())[:6]:
         want = sum(r["sent"][name] for r in without)
         assert sum(r["sent"][name] for r in shared) == pytest.approx(want, rel=0.05)
 
@@ -110,8 +114,8 @@ def test_collectives_of_a_step(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("expert_parallel", "number"), [(1, 6), (2, 14)])
-def test_replicas_sum_each_weight_s_gradients_besides(
+@pytest.mark.parametrize(("expert_parallel", "number"), [(1, 5), (2, 12)])
+def test_collectives_of_replicas(
     processes: Callable[[int], Processes], expert_parallel: int, number: int
 ):
     results = processes(4).run(
@@ -137,5 +141,5 @@ def test_memory_is_shared_out_with_the_experts(
     most = 1.05 * ((1 - replicated) / expert_parallel + replicated)
     one = costs.state_bytes_of_one(overrides)
     assert one == 4 * 4 * whole
-    assert [r["memory"] for r in results] == pytest.approx(4 * [most * one], rel=0.06)
-    assert all(result["memory"] <= most * one for result in results)
+    # Replicas share out gradients and Adam's moments besides.
+    assert all(0.5 * most * one < r["memory"] <= most * one for r in results)
