@@ -232,7 +232,11 @@ def wire_bytes(
     # Size of the group that sums gradients, and numbers that it sums.
     sums = {
         "gradients of weights": (layout.replicas, shape.expert_parameters / g),
-        "router": (layout.gpus, shape.other_parameters),
+        # Packed together.
+        "router and firing counts": (
+            layout.gpus,
+            shape.other_parameters + shape.d_sae,
+        ),
     }
     return {purpose: a.tokens * sent for purpose, sent in of_token.items()} | {
         # A ring adds up shares of a tensor, then passes the sums on.
@@ -289,7 +293,8 @@ def seconds(shape: Shape, layout: Layout, assumptions: Assumptions) -> dict[str,
     gradients = _on_the_wire(
         sent.pop("gradients of weights"), _far(layout.replicas, g, a), a
     )
-    gradients += _on_the_wire(sent.pop("router"), _far(layout.gpus, 1, a), a)
+    everywhere = sent.pop("router and firing counts")
+    gradients += _on_the_wire(everywhere, _far(layout.gpus, 1, a), a)
     gradients += 2 * a.latency * 1e-6 * (layout.gpus > 1)
     far = _far(g, 1, a) if layout.kind == "latents" else _far_of_all_to_all(g, a)
     exchange = _on_the_wire(sum(sent.values()), far, a)

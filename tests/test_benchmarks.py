@@ -147,8 +147,8 @@ def test_wire_bytes_are_those_of_tokens_that_choose_experts_evenly(ranks: int):
     got = wire_bytes(SHAPE, Layout("experts", ranks, ranks), settings)
     assert {name: got[name] for name in want} == pytest.approx(want, rel=0.03)
     assert got["gradients of weights"] == 0
-    summed = 2 * (ranks - 1) / ranks * 4 * 32 * (16 + 2)
-    assert got["router"] == pytest.approx(summed)
+    summed = 2 * (ranks - 1) / ranks * 4 * (32 * (16 + 2) + 512)
+    assert got["router and firing counts"] == pytest.approx(summed)
 
 
 def test_experts_of_one_rank_are_data_parallel():
@@ -157,8 +157,8 @@ def test_experts_of_one_rank_are_data_parallel():
     for cost in (wire_bytes, memory_bytes, seconds):
         assert cost(MILLION, experts, settings) == cost(MILLION, data, settings)
     sent = wire_bytes(MILLION, data, settings)
-    # Each parameter's gradient and sum in float32, of 63 of 64 ranks.
-    numbers = MILLION.expert_parameters + MILLION.other_parameters
+    # Each parameter's gradient and sum in float32, of 63 of 64 ranks, and how often a latent fired.
+    numbers = MILLION.expert_parameters + MILLION.other_parameters + MILLION.d_sae
     assert sum(sent.values()) == pytest.approx(2 * 63 / 64 * 4 * numbers)
 
 

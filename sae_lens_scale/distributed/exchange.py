@@ -123,6 +123,7 @@ class Route:
     Attributes:
         group: The processes.
         tokens: Number of tokens.
+        experts_per_token: Number of experts of each (e).
         row_tokens: Token of each row, ``[rows sent]``.
         pair_slots: Each pair's place among all pairs of the batch, ``token * e + slot``,
             ``[pairs sent]``.
@@ -135,6 +136,7 @@ class Route:
 
     group: Group
     tokens: int
+    experts_per_token: int
     row_tokens: Int[torch.Tensor, " rows_sent"]
     pair_slots: Int[torch.Tensor, " pairs_sent"]
     rows_sent: list[int]
@@ -215,11 +217,7 @@ class OwnedRows(Rows):
 
     @override
     def adapt(self, selection: Selection) -> Selection:
-        if selection.select is not topk:
-            raise ValueError(
-                "selection must be a TopK of each token where experts are shared out "
-                "among processes"
-            )
+        require_topk(selection)
         return replace(selection, select=self._select, per_token=False)
 
     def _select(self, ranking: torch.Tensor, sizes: Sequence[int]) -> Selected:
@@ -235,8 +233,10 @@ class OwnedRows(Rows):
         """
         route = self.route
         num_pairs, candidates = ranking.shape
-        num_slots = len(route.pair_slots)
-        e = num_slots // route.tokens if route.tokens else 1
+        e = route.experts_per_token
+        if len(sizes) == 1 and sizes[0] >= e * candidates:
+            # A token keeps all that it has: nobody has to ask.
+            return topk(ranking, (candidates,))
         # As many on every process, also on one without tokens.
         most = min(sizes[-1], candidates)
         best = ranking.topk(most, dim=-1)
@@ -275,6 +275,20 @@ class OwnedRows(Rows):
         rows = route.rows_home(rows, "reconstructions")
         tokens = rows.new_zeros(route.tokens, rows.shape[-1])
         return tokens.index_add(0, route.row_tokens, rows)
+
+
+def require_topk(selection: Selection) -> None:
+    """
+    Refuse a selection that cannot be made of each process's best.
+
+    Raises:
+        ValueError: If it is no TopK of each token.
+    """
+    if selection.select is not topk:
+        raise ValueError(
+            "selection must be a TopK of each token where experts are shared out among "
+            f"processes, got {selection.select}"
+        )
 
 
 def send_to_owners(
@@ -335,6 +349,7 @@ def send_to_owners(
     route = Route(
         group=group,
         tokens=tokens,
+        experts_per_token=e,
         row_tokens=token[is_first],
         pair_slots=order,
         rows_sent=rows_sent,

@@ -31,7 +31,7 @@ from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 from sae_lens_scale.upstream import InterruptedException
 
 from .groups import Group, make_mesh, on_first
-from .sae import distribute
+from .sae import distribute, make_ownership
 from .trainer import DistributedTrainer
 
 _ROWS = "n_dataset_processed"
@@ -99,6 +99,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
         self._mesh = make_mesh(expert_parallel, timeout)
         self._require_shares(cfg)
+        if override_sae is None and cfg.from_pretrained_path is None:
+            make_ownership(cfg.sae, self._mesh)
         share_checkpoints(cfg, self._mesh.world)
         with _quiet_unless_first(self._mesh.world.rank):
             super().__init__(
@@ -109,11 +111,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
                 fused_optimizer=fused_optimizer,
                 lr_factors=lr_factors,
             )
-        if not isinstance(self.sae, MixtureTrainingSAE):
-            raise ValueError(
-                "architecture must be scale or switch, to be trained by several "
-                f"processes, got {self.sae.cfg.architecture()}"
-            )
+        # Of an SAE that is given.
+        make_ownership(self.sae.cfg, self._mesh)
         if cfg.use_cached_activations:
             self._share_text()
         world, tokens = self._mesh.world, cfg.train_batch_size_tokens
@@ -228,17 +227,18 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
 
     def _evaluate(
         self, sae: Any, data_provider: DataProvider, scaler: ActivationScaler
-    ) -> dict[str, Any]:
+    ) -> dict[str, dict[str, float]]:
         """Metrics of SAELens's evaluation, mean over processes, each on its own text."""
+        # By topic.
         metrics = self.evaluator(sae, data_provider, scaler)
-        names = sorted(metrics)
-        values = torch.tensor(
-            [float(metrics[name]) for name in names],
-            dtype=torch.float64,
-            device=sae.device,
-        )
-        means = self._mesh.world.all_reduce(values, "metrics") / self._mesh.world.size
-        return dict(zip(names, means.tolist(), strict=True))
+        values = [float(v) for of_topic in metrics.values() for v in of_topic.values()]
+        means = torch.tensor(values, dtype=torch.float64, device=sae.device)
+        self._mesh.world.all_reduce(means, "metrics")
+        rest = iter((means / self._mesh.world.size).tolist())
+        return {
+            topic: {name: next(rest) for name in of_topic}
+            for topic, of_topic in metrics.items()
+        }
 
     def _count_rows(self) -> None:
         """Count rows of the text that no process has to read again."""

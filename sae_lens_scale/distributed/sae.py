@@ -12,14 +12,24 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
+from sae_lens_scale.saes.mixture.config import MixtureTrainingSAEConfig
 from sae_lens_scale.saes.mixture.dispatch import Rows
 from sae_lens_scale.saes.mixture.encoding import Encoding, Inputs
-from sae_lens_scale.saes.mixture.extension_points import is_hooked
+from sae_lens_scale.saes.mixture.extension_points import is_hooked, is_overridden
 from sae_lens_scale.saes.mixture.routing import Routing
 from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 
-from .exchange import EXPERT_DIMENSIONS, OwnedRows, Ownership, send_to_owners
+from .exchange import (
+    EXPERT_DIMENSIONS,
+    OwnedRows,
+    Ownership,
+    require_topk,
+    send_to_owners,
+)
 from .groups import Mesh, on_first
+
+# Methods whose results would need all of a token's experts, or all latents.
+_NOT_OVERRIDDEN = ("dispatch", "combine", "decode", "encode_with_hidden_pre")
 
 
 class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
@@ -66,7 +76,10 @@ class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
     @override
     def batch_mean(self, values: torch.Tensor) -> torch.Tensor:
         assert self._counts is not None
-        return values.sum(dim=0) / self._counts[-1]
+        # In float16 a sum over a batch overflows where its mean does not.
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        mean = values.sum(dim=0, dtype=dtype) / self._counts[-1]
+        return mean.to(values.dtype)
 
     @override
     def batch_load(self, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
@@ -178,6 +191,17 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
         return super().training_forward_pass(step_input)
 
     @override
+    def _encode(
+        self, x: torch.Tensor, runners_up: int = 0, with_all_pre_acts: bool = False
+    ) -> Encoding:
+        if with_all_pre_acts or is_hooked(self.hook_sae_acts_pre):
+            raise ValueError(
+                "encode_with_hidden_pre and a hook on hook_sae_acts_pre need pre-activations "
+                "that no process has where experts are shared out among processes"
+            )
+        return super()._encode(x, runners_up)
+
+    @override
     def dispatch(self, inputs: Inputs, routing: Routing) -> Rows:
         rows = super().dispatch(inputs, routing)
         return send_to_owners(rows, self.ownership, self.mesh.experts)
@@ -245,14 +269,18 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
         The SAE, of a subclass of its class.
 
     Raises:
-        ValueError: If experts are to be shared out, and the SAE has fewer than processes, or
-            hooks, or does not use sparse activations.
+        ValueError: As :func:`make_ownership`; if experts are to be shared out, and the SAE has
+            hooks, another selection than TopK, or overrides one of these methods.
     """
-    cfg, experts = sae.cfg, mesh.experts
-    num_shared = cfg.num_shared_experts if experts.size > 1 else 0
-    ownership = Ownership(cfg.num_experts, num_shared, experts.rank, experts.size)
+    ownership = make_ownership(sae.cfg, mesh)
     base = DataParallelSAE
-    if experts.size > 1:
+    if mesh.experts.size > 1:
+        for name in _NOT_OVERRIDDEN:
+            if is_overridden(sae, name):
+                raise ValueError(
+                    f"{name} must not be overridden where experts are shared out among "
+                    f"processes, got {type(sae).__name__}"
+                )
         require_shardable(sae)
         base = ExpertParallelSAE
     tensors = [p.data for p in sae.parameters()]
@@ -272,18 +300,41 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
     return sae
 
 
+def make_ownership(cfg: Any, mesh: Mesh) -> Ownership:
+    """
+    Say which experts a process holds.
+
+    Args:
+        cfg: Config of the SAE.
+        mesh: The processes.
+
+    Raises:
+        ValueError: If it is no config of an SAE of this package; if experts are to be shared
+            out, and there are fewer than processes, or use_sparse_activations is False.
+    """
+    if not isinstance(cfg, MixtureTrainingSAEConfig):
+        raise ValueError(
+            "architecture must be scale or switch, to be trained by several processes, got "
+            f"{cfg.architecture()}"
+        )
+    experts = mesh.experts
+    if experts.size > 1 and not cfg.use_sparse_activations:
+        raise ValueError(
+            "use_sparse_activations must be True where experts are shared out among "
+            "processes, got False"
+        )
+    num_shared = cfg.num_shared_experts if experts.size > 1 else 0
+    return Ownership(cfg.num_experts, num_shared, experts.rank, experts.size)
+
+
 def require_shardable(sae: MixtureTrainingSAE[Any]) -> None:
     """
     Refuse an SAE whose experts cannot be shared out as it is.
 
     Raises:
-        ValueError: If somebody hooks it, or it does not use sparse activations.
+        ValueError: If somebody hooks it, or its selection is no TopK of each token.
     """
-    if not sae.cfg.use_sparse_activations:
-        raise ValueError(
-            "use_sparse_activations must be True where experts are shared out among "
-            "processes, got False"
-        )
+    require_topk(sae.selection())
     for name, hook in sae.hook_dict.items():
         if is_hooked(hook):
             raise ValueError(

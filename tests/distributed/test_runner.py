@@ -65,3 +65,16 @@ def test_every_row_of_the_text_is_read_by_one_process(
     assert sorted(read) == sorted(texts)
     assert all(len(rows) >= 10 for rows, _ in results)
     assert [tokens for _, tokens in results] == [21, 21, 22]
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_an_evaluation_is_the_mean_over_processes(
+    processes: Callable[[int], Processes], tiny_llama: Path, expert_parallel: int
+):
+    first, second = processes(2).run(work.evaluations, tiny_llama, expert_parallel)
+    assert first == second
+    names = {name for topic in first for name in topic}
+    assert {"ce_loss_score", "kl_div_score", "l0", "explained_variance"} <= names
+    # After the fourth and the eighth step.
+    assert sum("l0" in topic for topic in first) == 2
+    assert all(0 < topic["l0"] <= 8 for topic in first if "l0" in topic)

@@ -118,3 +118,90 @@ def test_processes_may_have_other_numbers_of_tokens_or_none(
     processes: Callable[[int], Processes], expert_parallel: int, sizes: list[int]
 ):
     assert_as_one_process(processes, 3, expert_parallel, sizes=sizes)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_one_owner_of_all_tokens_experts(
+    processes: Callable[[int], Processes], size: int
+):
+    results = assert_as_one_process(processes, size, size, "one owner")
+    pairs = [result["sent"].get("gates, gradients", 0) for result in results]
+    # Of 24 tokens, two experts each; float64. The owner sends back all but its own.
+    assert pairs == [0] * (size - 1) + [(24 - 24 // size) * 2 * 8]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("scale", {}),
+        ("scale", {"experts_per_token": 3, "num_shared_experts": 1}),
+        ("scale", {"rescale_acts_by_decoder_norm": False}),
+        ("switch", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [2, 3])
+def test_inference_is_that_of_one_process(
+    processes: Callable[[int], Processes],
+    size: int,
+    architecture: str,
+    overrides: dict[str, Any],
+):
+    sae = work.MAKERS[architecture](**overrides)
+    results = processes(size).run(work.inference, architecture, overrides, X, size)
+    acts, decoded, forward = (torch.cat(parts) for parts in zip(*results, strict=True))
+    with torch.no_grad():
+        torch.testing.assert_close(acts, sae.encode(X), rtol=1e-10, atol=1e-10)
+        want = sae.decode(acts)
+        torch.testing.assert_close(decoded, want, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(forward, want, rtol=1e-10, atol=1e-10)
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "autocast"])
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_rounding_is_that_of_one_process(
+    processes: Callable[[int], Processes], expert_parallel: int, dtype: str
+):
+    # Large: the sum of the squared errors of the tokens is more than float16 holds.
+    x = 3 * draw(48, 10, seed=1).to(torch.bfloat16).double()
+    autocast = dtype == "autocast"
+    name = "float32" if autocast else dtype
+    overrides = DEFAULT | {"dtype": name, "router_lr_factor": 1.0}
+    one, exact = (
+        work.MAKERS["scale"](**overrides | {"dtype": d}) for d in (name, "float64")
+    )
+    exact.load_state_dict(one.state_dict())
+    outputs = []
+    for sae, given in ((one, x.to(one.dtype)), (exact, x)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and sae is one):
+            output = sae.training_forward_pass(step_input(given, DEAD))
+        output.loss.backward()
+        outputs.append(output)
+    results = processes(2).run(
+        work.training_step,
+        "scale",
+        overrides,
+        x.to(one.dtype),
+        DEAD,
+        expert_parallel,
+        None,
+        autocast,
+    )
+    # Each sum is rounded where one process rounds, and where results of two are added.
+    eps = torch.finfo(torch.float16 if dtype == "float16" else torch.bfloat16).eps
+    out = torch.cat([r["sae_out"] for r in results])
+    for loss in outputs[1].losses:
+        total = torch.stack([r["losses"][loss].double() for r in results]).sum()
+        assert relative(total, outputs[1].losses[loss]) < 8 * eps
+    bound = 2 * relative(outputs[0].sae_out, outputs[1].sae_out) + 2 * eps
+    assert relative(out, outputs[1].sae_out) < bound
+    for parameter, want in exact.named_parameters():
+        if parameter in EXPERT_DIMENSIONS and expert_parallel > 1:
+            continue
+        got = torch.stack([r["gradients"][parameter].double() for r in results]).sum(0)
+        of_one = one.get_parameter(parameter).grad
+        assert relative(got, want.grad) < 2 * relative(of_one, want.grad) + 2 * eps

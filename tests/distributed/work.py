@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -18,7 +19,7 @@ from sae_lens.config import (
 )
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_scale import ScaleTrainingSAEConfig
+from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
 from sae_lens_scale.distributed.groups import Mesh, make_mesh
 from sae_lens_scale.distributed.runner import (
     DistributedTrainingRunner,
@@ -27,7 +28,22 @@ from sae_lens_scale.distributed.runner import (
 from sae_lens_scale.distributed.sae import distribute
 from sae_lens_scale.distributed.trainer import DistributedTrainer
 
-MAKERS = {"scale": scale_sae, "switch": switch_sae}
+
+def scale_sae_of_one_owner(seed: int = 0, **overrides: Any) -> ScaleTrainingSAE:
+    """A Scale SAE whose tokens all choose the last two of its five experts."""
+    sae = scale_sae(seed, **overrides)
+    W_router, b_router = (t.detach().clone() for t in sae.applied_router())
+    direction = torch.ones(len(b_router), dtype=b_router.dtype) / len(b_router) ** 0.5
+    W_router[:, 3:] += 5 * direction.unsqueeze(-1)
+    sae.set_router(W_router, b_router - 10 * direction)
+    return sae
+
+
+MAKERS = {
+    "scale": scale_sae,
+    "switch": switch_sae,
+    "one owner": scale_sae_of_one_owner,
+}
 
 
 def make_sae(architecture: str, overrides: dict[str, Any], rank: int = 0) -> Any:
@@ -63,12 +79,14 @@ def training_step(
     dead: torch.Tensor | None,
     expert_parallel: int,
     sizes: Sequence[int] | None = None,
+    autocast: bool = False,
 ) -> dict[str, Any]:
     """One forward and backward pass; what this process has of it."""
     mesh = mesh_of(expert_parallel)
     # Of all processes, the first one's weights count.
     sae = distribute(MAKERS[architecture](seed=mesh.world.rank, **overrides), mesh)
-    output = sae.training_forward_pass(step_input(part_of(x, sizes, mesh), dead))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output = sae.training_forward_pass(step_input(part_of(x, sizes, mesh), dead))
     output.loss.backward()
     return {
         "sae_out": output.sae_out.detach(),
@@ -78,6 +96,18 @@ def training_step(
         "sent": dict(mesh.world.sent + mesh.experts.sent),
         "calls": dict(mesh.world.calls + mesh.experts.calls),
     }
+
+
+@torch.no_grad()
+def inference(
+    architecture: str, overrides: dict[str, Any], x: torch.Tensor, expert_parallel: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Activations and reconstructions of this process's tokens, by decode and by forward."""
+    mesh = mesh_of(expert_parallel)
+    sae = distribute(MAKERS[architecture](**overrides), mesh)
+    mine = part_of(x, None, mesh)
+    acts = sae.encode(mine)
+    return acts, sae.decode(acts), sae(mine)
 
 
 STEPS, BATCH = 30, 96
@@ -231,7 +261,10 @@ def train(*arguments: Any) -> dict[str, Any]:
 
 
 def make_runner(
-    model: Path, text: Dataset | IterableDataset, **overrides: Any
+    model: Path,
+    text: Dataset | IterableDataset,
+    expert_parallel: int = 1,
+    **overrides: Any,
 ) -> DistributedTrainingRunner:
     settings: dict[str, Any] = {
         "model_class_name": "AutoModelForCausalLM",
@@ -253,7 +286,36 @@ def make_runner(
         ),
         **(settings | overrides),
     )
-    return DistributedTrainingRunner(cfg, override_dataset=text)
+    return DistributedTrainingRunner(
+        cfg, override_dataset=text, expert_parallel=expert_parallel
+    )
+
+
+def evaluations(model: Path, expert_parallel: int) -> list[dict[str, float]]:
+    """Metrics of the evaluations of a run, by topic, as this process logs them."""
+    os.environ["WANDB_MODE"] = "disabled"
+    logged: list[dict[str, float]] = []
+
+    def log(values: dict[str, Any], **_: Any) -> None:
+        for topic in values.values():
+            if isinstance(topic, dict):
+                logged.append(topic)
+
+    logger = LoggingConfig(
+        log_to_wandb=True, wandb_log_frequency=1, eval_every_n_wandb_logs=4
+    )
+    text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(400)]})
+    runner = make_runner(
+        model,
+        text,
+        expert_parallel,
+        logger=logger,
+        eval_batch_size_prompts=2,
+        n_eval_batches=2,
+    )
+    with patch("wandb.log", log):
+        runner.run()
+    return logged
 
 
 def rows_to_read(

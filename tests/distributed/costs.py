@@ -1,0 +1,83 @@
+"""Costs of a training step on this process, for tests."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from distributed.work import mesh_of, part_of, trainer_config
+from helpers import draw, scale_sae
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_scale.distributed.sae import distribute
+from sae_lens_scale.distributed.trainer import DistributedTrainer
+
+
+def state_bytes(trainer: SAETrainer[Any, Any]) -> int:
+    """Bytes of weights, gradients and Adam's moments."""
+    parameters = list(trainer.sae.parameters())
+    # Of the optimizer's, which may be slices of the SAE's.
+    (group,) = trainer.optimizer.param_groups
+    owners = {id(p): p for p in [*parameters, *group["params"]]}.values()
+    gradients = [p.grad for p in owners if p.grad is not None]
+    states = trainer.optimizer.state.values()
+    moments = [v for state in states for v in state.values() if v.dim()]
+    return sum(t.nbytes for t in [*parameters, *gradients, *moments])
+
+
+def cost_of_step(
+    overrides: dict[str, Any],
+    tokens: int,
+    expert_parallel: int,
+    dead: float = 0.0,
+) -> dict[str, Any]:
+    """
+    A step of the trainer on random tokens.
+
+    Args:
+        overrides: Fields of the SAE's config.
+        tokens: Tokens of each process.
+        expert_parallel: Processes that share out the experts.
+        dead: Share of each expert's latents that is dead before the step.
+
+    Returns:
+        Bytes sent and numbers of collectives, by purpose; bytes of the state when the
+        optimizer has made its step.
+    """
+    mesh = mesh_of(expert_parallel)
+    sae = distribute(scale_sae(**overrides), mesh)
+    cfg = sae.cfg
+    batch = draw(mesh.world.size * tokens, cfg.d_in).to(sae.dtype)
+    trainer = DistributedTrainer(
+        trainer_config(train_batch_size_samples=len(batch)), sae, iter(())
+    )
+    # The first step starts the router and b_dec.
+    trainer.step(part_of(batch, None, mesh))
+    offsets = torch.arange(cfg.d_sae) % cfg.expert_size
+    is_dead = offsets < dead * cfg.expert_size
+    trainer.n_forward_passes_since_fired.copy_(is_dead)
+    memory = []
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: memory.append(state_bytes(trainer))
+    )
+    groups = (mesh.world, mesh.experts, mesh.replicas)
+    for group in groups:
+        group.sent.clear()
+        group.calls.clear()
+    trainer.step(part_of(batch, None, mesh))
+    return {
+        "sent": sum((group.sent for group in groups), Counter()),
+        "calls": sum((group.calls for group in groups), Counter()),
+        "memory": memory[0],
+    }
+
+
+def state_bytes_of_one(overrides: dict[str, Any]) -> int:
+    """The same bytes of one process that trains alone."""
+    sae = scale_sae(**overrides)
+    trainer = SAETrainer(trainer_config(), sae, iter(()))
+    memory = []
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: memory.append(state_bytes(trainer))
+    )
+    trainer.step(draw(96, sae.cfg.d_in).to(sae.dtype))
+    return memory[0]

@@ -1,0 +1,122 @@
+"""What processes refuse, for tests."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from distributed.work import mesh_of
+from helpers import draw, scale_sae, step_input, subclass
+from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+
+from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
+from sae_lens_scale.distributed.runner import DistributedTrainingRunner
+from sae_lens_scale.distributed.sae import distribute
+from sae_lens_scale.saes.mixture.selection import SELECTIONS, Selection
+
+
+class _KeepsTheFirst(ScaleTrainingSAE):
+    def selection(self) -> Selection:
+        return Selection(
+            SELECTIONS["activations"].rank,
+            lambda ranking, sizes: SELECTIONS["activations"].select(-ranking, sizes),
+            per_token=True,
+            meaning="the k smallest",
+        )
+
+
+class _Decodes(ScaleTrainingSAE):
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        return super().decode(feature_acts)
+
+
+class _EncodesWithHiddenPre(ScaleTrainingSAE):
+    def encode_with_hidden_pre(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().encode_with_hidden_pre(x)
+
+
+SUBCLASSES = {
+    "selection": _KeepsTheFirst,
+    "decode": _Decodes,
+    "encode_with_hidden_pre": _EncodesWithHiddenPre,
+}
+
+
+def _message(action: Any) -> str:
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def of_hooks(expert_parallel: int) -> list[tuple[str, str, str]]:
+    """Each hook point, and the errors for one who hooks it before and after distribute."""
+    mesh, step = mesh_of(expert_parallel), step_input(draw(4, 10))
+    found = []
+    for name in scale_sae().hook_dict:
+        before, after = scale_sae(), distribute(scale_sae(), mesh)
+        for sae in (before, after):
+            sae.hook_dict[name].add_hook(lambda tensor, hook: tensor)
+        found.append(
+            (
+                name,
+                _message(lambda sae=before: distribute(sae, mesh)),
+                _message(lambda sae=after: sae.training_forward_pass(step)),
+            )
+        )
+    return found
+
+
+def of_saes(expert_parallel: int) -> dict[str, str]:
+    """Errors for SAEs whose experts cannot be shared out, and for what these cannot do."""
+    mesh = mesh_of(expert_parallel)
+    errors = {
+        name: _message(lambda c=cls: distribute(subclass(c, scale_sae()), mesh))
+        for name, cls in SUBCLASSES.items()
+    }
+    sae = distribute(scale_sae(), mesh)
+    return errors | {
+        "a call": _message(lambda: sae.encode_with_hidden_pre(draw(4, 10))),
+        "use_sparse_activations": _message(
+            lambda: distribute(scale_sae(use_sparse_activations=False), mesh)
+        ),
+        "num_experts": _message(
+            lambda: distribute(
+                scale_sae(experts_per_token=4, num_shared_experts=3), mesh
+            )
+        ),
+    }
+
+
+def of_runner(model: Path | str, overrides: dict[str, Any]) -> str:
+    """Error of a runner, with some of its arguments and of its config's fields."""
+    overrides = dict(overrides)
+    sae, rows = overrides.pop("sae", {}), overrides.pop("rows", 31)
+    expert_parallel = overrides.pop("expert_parallel", 1)
+    sizes: dict[str, Any] = {"d_in": 32, "d_sae": 128, "num_experts": 4, "k": 8}
+    settings: dict[str, Any] = {
+        "model_class_name": "AutoModelForCausalLM",
+        "model_name": str(model),
+        "hook_name": "model.layers.0",
+        "context_size": 16,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 16,
+        "train_batch_size_tokens": 64,
+        "training_tokens": 640,
+        "checkpoint_path": None,
+        "output_path": None,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    if isinstance(sae, dict):
+        sizes |= {"experts_per_token": 2} | sae
+        sae = ScaleTrainingSAEConfig(**sizes)
+    cfg = LanguageModelSAERunnerConfig(sae=sae, **(settings | overrides))
+    text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(rows)]})
+    return _message(
+        lambda: DistributedTrainingRunner(
+            cfg, override_dataset=text, expert_parallel=expert_parallel
+        )
+    )

@@ -1,0 +1,101 @@
+"""Refusals of several processes: the same on all of them, before anything hangs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import refusals
+from distributed.processes import Processes
+from sae_lens import StandardTrainingSAEConfig
+
+AMONG = "where experts are shared out among processes"
+
+
+def the_same(results: list[Any]) -> Any:
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+def test_no_hook_point_can_be_hooked(processes: Callable[[int], Processes]):
+    found = the_same(processes(2).run(refusals.of_hooks, 2))
+    assert len(found) > 6
+    for name, before, after in found:
+        assert (
+            before
+            == after
+            == (f"{name} must have no hook {AMONG}, none of which sees a whole batch")
+        )
+
+
+def test_saes_whose_experts_cannot_be_shared_out(
+    processes: Callable[[int], Processes],
+):
+    results = processes(4).run(refusals.of_saes, 4)
+    # The function's address differs.
+    selections = [result.pop("selection") for result in results]
+    assert all(
+        text.startswith(f"selection must be a TopK of each token {AMONG}, got <")
+        for text in selections
+    )
+    errors = the_same(results)
+    assert errors == {
+        "decode": f"decode must not be overridden {AMONG}, got _Decodes",
+        "encode_with_hidden_pre": f"encode_with_hidden_pre must not be overridden {AMONG}, "
+        "got _EncodesWithHiddenPre",
+        "a call": "encode_with_hidden_pre and a hook on hook_sae_acts_pre need "
+        f"pre-activations that no process has {AMONG}",
+        "use_sparse_activations": f"use_sparse_activations must be True {AMONG}, got False",
+        "num_experts": "expert_parallel must be at most the 2 experts that are not shared, "
+        "got 4",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        (
+            {"expert_parallel": 3},
+            "expert_parallel must divide the number of processes, 4, got 3",
+        ),
+        (
+            {
+                "expert_parallel": 4,
+                "sae": {"experts_per_token": 3, "num_shared_experts": 1},
+            },
+            "expert_parallel must be at most the 3 experts that are not shared, got 4",
+        ),
+        (
+            {"expert_parallel": 2, "sae": {"use_sparse_activations": False}},
+            f"use_sparse_activations must be True {AMONG}, got False",
+        ),
+        (
+            {"sae": StandardTrainingSAEConfig(d_in=32, d_sae=128)},
+            "architecture must be scale or switch, to be trained by several processes, got "
+            "standard",
+        ),
+        (
+            {"compile_sae": True},
+            "compile_sae must be False with several processes, got True",
+        ),
+        (
+            {"train_batch_size_tokens": 3},
+            "train_batch_size_tokens must be at least the 4 processes, got 3",
+        ),
+    ],
+    ids=str,
+)
+def test_runs_are_refused_before_the_model_is_loaded(
+    processes: Callable[[int], Processes], settings: dict[str, Any], error: str
+):
+    results = processes(4).run(refusals.of_runner, "no-such-model", settings)
+    assert the_same(results) == error
+
+
+@pytest.mark.slow
+def test_a_text_needs_a_row_for_each_process(
+    processes: Callable[[int], Processes], tiny_llama: Path
+):
+    results = processes(4).run(refusals.of_runner, tiny_llama, {"rows": 3})
+    error = "the text must have a row for each of the 4 processes, got 3"
+    assert the_same(results) == error
