@@ -117,7 +117,7 @@ class Assumptions:
     bytes_per_index: int = 8  # of experts
     bytes_per_count: int = 4  # of numbers of survivors
     bytes_per_weight: int = 4  # of weights, of gradients and of each Adam moment
-    sharded_adam: bool = False  # replicas share out Adam's moments and work
+    sharded_adam: bool = True  # replicas share out Adam's moments and work
     peak: float = 989  # TFLOP/s of a GPU's matrix products
     peak_share: float = 0.25  # share of it that is reached
     memory_bandwidth: float = 3350  # GB/s of a GPU's memory

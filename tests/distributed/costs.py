@@ -54,8 +54,8 @@ def cost_of_step(
     trainer.step(part_of(batch, None, mesh))
     offsets = torch.arange(cfg.d_sae) % cfg.expert_size
     is_dead = offsets < dead * cfg.expert_size
-    trainer.n_forward_passes_since_fired.copy_(is_dead)
-    memory = []
+    trainer.n_forward_passes_since_fired = is_dead.float()
+    memory: list[int] = []
     trainer.optimizer.register_step_post_hook(
         lambda *_: memory.append(state_bytes(trainer))
     )
@@ -75,7 +75,7 @@ def state_bytes_of_one(overrides: dict[str, Any]) -> int:
     """The same bytes of one process that trains alone."""
     sae = scale_sae(**overrides)
     trainer = SAETrainer(trainer_config(), sae, iter(()))
-    memory = []
+    memory: list[int] = []
     trainer.optimizer.register_step_post_hook(
         lambda *_: memory.append(state_bytes(trainer))
     )
