@@ -291,15 +291,14 @@ def make_runner(
     )
 
 
-def evaluations(model: Path, expert_parallel: int) -> list[dict[str, float]]:
+def evaluations(model: Path, expert_parallel: int) -> list[dict[str, Any]]:
     """Metrics of the evaluations of a run, by topic, as this process logs them."""
     os.environ["WANDB_MODE"] = "disabled"
-    logged: list[dict[str, float]] = []
+    found = []
 
-    def log(values: dict[str, Any], **_: Any) -> None:
-        for topic in values.values():
-            if isinstance(topic, dict):
-                logged.append(topic)
+    def evaluate(*arguments: Any) -> dict[str, Any]:
+        found.append(DistributedTrainingRunner._evaluate(runner, *arguments))
+        return found[-1]
 
     logger = LoggingConfig(
         log_to_wandb=True, wandb_log_frequency=1, eval_every_n_wandb_logs=4
@@ -310,12 +309,13 @@ def evaluations(model: Path, expert_parallel: int) -> list[dict[str, float]]:
         text,
         expert_parallel,
         logger=logger,
+        n_batches_for_norm_estimate=2,
         eval_batch_size_prompts=2,
         n_eval_batches=2,
     )
-    with patch("wandb.log", log):
+    with patch.object(runner, "_evaluate", evaluate):
         runner.run()
-    return logged
+    return found
 
 
 def rows_to_read(
