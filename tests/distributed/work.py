@@ -297,8 +297,10 @@ def evaluations(model: Path, expert_parallel: int) -> list[dict[str, Any]]:
     found = []
 
     def evaluate(*arguments: Any) -> dict[str, Any]:
-        found.append(DistributedTrainingRunner._evaluate(runner, *arguments))
-        return found[-1]
+        metrics = DistributedTrainingRunner._evaluate(runner, *arguments)
+        # SAELens adds histograms.
+        found.append(dict(metrics))
+        return metrics
 
     logger = LoggingConfig(
         log_to_wandb=True, wandb_log_frequency=1, eval_every_n_wandb_logs=4
