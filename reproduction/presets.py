@@ -424,10 +424,11 @@ _EXPERIMENTS = (
 
 PRESETS: dict[str, Preset] = {
     f"{experiment.base}{suffix}": Preset(
-        experiment.base, experiment.cache, tuple(runs())
+        experiment.base, experiment.cache, tuple(runs()), (0, 1, *more)
     )
     for experiment in _EXPERIMENTS
-    for suffix, runs in (
+    # More seeds than 0 and 1 come last.
+    for suffix, runs, *more in (
         ("", experiment.main),
         ("-flops", experiment.flops),
         ("-time", experiment.time),
@@ -439,6 +440,6 @@ PRESETS: dict[str, Preset] = {
         ("-recipe", experiment.recipe),
         ("-redundancy", experiment.redundancy),
         ("-defaults", experiment.defaults),
-        ("-evidence", experiment.evidence),
+        ("-evidence", experiment.evidence, 2),
     )
 }

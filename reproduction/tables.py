@@ -25,8 +25,6 @@ _HEADERS = {"k": "k = {:g}".format, TOKENS: "{:,.0f} tokens".format}
 _SCORES: dict[str, tuple[str, Callable[[float], str]]] = {
     "fvu": ("FVU", "{:.3f}".format),
     "loss_recovered": ("loss recovered", "{:.3f}".format),
-    "alive": ("alive", "{:.1%}".format),
-    "redundancy": ("redundancy", "{:.2%}".format),
     "probing_auc_1": ("probing, 1 latent", "{:.3f}".format),
     "probing_auc_5": ("5 latents", "{:.3f}".format),
     "probing_auc_16": ("16 latents", "{:.3f}".format),

@@ -17,8 +17,9 @@ from reproduction.report import draw, fill, preset_runs, tables
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "reproduction" / "results"
 # Each of one text.
-EARLIER, RECORDS, DEFAULTS = (
-    RESULTS / name for name in ("smollm2-earlier", "smollm2", "smollm2-defaults")
+EARLIER, RECORDS, DEFAULTS, EVIDENCE = (
+    RESULTS / name
+    for name in ("smollm2-earlier", "smollm2", "smollm2-defaults", "smollm2-evidence")
 )
 
 
@@ -181,7 +182,7 @@ def test_report_fills_documents_all_or_none_and_draws(
 
 
 @pytest.mark.parametrize(
-    "folder", [EARLIER, RECORDS, DEFAULTS], ids=lambda folder: folder.name
+    "folder", [EARLIER, RECORDS, DEFAULTS, EVIDENCE], ids=lambda folder: folder.name
 )
 def test_published_records_belong_to_presets(folder: Path):
     # Names are hashes of all settings: a changed recipe would lose them.
@@ -207,6 +208,7 @@ def test_published_losses_are_of_one_text(folder: Path):
         ("docs/train.md", RECORDS),
         ("docs/ablations.md", EARLIER),
         ("docs/defaults.md", DEFAULTS),
+        ("docs/comparison.md", EVIDENCE),
         ("docs/reproduction.md", RECORDS),
     ],
 )
@@ -225,7 +227,7 @@ def test_scores_are_a_row_for_each_kind_of_sae_that_was_scored(
     def group(name: str, seeds: int, **scores: float) -> dict[str, Any]:
         saes = [f"runs/{name}-s{seed}-0123abcd" for seed in range(seeds)]
         spread = 0.01 if seeds > 1 else None
-        of_all = {"fvu": 0.5, "loss_recovered": 0.9, "alive": 1.0, "redundancy": None}
+        of_all = {"fvu": 0.5, "loss_recovered": None}
         of_all |= {f"probing_auc_{k}": 0.8 for k in (1, 5, 16)}
         return {
             "saes": saes,
@@ -248,4 +250,4 @@ def test_scores_are_a_row_for_each_kind_of_sae_that_was_scored(
         ["| dense TopK, 576 latents (same cost)", "3", "0.750 ± 0.010"],
         ["| Scale SAE without feature scaling", "2", "0.500 ± 0.010"],
     ]
-    assert lines[3].split(" | ")[5] == "-"
+    assert lines[3].split(" | ")[3] == "-"
