@@ -245,10 +245,12 @@ class OwnedRows(Rows):
         at_home[route.pair_slots] = values
         of_token = at_home.view(route.tokens, e * most)
         counts = []
+        # Once for all sizes: among equal values the smaller ones have to keep what the
+        # larger ones do.
+        kept = of_token.topk(min(sizes[-1], e * most), dim=-1).indices // most
         for size in sizes:
-            kept = of_token.topk(min(size, e * most), dim=-1).indices // most
             count = kept.new_zeros(route.tokens, e)
-            count.scatter_add_(1, kept, torch.ones_like(kept))
+            count.scatter_add_(1, kept[:, :size], torch.ones_like(kept[:, :size]))
             counts.append(count.flatten())
         sent = torch.stack(counts, dim=-1)[route.pair_slots].int()
         lengths = route.pairs_to_owners(sent, "selected").long()

@@ -67,15 +67,27 @@ class Group:
         if self.size == 1:
             return [tensor]
         if sizes is None:
-            length = torch.tensor([len(tensor)], device=tensor.device)
-            lengths = self.all_gather(length, purpose, [1] * self.size)
-            sizes = torch.cat(lengths).tolist()
+            sizes = self.lengths(tensor, purpose)
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         self._count(purpose, padded.nbytes * (self.size - 1))
         dist.all_gather(gathered, padded, group=self._members)
         return [part[:size] for part, size in zip(gathered, sizes, strict=True)]
+
+    def lengths(self, tensor: torch.Tensor, purpose: str) -> list[int]:
+        """
+        Gather the lengths of all processes' tensors.
+
+        Args:
+            tensor: Of any length.
+            purpose: Name that it is counted under.
+
+        Returns:
+            The lengths, by rank.
+        """
+        length = torch.tensor([len(tensor)], device=tensor.device)
+        return torch.cat(self.all_gather(length, purpose, [1] * self.size)).tolist()
 
     def all_to_all(
         self,
@@ -122,11 +134,10 @@ class Group:
             The tensors, by rank; None on the other processes.
         """
         send, receive = [0] * self.size, [0] * self.size
-        length = torch.tensor([len(tensor)], device=tensor.device)
         send[0] = len(tensor)
-        lengths = self.all_gather(length, purpose, [1] * self.size)
+        lengths = self.lengths(tensor, purpose)
         if self.rank == 0:
-            receive = torch.cat(lengths).tolist()
+            receive = lengths
         rows = self.all_to_all(tensor, receive, send, purpose)
         return list(rows.split(receive)) if self.rank == 0 else None
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
+from sae_lens_scale.loading.errors import require_device
 from sae_lens_scale.runner import InterruptibleTrainingRunner, handling_signals
 from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 from sae_lens_scale.upstream import InterruptedException
@@ -93,6 +94,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
                 setattr(cfg, name, f"cuda:{local}")
         on_gpu = str(cfg.device).startswith("cuda")
         if on_gpu:
+            # Before torch fails on it, with many lines.
+            require_device("device", str(cfg.device))
             torch.cuda.set_device(cfg.device)
         self._owns_processes = not dist.is_initialized()
         if self._owns_processes:
@@ -284,7 +287,8 @@ def share_checkpoints(cfg: LanguageModelSAERunnerConfig[Any], world: Group) -> N
         world: All processes, which have to call this together.
 
     Raises:
-        ValueError: If a restarted run could not find its folder.
+        ValueError: If a restarted run could not find its folder, or if it could go on from
+            a checkpoint of an earlier run that had the same name.
     """
     if cfg.checkpoint_path is None:
         return
@@ -302,18 +306,26 @@ def share_checkpoints(cfg: LanguageModelSAERunnerConfig[Any], world: Group) -> N
     # Each machine counts the restarts that its own processes have caused.
     restarts = [""] * world.size
     dist.all_gather_object(restarts, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if set(restarts) == {"0"}:
+    is_restart = set(restarts) != {"0"}
+    if cfg.resume_from_checkpoint and not is_restart:
         return
-    newest = [on_first(world, lambda: _newest_checkpoint(Path(paths[0])))]
+    folder = Path(paths[0])
+    newest = [on_first(world, lambda: _newest_checkpoint(folder, is_restart))]
     dist.broadcast_object_list(newest)
+    if newest[0] and not is_restart:
+        # A restart would take an earlier run's for its own.
+        raise ValueError(
+            f"torchrun's --rdzv-id must be another than {run_id}, or resume_from_checkpoint "
+            f"be given: an earlier run of that name has left {newest[0]}"
+        )
     cfg.resume_from_checkpoint = newest[0] or cfg.resume_from_checkpoint
 
 
-def _newest_checkpoint(folder: Path) -> str | None:
-    """Find the newest checkpoint, and remove those that a process died writing."""
+def _newest_checkpoint(folder: Path, is_restart: bool) -> str | None:
+    """Find the newest checkpoint; on a restart, remove those that a process died writing."""
     if not folder.is_dir():
         return None
-    for unfinished in folder.glob(".saving-*"):
+    for unfinished in folder.glob(".saving-*") if is_restart else ():
         shutil.rmtree(unfinished, ignore_errors=True)
     steps = [path for path in folder.iterdir() if path.name.isdecimal()]
     return str(max(steps, key=lambda path: int(path.name), default="")) or None

@@ -116,8 +116,9 @@ class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
             return None
         cfg = deepcopy(self.cfg)
         cfg.device = "cpu"
-        # A new SAE draws weights: not from the numbers that later batches depend on.
-        with torch.random.fork_rng():
+        # A new SAE draws weights, on the CPU: not from the numbers that later batches depend
+        # on.
+        with torch.random.fork_rng(devices=[]):
             sae = self.ordinary(cfg)
         for name, tensor in gathered.items():
             assert tensor is not None
@@ -174,6 +175,13 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
     @override
     def _held(self, per_expert: torch.Tensor) -> torch.Tensor:
         return per_expert[self.ownership.held(self.ownership.rank)]
+
+    @override
+    @torch.no_grad()
+    def _of_all_experts(self, held: torch.Tensor) -> torch.Tensor:
+        own = self.ownership
+        mine = held[own.num_shared if own.rank else 0 :]
+        return torch.cat(self.mesh.experts.all_gather(mine, "metrics"))
 
     @override
     def _require_sizes(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -236,7 +244,7 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
         group, own = self.mesh.experts, self.ownership
         N, n, S = self.cfg.num_experts, self.cfg.expert_size, own.num_shared
         experts = feature_acts.view(-1, N, n)
-        tokens = [len(t) for t in group.all_gather(feature_acts[:, :0], "activations")]
+        tokens = group.lengths(feature_acts, "activations")
         parts = []
         for rank in range(group.size):
             part = experts[:, own.held(rank)]
@@ -254,7 +262,8 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
         recons = super()._decode_dense(received.view(-1, width))
         mine = [len(experts)] * group.size
         home = group.all_to_all(recons, mine, tokens, "reconstructions")
-        return home.view(group.size, len(experts), -1).sum(dim=0)
+        # A size of -1 would be ambiguous without tokens.
+        return home.view(group.size, len(experts), home.shape[-1]).sum(0)
 
 
 def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:

@@ -33,9 +33,11 @@ class GlobalScaler(ActivationScaler):
 
     Args:
         world: The processes.
+        device: Device on which they exchange batches; a store may keep them on another.
     """
 
     world: Group | None = None
+    device: str | torch.device = "cpu"
 
     @override
     def estimate_scaling_factor(
@@ -63,7 +65,7 @@ class GlobalScaler(ActivationScaler):
     def _batches_of_all(self, data_provider: DataProvider) -> Iterator[torch.Tensor]:
         assert self.world is not None
         for batch in data_provider:
-            yield torch.cat(self.world.all_gather(batch, "scale"))
+            yield torch.cat(self.world.all_gather(batch.to(self.device), "scale"))
 
 
 class DistributedTrainer(SAETrainer[Any, Any]):
@@ -110,7 +112,7 @@ class DistributedTrainer(SAETrainer[Any, Any]):
             self._slices.get(name, parameter)
             for name, parameter in sae.named_parameters()
         ]
-        self.activation_scaler = GlobalScaler(world=self._mesh.world)
+        self.activation_scaler = GlobalScaler(world=self._mesh.world, device=sae.device)
         self.stop = self._is_stopping = False
         self._l0 = 0.0
 
@@ -242,9 +244,9 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         gradients = {n: p.grad for n, p in zip(names, group["params"], strict=True)}
         sliced = [g for n, g in gradients.items() if n in self._slices]
         others = [g for n, g in gradients.items() if n not in self._slices]
-        square = self._mesh.world.all_reduce(get_total_norm(sliced) ** 2, "norm")
-        square = square - (self._mesh.experts.size - 1) * get_total_norm(shared) ** 2
-        norm = (square + get_total_norm(others) ** 2).clamp(min=0).sqrt()
+        square = self._mesh.world.all_reduce(_squared_norm(sliced), "norm")
+        square = square - (self._mesh.experts.size - 1) * _squared_norm(shared)
+        norm = (square + _squared_norm(others)).clamp(min=0).sqrt()
         clip_grads_with_norm_(group["params"], _MAX_NORM, norm)
 
     @override
@@ -263,6 +265,15 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         mean = sums[:-2] / self.sae.batch_tokens
         variance = squares - self.sae.batch_tokens * mean.pow(2).sum()
         logged["metrics/explained_variance"] = (1 - error / variance).item()
+        # SAELens's older metric, of each token by itself.
+        of_tokens = 1 - errors.pow(2).sum(-1) / (x - mean).pow(2).sum(-1)
+        moments = torch.stack([of_tokens.sum(), of_tokens.pow(2).sum()])
+        self._mesh.world.all_reduce(moments, "metrics")
+        n = self.sae.batch_tokens
+        center, square = (moments / n).unbind()
+        std = ((square - center**2).clamp(min=0) * n / max(1, n - 1)).sqrt()
+        logged["metrics/explained_variance_legacy"] = center.item()
+        logged["metrics/explained_variance_legacy_std"] = std.item()
         return logged
 
     @override
@@ -346,6 +357,12 @@ class DistributedTrainer(SAETrainer[Any, Any]):
                     if name in self._slices:
                         part = self._slices.own(name, part).clone()
                     values[key] = part
+
+
+def _squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Square of the norm of all gradients; float16 holds no square of more than 256."""
+    norm = get_total_norm(gradients)
+    return norm.to(torch.promote_types(norm.dtype, torch.float32)).square()
 
 
 class _State:

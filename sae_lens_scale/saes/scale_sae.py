@@ -354,14 +354,16 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
     def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
         metrics = super()._metrics(step_input, encoding)
         if self.omega is not None:
-            metrics["omega/mean"] = self.omega.mean()
-            metrics["omega/min"] = self.omega.min()
-            metrics["omega/max"] = self.omega.max()
+            omega = self._of_all_experts(self.omega)
+            metrics["omega/mean"] = omega.mean()
+            metrics["omega/min"] = omega.min()
+            metrics["omega/max"] = omega.max()
         return metrics
 
     @override
     def log_histograms(self) -> dict[str, NDArray[Any]]:
         histograms = super().log_histograms()
         if self.omega is not None:
-            histograms["weights/omega"] = self.omega.detach().float().cpu().numpy()
+            omega = self._of_all_experts(self.omega.detach())
+            histograms["weights/omega"] = omega.float().cpu().numpy()
         return histograms

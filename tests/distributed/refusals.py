@@ -1,4 +1,4 @@
-"""What processes refuse, for tests."""
+"""Refusals of processes, for tests."""
 
 from pathlib import Path
 from typing import Any

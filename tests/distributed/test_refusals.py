@@ -92,6 +92,12 @@ def test_runs_are_refused_before_the_model_is_loaded(
     assert the_same(results) == error
 
 
+def test_a_device_that_is_not_there_is_refused(processes: Callable[[int], Processes]):
+    settings = {"device": "cuda:99"}
+    results = processes(2).run(refusals.of_runner, "no-such-model", settings)
+    assert the_same(results).startswith("device 'cuda:99' cannot be used: ")
+
+
 @pytest.mark.slow
 def test_a_text_needs_a_row_for_each_process(
     processes: Callable[[int], Processes], tiny_llama: Path

@@ -157,6 +157,27 @@ def test_inference_is_that_of_one_process(
         torch.testing.assert_close(forward, want, rtol=1e-10, atol=1e-10)
 
 
+def test_omegas_that_are_logged_are_those_of_all_experts(
+    processes: Callable[[int], Processes],
+):
+    overrides = {"experts_per_token": 3, "num_shared_experts": 1}
+    metrics, histogram = work.omegas_logged(overrides, X)
+    assert len(set(histogram)) == 5 and len(metrics) == 3
+    for got, values in processes(2).run(work.omegas_logged, overrides, X, 2):
+        assert got == pytest.approx(metrics)
+        assert values == histogram
+
+
+def test_a_process_without_tokens_decodes_with_the_others(
+    processes: Callable[[int], Processes],
+):
+    x, sae = X[:1], work.MAKERS["scale"]()
+    (acts, decoded, _), nothing = processes(2).run(work.inference, "scale", {}, x, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(decoded, sae.decode(acts), rtol=1e-10, atol=1e-10)
+    assert [tensor.shape for tensor in nothing] == [(0, 60), (0, 10), (0, 10)]
+
+
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 

@@ -42,6 +42,8 @@ def assert_same_training(
                 if name.startswith("losses/") or name in (
                     "metrics/l0",
                     "metrics/explained_variance",
+                    "metrics/explained_variance_legacy",
+                    "metrics/explained_variance_legacy_std",
                     "sparsity/dead_features",
                 ):
                     # SAELens takes its mean of L0 in float32.
@@ -51,6 +53,18 @@ def assert_same_training(
     for name, want in one["weights"].items():
         got = results[0]["weights"][name]
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_gradients_are_clipped_to_norm_1_also_where_their_square_overflows(
+    processes: Callable[[int], Processes], dtype: str, expert_parallel: int
+):
+    for before, after in processes(2).run(
+        work.norm_after_clipping, dtype, expert_parallel
+    ):
+        assert before**2 > torch.finfo(torch.float16).max
+        assert after == pytest.approx(1, rel=0.01)
 
 
 # Replicas, shared out experts, of which there are five, and both.

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from sae_lens.config import (
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
+from sae_lens_scale.distributed.exchange import EXPERT_DIMENSIONS
 from sae_lens_scale.distributed.groups import Mesh, make_mesh
 from sae_lens_scale.distributed.runner import (
     DistributedTrainingRunner,
@@ -96,6 +98,20 @@ def training_step(
         "sent": dict(mesh.world.sent + mesh.experts.sent),
         "calls": dict(mesh.world.calls + mesh.experts.calls),
     }
+
+
+def omegas_logged(
+    overrides: dict[str, Any], x: torch.Tensor, expert_parallel: int | None = None
+) -> tuple[dict[str, float], list[float]]:
+    """Metrics of omega, and its histogram's values; None for an SAE of one process."""
+    sae, mine = scale_sae(**overrides), x
+    if expert_parallel is not None:
+        mesh = mesh_of(expert_parallel)
+        sae, mine = distribute(sae, mesh), part_of(x, None, mesh)
+    step = replace(step_input(mine, None), is_logging_step=True)
+    metrics: dict[str, Any] = sae.training_forward_pass(step).metrics
+    found = {n: float(v) for n, v in metrics.items() if n.startswith("omega/")}
+    return found, sae.log_histograms()["weights/omega"].tolist()
 
 
 @torch.no_grad()
@@ -260,6 +276,32 @@ def train(*arguments: Any) -> dict[str, Any]:
     }
 
 
+def norm_after_clipping(dtype: str, expert_parallel: int) -> tuple[float, float]:
+    """Norm of this process's gradient in W_enc, and of all that optimizers are given."""
+    mesh = mesh_of(expert_parallel)
+    many = make_trainer("scale", {"dtype": dtype}, {}, expert_parallel)
+    (group,) = many.optimizer.param_groups
+    norms: list[float] = []
+
+    def note(*_: Any) -> None:
+        mine, everywhere = torch.zeros(2, dtype=torch.float64)
+        names = [name for name, _ in many.sae.named_parameters()]
+        for name, parameter in zip(names, group["params"], strict=True):
+            total = mine if name in EXPERT_DIMENSIONS else everywhere
+            total += parameter.grad.double().square().sum()
+        mesh.world.all_reduce(mine, "test")
+        norms.append((mine + everywhere).sqrt().item())
+
+    many.optimizer.register_step_pre_hook(note)
+    hook = many.sae.W_enc.register_hook(
+        lambda g: norms.append(g.double().norm().item())
+    )
+    many.step(next(iter(many.data_provider)))
+    hook.remove()
+    before, after = norms
+    return before, after
+
+
 def make_runner(
     model: Path,
     text: Dataset | IterableDataset,
@@ -366,12 +408,16 @@ def save_on_full_disk(folder: Path, *arguments: Any) -> str:
 
 
 def shared_checkpoints(
-    folder: Path, run_id: str, max_restarts: int, restarts: Sequence[int]
+    folder: Path,
+    run_id: str,
+    max_restarts: int,
+    restarts: Sequence[int],
+    resume: str | None = None,
 ) -> tuple[str, str | None]:
     """Folder of checkpoints and the one to go on from, after each process's restarts."""
     world = mesh_of(1).world
     cfg: Any = SimpleNamespace(
-        checkpoint_path=str(folder / str(world.rank)), resume_from_checkpoint=None
+        checkpoint_path=str(folder / str(world.rank)), resume_from_checkpoint=resume
     )
     environment = {
         "TORCHELASTIC_RUN_ID": run_id,

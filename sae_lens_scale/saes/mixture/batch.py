@@ -66,3 +66,7 @@ class BatchSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
     def _held(self, per_expert: torch.Tensor) -> torch.Tensor:
         """Values of the experts whose weights this SAE holds, given those of all."""
         return per_expert
+
+    def _of_all_experts(self, held: torch.Tensor) -> torch.Tensor:
+        """Values of all experts, given those of the experts whose weights this SAE holds."""
+        return held
