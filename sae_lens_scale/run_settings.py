@@ -62,15 +62,21 @@ _WEIGHTS = (
 ESTIMATED_NORMALIZATIONS = ("expected_average_only_in", "covariance_whitening")
 
 
-def require_settings(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def require_settings(
+    cfg: LanguageModelSAERunnerConfig[Any], processes: int = 1
+) -> None:
     """
     Refuse settings of a run that would fail, or train nothing, once it has begun.
+
+    Args:
+        cfg: Config of the run.
+        processes: Number of those that share out each batch, each with a buffer of its own.
 
     Raises:
         ValueError: If a setting is wrong.
         OSError: If a folder to write into is none.
     """
-    _require_counts(cfg)
+    _require_counts(cfg, processes)
     for field in fields(cfg):
         value = getattr(cfg, field.name)
         # "False", from a JSON file, would count as true.
@@ -101,7 +107,7 @@ def require_settings(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         )
 
 
-def _require_counts(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def _require_counts(cfg: LanguageModelSAERunnerConfig[Any], processes: int) -> None:
     """Refuse counts that are too small, or no integers where SAELens needs them."""
     (buffer,) = buffer_argument(1)
     for name in ("training_tokens", buffer, "feature_sampling_window"):
@@ -135,9 +141,11 @@ def _require_counts(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         )
     used = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     contexts = getattr(cfg, buffer)
-    if used * contexts < cfg.train_batch_size_tokens:
+    share = math.ceil(cfg.train_batch_size_tokens / processes)
+    if used * contexts < share:
+        of_each = "" if processes == 1 else f"the {share} of each process, of "
         raise ValueError(
-            f"{buffer} must be so many contexts of {used} tokens that they hold "
+            f"{buffer} must be so many contexts of {used} tokens that they hold {of_each}"
             f"train_batch_size_tokens={cfg.train_batch_size_tokens}, got {contexts}"
         )
 

@@ -152,6 +152,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     """
 
     _interrupted = False
+    # Processes that share out each batch.
+    _num_processes = 1
 
     def __init__(
         self,
@@ -171,7 +173,7 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         lr_factors = {} if lr_factors is None else lr_factors
         _require_factors(lr_factors)
         _require_override(override_dataset, override_sae, cfg.sae.d_in)
-        require_settings(cfg)
+        require_settings(cfg, self._num_processes)
         # These would be ignored where the runner is given what they are for.
         if override_model is None:
             require_device("llm_device", str(cfg.llm_device))
@@ -217,6 +219,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         require_context("context_size", cfg.context_size, self.model)
         named = f"dataset_path {cfg.dataset_path}"
         text = named if dataset_is_named else "override_dataset"
+        if self._num_processes > 1:
+            text = f"the share that each of {self._num_processes} processes reads of {text}"
         skip_missing_texts(self.activations_store)
         tokens = first_prompt(text, self.activations_store)
         excluded = self.activations_store.exclude_special_tokens

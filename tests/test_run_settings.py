@@ -48,6 +48,20 @@ def test_counts_that_SAELens_takes_are_taken():
     require_settings(runner_config(sae_config("scale"), **settings))
 
 
+def test_a_buffer_has_to_hold_a_processs_share_of_a_batch():
+    settings: dict[str, Any] = {
+        "context_size": 16,
+        "n_batches_in_buffer": 4,
+        "train_batch_size_tokens": 130,
+    }
+    cfg = runner_config(sae_config("scale"), **settings)
+    require_settings(cfg, processes=3)
+    with pytest.raises(ValueError, match="hold the 65 of each process, of train_batch"):
+        require_settings(cfg, processes=2)
+    with pytest.raises(ValueError, match="hold train_batch_size_tokens=130, got 4$"):
+        require_settings(cfg)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("n_eval_batches", 0), ("n_eval_batches", "1"), ("eval_batch_size_prompts", -1)],

@@ -224,10 +224,11 @@ def make_mesh(expert_parallel: int, timeout: timedelta | None = None) -> Mesh:
         ValueError: If it does not divide the number of processes.
     """
     size, rank = dist.get_world_size(), dist.get_rank()
-    if expert_parallel < 1 or size % expert_parallel:
+    is_whole = isinstance(expert_parallel, int) and expert_parallel > 0
+    if not is_whole or size % expert_parallel:
         raise ValueError(
             f"expert_parallel must divide the number of processes, {size}, got "
-            f"{expert_parallel}"
+            f"{expert_parallel!r}"
         )
     # Made by all processes, in the same order, also those that they are not in.
     ranks = torch.arange(size).view(-1, expert_parallel)

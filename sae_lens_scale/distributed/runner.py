@@ -8,6 +8,7 @@ from copy import copy
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import NoneType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 from sae_lens_scale.upstream import InterruptedException
 
 from .groups import Group, make_mesh, on_first
-from .sae import distribute, make_ownership
+from .sae import distribute, make_ownership, require_ordinary
 from .trainer import DistributedTrainer
 
 _ROWS = "n_dataset_processed"
@@ -61,7 +62,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         cfg: Config of the run; the same on all processes. Device "cuda" is the process's GPU.
         override_dataset: The whole text, instead of the config's.
         override_model: The language model, instead of the config's.
-        override_sae: The SAE to train, instead of a new one; the first process's counts.
+        override_sae: The SAE to train, instead of a new one; the first process's counts. It is
+            shared out in place, and of no use afterwards.
         expert_parallel: Number of neighbouring processes that share out the experts among
             them; 1 for whole SAEs on all processes.
         timeout: Longest wait for another process before the run fails; None for torch's.
@@ -86,22 +88,24 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         fused_optimizer: bool = False,
         lr_factors: Mapping[str, float] | None = None,
     ):
+        require_ordinary(override_sae)
         # Its own: SAELens draws another checkpoint_path for each copy that it makes.
         cfg = copy(cfg)
         local = int(os.environ.get("LOCAL_RANK", "0"))
         for name in _DEVICES:
             if getattr(cfg, name) == "cuda":
                 setattr(cfg, name, f"cuda:{local}")
+        # Here, where torch and NCCL would fail on it in words of their own.
+        require_device("device", str(cfg.device))
         on_gpu = str(cfg.device).startswith("cuda")
         if on_gpu:
-            # Before torch fails on it, with many lines.
-            require_device("device", str(cfg.device))
             torch.cuda.set_device(cfg.device)
         self._owns_processes = not dist.is_initialized()
         if self._owns_processes:
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
         self._mesh = make_mesh(expert_parallel, timeout)
-        self._require_shares(cfg)
+        self._num_processes = self._mesh.world.size
+        self._require_shares(cfg, override_dataset)
         if override_sae is None and cfg.from_pretrained_path is None:
             make_ownership(cfg.sae, self._mesh)
         share_checkpoints(cfg, self._mesh.world)
@@ -124,7 +128,9 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         )
         self.activations_store.train_batch_size_tokens = share
 
-    def _require_shares(self, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    def _require_shares(
+        self, cfg: LanguageModelSAERunnerConfig[Any], text: HfDataset | None
+    ) -> None:
         if cfg.train_batch_size_tokens < self._mesh.world.size:
             raise ValueError(
                 f"train_batch_size_tokens must be at least the {self._mesh.world.size} "
@@ -133,6 +139,12 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         if cfg.compile_sae:
             raise ValueError(
                 "compile_sae must be False with several processes, got True"
+            )
+        # SAELens also takes other iterables, of which every process would read all.
+        if not isinstance(text, (Dataset, IterableDataset, NoneType)):
+            raise ValueError(
+                "override_dataset must be a Dataset or an IterableDataset with several "
+                f"processes, got {type(text).__name__}"
             )
 
     @override
@@ -145,9 +157,14 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         store, world = self.activations_store, self._mesh.world
         cached = store.cached_activation_dataset
         rows = store.dataset if cached is None else cached
-        if isinstance(rows, Dataset) and len(rows) < world.size:
+        # SAELens reads cached activations in whole batches only.
+        least = 1 if cached is None else store.store_batch_size_prompts
+        if isinstance(rows, Dataset) and len(rows) < least * world.size:
+            name, wanted = "the text", "a row"
+            if cached is not None:
+                name, wanted = "cached_activations_path", f"{least} rows, a batch,"
             raise ValueError(
-                f"the text must have a row for each of the {world.size} processes, got "
+                f"{name} must have {wanted} for each of the {world.size} processes, got "
                 f"{len(rows)}"
             )
         if cached is not None:
@@ -165,7 +182,11 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
 
         Returns:
             The trained SAE, an ordinary one, on the first process; None on the others.
+
+        Raises:
+            ValueError: If it has been called before; if the loss is not finite.
         """
+        require_ordinary(self.sae)
         cfg, world = self.cfg, self._mesh.world
         self._set_sae_metadata()
         if cfg.logger.log_to_wandb:

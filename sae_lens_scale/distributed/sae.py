@@ -278,9 +278,11 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
         The SAE, of a subclass of its class.
 
     Raises:
-        ValueError: As :func:`make_ownership`; if experts are to be shared out, and the SAE has
-            hooks, another selection than TopK, or overrides one of these methods.
+        ValueError: As :func:`make_ownership` and :func:`require_ordinary`; if experts are to be
+            shared out, and the SAE has hooks, another selection than TopK, or overrides one of
+            these methods.
     """
+    require_ordinary(sae)
     ownership = make_ownership(sae.cfg, mesh)
     base = DataParallelSAE
     if mesh.experts.size > 1:
@@ -307,6 +309,20 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
         part = ownership.part(name, parameter.detach())
         setattr(sae, name, nn.Parameter(part, parameter.requires_grad))
     return sae
+
+
+def require_ordinary(sae: Any) -> None:
+    """
+    Refuse an SAE that has been shared out.
+
+    Raises:
+        ValueError: If it has been.
+    """
+    if isinstance(sae, DataParallelSAE):
+        raise ValueError(
+            "the SAE has been shared out among processes by an earlier run, whose run() "
+            "returned the trained one on the first process: each run needs an SAE of its own"
+        )
 
 
 def make_ownership(cfg: Any, mesh: Mesh) -> Ownership:

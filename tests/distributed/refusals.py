@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from distributed.work import mesh_of
+from distributed.work import make_runner, mesh_of
 from helpers import draw, scale_sae, step_input, subclass
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 
@@ -91,11 +91,34 @@ def of_saes(expert_parallel: int) -> dict[str, str]:
     }
 
 
+def of_shared_out(expert_parallel: int) -> list[str]:
+    """Errors for an SAE that has been shared out: of another sharing out, and of a runner."""
+    mesh, sae = mesh_of(expert_parallel), scale_sae()
+    distribute(sae, mesh)
+    cfg = LanguageModelSAERunnerConfig(
+        sae=sae.cfg, logger=LoggingConfig(log_to_wandb=False), checkpoint_path=None
+    )
+    return [
+        _message(lambda: distribute(sae, mesh)),
+        _message(lambda: DistributedTrainingRunner(cfg, override_sae=sae)),
+    ]
+
+
+def of_second_run(model: Path) -> str:
+    """Error of a runner that is to run again."""
+    text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(40)]})
+    runner = make_runner(model, text, training_tokens=64, n_batches_for_norm_estimate=1)
+    runner.run()
+    return _message(runner.run)
+
+
 def of_runner(model: Path | str, overrides: dict[str, Any]) -> str:
     """Error of a runner, with some of its arguments and of its config's fields."""
     overrides = dict(overrides)
     sae, rows = overrides.pop("sae", {}), overrides.pop("rows", 31)
     expert_parallel = overrides.pop("expert_parallel", 1)
+    text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(rows)]})
+    text = overrides.pop("override_dataset", text)
     sizes: dict[str, Any] = {"d_in": 32, "d_sae": 128, "num_experts": 4, "k": 8}
     settings: dict[str, Any] = {
         "model_class_name": "AutoModelForCausalLM",
@@ -114,7 +137,6 @@ def of_runner(model: Path | str, overrides: dict[str, Any]) -> str:
         sizes |= {"experts_per_token": 2} | sae
         sae = ScaleTrainingSAEConfig(**sizes)
     cfg = LanguageModelSAERunnerConfig(sae=sae, **(settings | overrides))
-    text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(rows)]})
     return _message(
         lambda: DistributedTrainingRunner(
             cfg, override_dataset=text, expert_parallel=expert_parallel

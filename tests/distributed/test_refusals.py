@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from datasets import Array2D, Dataset, Features
 from distributed import refusals
 from distributed.processes import Processes
 from sae_lens import StandardTrainingSAEConfig
@@ -75,6 +77,20 @@ def test_saes_whose_experts_cannot_be_shared_out(
             "standard",
         ),
         (
+            {"expert_parallel": 2.0},
+            "expert_parallel must divide the number of processes, 4, got 2.0",
+        ),
+        (
+            {"override_dataset": [{"text": "of a list"}]},
+            "override_dataset must be a Dataset or an IterableDataset with several processes, "
+            "got list",
+        ),
+        (
+            {"train_batch_size_tokens": 257 * 4},
+            "n_batches_in_buffer must be so many contexts of 16 tokens that they hold the 257 "
+            "of each process, of train_batch_size_tokens=1028, got 16",
+        ),
+        (
             {"compile_sae": True},
             "compile_sae must be False with several processes, got True",
         ),
@@ -92,10 +108,39 @@ def test_runs_are_refused_before_the_model_is_loaded(
     assert the_same(results) == error
 
 
-def test_a_device_that_is_not_there_is_refused(processes: Callable[[int], Processes]):
-    settings = {"device": "cuda:99"}
-    results = processes(2).run(refusals.of_runner, "no-such-model", settings)
-    assert the_same(results).startswith("device 'cuda:99' cannot be used: ")
+def test_a_device_that_no_process_has(processes: Callable[[int], Processes]):
+    # NCCL and torch's choice of a GPU would fail in words of their own.
+    error = the_same(processes(2).run(refusals.of_runner, "", {"device": "cuda:99"}))
+    assert error.startswith("device 'cuda:99' cannot be used: ")
+
+
+def test_an_sae_that_has_been_shared_out(processes: Callable[[int], Processes]):
+    for expert_parallel in (1, 2):
+        errors = the_same(processes(2).run(refusals.of_shared_out, expert_parallel))
+        assert set(errors) == {
+            "the SAE has been shared out among processes by an earlier run, whose run() "
+            "returned the trained one on the first process: each run needs an SAE of its own"
+        }
+
+
+@pytest.mark.slow
+def test_a_runner_that_has_run(processes: Callable[[int], Processes], tiny_llama: Path):
+    error = the_same(processes(2).run(refusals.of_second_run, tiny_llama))
+    assert error.startswith("the SAE has been shared out among processes by an earlier")
+
+
+@pytest.mark.slow
+def test_a_share_of_the_text_that_fills_no_prompt(
+    processes: Callable[[int], Processes], tiny_llama: Path
+):
+    rows = [f"{i} " * 30 if i % 2 == 0 else "short" for i in range(4)]
+    settings = {"override_dataset": Dataset.from_dict({"text": rows})}
+    first, second = processes(2).run(refusals.of_runner, tiny_llama, settings)
+    assert first == "nothing was refused"
+    assert second == (
+        "the share that each of 2 processes reads of override_dataset must hold a prompt of "
+        "16 tokens at least, got less"
+    )
 
 
 @pytest.mark.slow
@@ -105,3 +150,20 @@ def test_a_text_needs_a_row_for_each_process(
     results = processes(4).run(refusals.of_runner, tiny_llama, {"rows": 3})
     error = "the text must have a row for each of the 4 processes, got 3"
     assert the_same(results) == error
+
+
+@pytest.mark.slow
+def test_cached_activations_need_a_batch_for_each_process(
+    processes: Callable[[int], Processes], tiny_llama: Path, tmp_path: Path
+):
+    columns = {"model.layers.0": Array2D((16, 32), "float32")}
+    rows = {"model.layers.0": torch.zeros(7, 16, 32).tolist()}
+    Dataset.from_dict(rows, Features(columns)).save_to_disk(tmp_path)
+    settings = {
+        "use_cached_activations": True,
+        "cached_activations_path": str(tmp_path),
+    }
+    results = processes(2).run(refusals.of_runner, tiny_llama, settings)
+    assert the_same(results) == (
+        "cached_activations_path must have 4 rows, a batch, for each of the 2 processes, got 7"
+    )
