@@ -13,7 +13,11 @@ from sae_lens_scale.saes.mixture import MixtureSAEConfig
 def test_presets_can_be_built(name: str):
     preset = PRESETS[name]
     runs = preset.with_seeds()
-    assert len({run.name for run in runs}) == len(runs) == len(preset.seeds) * len(preset.runs)
+    assert (
+        len({run.name for run in runs})
+        == len(runs)
+        == len(preset.seeds) * len(preset.runs)
+    )
     assert preset.with_seeds([5])[0].seed == 5
     d_in = 576 if preset.base == "smollm2" else 768
     for run in runs:
