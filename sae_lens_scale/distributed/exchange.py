@@ -173,12 +173,10 @@ class _RowsHome(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         route: Route = ctx.route
         back = route.group.all_to_all(
-            grad, route.rows_received, route.rows_sent, f"{ctx.purpose}, gradients"
+            grads[0], route.rows_received, route.rows_sent, f"{ctx.purpose}, gradients"
         )
         return back, None, None
 
@@ -194,11 +192,9 @@ class _GatesToOwners(torch.autograd.Function):
         return received
 
     @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         route: Route = ctx.route
-        home = route.pairs_home(grad, "gates, gradients")
+        home = route.pairs_home(grads[0], "gates, gradients")
         gradient = home.new_zeros(ctx.shape)
         gradient.view(-1)[route.pair_slots] = home
         return gradient, None, None
