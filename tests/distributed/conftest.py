@@ -1,4 +1,4 @@
-"""Fixtures: groups of 2, 3 and 4 gloo processes, each made once."""
+"""Fixtures: groups of 2, 3 and 4 gloo processes, each made once for a file."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from distributed.processes import Processes
 from sae_lens_scale.cli import main
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def processes() -> Iterator[Callable[[int], Processes]]:
     """Processes of a group of a size."""
     made: dict[int, Processes] = {}

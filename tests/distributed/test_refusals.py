@@ -11,6 +11,8 @@ from distributed import refusals
 from distributed.processes import Processes
 from sae_lens import StandardTrainingSAEConfig
 
+pytestmark = pytest.mark.slow
+
 AMONG = "where experts are shared out among processes"
 
 
@@ -123,13 +125,11 @@ def test_an_sae_that_has_been_shared_out(processes: Callable[[int], Processes]):
         }
 
 
-@pytest.mark.slow
 def test_a_runner_that_has_run(processes: Callable[[int], Processes], tiny_llama: Path):
     error = the_same(processes(2).run(refusals.of_second_run, tiny_llama))
     assert error.startswith("the SAE has been shared out among processes by an earlier")
 
 
-@pytest.mark.slow
 def test_a_share_of_the_text_that_fills_no_prompt(
     processes: Callable[[int], Processes], tiny_llama: Path
 ):
@@ -143,7 +143,6 @@ def test_a_share_of_the_text_that_fills_no_prompt(
     )
 
 
-@pytest.mark.slow
 def test_a_text_needs_a_row_for_each_process(
     processes: Callable[[int], Processes], tiny_llama: Path
 ):
@@ -152,7 +151,6 @@ def test_a_text_needs_a_row_for_each_process(
     assert the_same(results) == error
 
 
-@pytest.mark.slow
 def test_cached_activations_need_a_batch_for_each_process(
     processes: Callable[[int], Processes], tiny_llama: Path, tmp_path: Path
 ):
