@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_lens.constants import SAE_CFG_FILENAME
 
-from sae_lens_scale.distributed.runner import DistributedTrainingRunner, is_launched
+from sae_lens_scale.distributed import is_launched
 from sae_lens_scale.recipes import (
     ARCHITECTURES,
     CONTEXT_SIZE,
@@ -135,6 +135,9 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         "lr_factors": dict(options.lr_factors) or None,
     }
     if is_launched():
+        # Here: a build of torch without its distributed package trains on one process.
+        from sae_lens_scale.distributed.runner import DistributedTrainingRunner
+
         DistributedTrainingRunner(
             cfg,
             expert_parallel=options.expert_parallel or 1,

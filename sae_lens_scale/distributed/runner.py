@@ -41,11 +41,6 @@ _ROWS = "n_dataset_processed"
 _DEVICES = ("device", "llm_device", "act_store_device")
 
 
-def is_launched() -> bool:
-    """Say whether this process is one of several that torchrun, or the like, has started."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-
-
 class DistributedTrainingRunner(InterruptibleTrainingRunner):
     """
     InterruptibleTrainingRunner on all processes that torchrun has started.
