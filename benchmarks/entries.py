@@ -168,19 +168,21 @@ def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]
         name = f"scale {num_experts}/{experts_per_token}"
         return Entry(name, "scale", d_in, d_sae, k, num_experts, experts_per_token)
 
-    reference = scale(64, 2)
+    reference, default = scale(64, 2), scale(256, 8)
+    default = replace(default, name=f"{default.name}, Multi-TopK", multi_topk=True)
     small = Entry(f"TopK {reference.active:,}", "topk", d_in, reference.active, k)
     cheap = [
         reference,
         scale(64, 8),
         scale(256, 8),
-        replace(scale(256, 8), name="scale 256/8, Multi-TopK", multi_topk=True),
+        default,
         Entry("switch 32", "switch", d_in, d_sae, k, 32),
         small,
         *(replace(e, name=f"{e.name}, 5% dead", dead=0.05) for e in (reference, small)),
     ]
     expensive = [
         reference,
+        default,
         small,
         Entry(f"TopK {d_sae:,}, dense activations", "topk", d_in, d_sae, k),
         Entry(f"TopK {d_sae:,}, sparse activations", "topk sparse", d_in, d_sae, k),

@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import platform
+import subprocess
 import tempfile
 import time
 import tracemalloc
@@ -235,6 +236,7 @@ def context(device: str) -> dict[str, Any]:
         "transparent_huge_pages": huge_pages.read_text().strip()
         if huge_pages.exists()
         else None,
+        "commit": _commit(),
         "versions": {name: _version(name) for name in VERSIONS},
     }
     if torch.device(device).type == "cuda":
@@ -248,6 +250,15 @@ def _cpu_model() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit that is measured, "-dirty" where files differ from it; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

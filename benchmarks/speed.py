@@ -46,7 +46,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from entries import (
     FORWARD_BACKWARD,
-    WHOLE_STEP,
     Entry,
     Placement,
     TrainingRun,
@@ -61,7 +60,6 @@ from machine import (
     ceilings,
     context,
     interleave,
-    markdown,
     peak_bytes,
     peak_rss,
     python_peak_bytes,
@@ -71,6 +69,7 @@ from machine import (
     write_json,
 )
 from simple_parsing import parse
+from tables import speed_tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -153,7 +152,11 @@ def inference(args: Args) -> dict[str, Any]:
     ]
     result = {}
     for name, (entries, rounds) in args.groups.items():
-        entries = [e for e in entries if not e.dead and e.kind not in NOT_FOR_INFERENCE]
+        entries = [
+            e
+            for e in entries
+            if not (e.dead or e.multi_topk or e.kind in NOT_FOR_INFERENCE)
+        ]
         # Every batch once; some batches for expensive SAEs.
         rounds = len(batches) if name == "main" else rounds
         result[name] = _compare(
@@ -211,6 +214,8 @@ def scaling(args: Args) -> dict[str, Any]:
             ),
         )
     }
+    for entry in entries:
+        result["widths"][entry.name]["d_sae"] = entry.d_sae
     del buffer
     if args.million:
         result["million"] = _million(args)
@@ -349,157 +354,12 @@ def machine(args: Args) -> dict[str, Any]:
     return ceilings(args.device, args.repeats, side, nbytes)
 
 
-def ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.1f}"
-
-
-def giga(number: float) -> str:
-    return f"{number / 1e9:,.3g}"
-
-
-def show_step(result: dict[str, Any], args: Args) -> None:
-    for name, (entries, rounds) in args.groups.items():
-        rows = []
-        for entry in entries:
-            record = result[name][entry.name]
-            if "missing" in record:
-                rows.append({"SAE": f"{entry.name}: {record['missing']}"})
-                continue
-            times = {p: summary(record["laps"], p) for p in FORWARD_BACKWARD}
-            both = summary(record["laps"], *FORWARD_BACKWARD)
-            flops, nbytes = sum(record["flops"].values()), record["least_bytes"]
-            rows.append(
-                {
-                    "SAE": entry.name,
-                    **{phase: ms(t["median"]) for phase, t in times.items()},
-                    "both": ms(both["median"]),
-                    "min": ms(both["min"]),
-                    "CPU": ms(both["cpu_median"]),
-                    "whole step": ms(summary(record["laps"], *WHOLE_STEP)["median"]),
-                    **_ratios(result[name], entries, both["median"]),
-                    "GFLOP": giga(flops),
-                    "GFLOP/s": giga(flops / both["median"]),
-                    "GB": giga(nbytes),
-                    "GB/s": giga(nbytes / both["median"]),
-                }
-            )
-        print(f"\nTraining step, {name} group, ms, medians of {rounds} round(s)\n")
-        print(markdown(rows))
-
-
-def _ratios(
-    records: dict[str, Any], entries: Sequence[Entry], seconds: float
-) -> dict[str, str]:
-    """Ratios to the references: the first SAE, and the TopK SAE that costs as much."""
-    names = [entries[0].name, f"TopK {entries[0].active:,}"]
-    references = {
-        name: summary(records[name]["laps"], *FORWARD_BACKWARD)["median"]
-        for name in names
-        if "laps" in records[name]
-    }
-    return {f"/ {name}": f"{seconds / r:.2f}" for name, r in references.items()}
-
-
-def show_inference(result: dict[str, Any], args: Args) -> None:
-    rows = []
-    for name, records in result.items():
-        for entry, record in records.items():
-            row = {"SAE": entry, "group": name}
-            if "missing" in record:
-                row["SAE"] += f": {record['missing']}"
-            for lap in record.get("laps", {}):
-                times = summary(record["laps"], lap)
-                batches = args.tokens / args.batch
-                rounds = len(record["laps"][lap]["wall"])
-                row["tokens timed"] = f"{rounds * args.batch:,}"
-                row[lap] = f"{times['median'] * batches:.2f}"
-                row[f"{lap}, min"] = f"{times['min'] * batches:.2f}"
-                row[f"{lap}, CPU"] = f"{times['cpu_median'] * batches:.2f}"
-            rows.append(row)
-    print(f"\nInference, seconds for {args.tokens:,} tokens from the median batch\n")
-    print(markdown(rows))
-
-
-def show_scaling(result: dict[str, Any], args: Args) -> None:
-    phases = {
-        "forward + backward": FORWARD_BACKWARD,
-        **{p: (p,) for p in ("forward", "backward", "router")},
-        "clip and Adam": ("update",),
-        "fill, reused": ("fill, reused memory",),
-        "fill, fresh": ("fill, fresh memory",),
-        "whole step": WHOLE_STEP,
-    }
-    rows = []
-    for entry in wider(args):
-        laps = result["widths"][entry.name]["laps"]
-        row = {"SAE": entry.name, "d_sae": f"{entry.d_sae:,}"}
-        row |= {h: ms(summary(laps, *names)["median"]) for h, names in phases.items()}
-        rows.append(row | {"CPU": ms(summary(laps, *FORWARD_BACKWARD)["cpu_median"])})
-    print("\nScaling, ms; fill: writing as much as the gradients of the weights\n")
-    print(markdown(rows))
-    million = result.get("million", {})
-    if "laps" in million:
-        both, whole = (
-            summary(million["laps"], *p)["median"]
-            for p in (FORWARD_BACKWARD, WHOLE_STEP)
-        )
-        rss = million["peak_rss"]
-        print(
-            f"\n{million['entry']['d_sae']:,} latents, d_in {million['entry']['d_in']}: "
-            f"forward + backward {ms(both)} ms, whole step {ms(whole)} ms, "
-            f"peak RSS {giga(rss) if rss else 'unknown'} GB"
-        )
-    elif million:
-        print(f"\nA million latents: {million['missing']}")
-
-
-def show_memory(result: dict[str, Any], args: Args) -> None:
-    rows = []
-    for name, record in result.items():
-        if "missing" in record:
-            rows.append({"SAE": f"{name}: {record['missing']}"})
-            continue
-        peak = record["peak_in_torch"] + record["peak_outside_torch"]
-        rss = record.get("rss_growth_with_gradients")
-        rows.append(
-            {
-                "SAE": name,
-                "peak": f"{peak / 1e6:,.1f}",
-                "bound": f"{record['bound'] / 1e6:,.1f}",
-                "peak / bound": f"{peak / record['bound']:.2f}",
-                "growth of RSS": f"{rss / 1e6:,.1f}" if rss is not None else "-",
-            }
-        )
-    print(
-        f"\nMemory of a forward and backward pass of {args.batch:,} tokens, MB, without "
-        "parameters and their gradients\n(growth of RSS includes gradients that are "
-        "allocated anew)\n"
-    )
-    print(markdown(rows))
-
-
-def show_machine(result: dict[str, Any], args: Args) -> None:
-    rows = []
-    for name, record in result.items():
-        unit = "GFLOP/s" if "matmul" in name else "GB/s"
-        fault = record.get("page_fault")
-        rows.append(
-            {
-                "": name,
-                "per second": f"{record['per_second'] / 1e9:,.1f} {unit}",
-                "per page of fresh memory": f"{1e9 * fault:.0f} ns" if fault else "-",
-            }
-        )
-    print(f"\n{args.device}, {torch.get_num_threads()} threads: ceilings\n")
-    print(markdown(rows))
-
-
-PARTS: dict[str, tuple[Callable[[Args], dict[str, Any]], Callable[..., None]]] = {
-    "machine": (machine, show_machine),
-    "step": (step, show_step),
-    "inference": (inference, show_inference),
-    "scaling": (scaling, show_scaling),
-    "memory": (memory, show_memory),
+PARTS: dict[str, Callable[[Args], dict[str, Any]]] = {
+    "machine": machine,
+    "step": step,
+    "inference": inference,
+    "scaling": scaling,
+    "memory": memory,
 }
 
 
@@ -520,12 +380,12 @@ def main() -> None:
     }
     read_json(path)  # A file that cannot be read is better known before than after.
     for part in args.parts:
-        measure, show = PARTS[part]
         record = {"context": context(args.device), "settings": settings}
         torch.manual_seed(0)
-        record["results"] = measure(args)
+        record["results"] = PARTS[part](args)
         write_json(path, {**read_json(path), part: record})
-        show(record["results"], args)
+        for name, table in speed_tables({part: record}).items():
+            print(f"\n{name}\n\n{table}", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from machine import context, markdown, read_json, write_json
+from machine import context, write_json
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 from simple_parsing import parse
+from tables import training_tables
 
 from examples.train_scale_smollm2 import DemoConfig, runner_configs
 from sae_lens_scale.loading.language_model import load_language_model
@@ -108,21 +109,19 @@ def main() -> None:
         "override_dataset": load_text("docstrings", "train"),
     }
     runners = runner_configs(cfg, model.cfg.d_model)
-    record: dict[str, Any] = {
-        **read_json(args.output),
-        "settings": {"steps": args.steps, "batch_size": args.batch_size},
-    }
-    rows = []
+    settings = {"steps": args.steps, "batch_size": args.batch_size}
+    results: dict[str, dict[str, float]] = {}
     for name in args.saes:
         for fused in (False, True):
             label = f"{name}, fused Adam" if fused else name
-            parts = measure(runners[name], fused, args.steps, **real)
-            record[label] = parts
-            rows.append(
-                {"ms per step": label} | {p: f"{v:.0f}" for p, v in parts.items()}
-            )
-            write_json(args.output, {**record, "context": context(cfg.device)})
-            print(markdown(rows), flush=True)
+            results[label] = measure(runners[name], fused, args.steps, **real)
+            record = {
+                "context": context(cfg.device),
+                "settings": settings,
+                "results": results,
+            }
+            write_json(args.output, record)
+            print(training_tables(record)["training"], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmark commands, at sizes that mean nothing, and the formulas of the cost on many GPUs."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -58,10 +59,20 @@ def test_training_says_what_each_part_of_a_step_takes(tmp_path: Path):
     shown = run("training.py", *tiny, "--output", output)
     assert "language model and data" in shown
     record = json.loads(output.read_text())
-    for parts in (record["scale"], record["scale, fused Adam"]):
+    for parts in record["results"].values():
         whole = parts.pop("whole")
         assert min(parts.values()) > 0
         assert abs(sum(parts.values()) - whole) < 1e-6 * whole
+
+
+def test_pages_have_the_tables_of_the_records(tmp_path: Path):
+    page = (ROOT / "docs/performance.md").read_text()
+    again = tmp_path / "performance.md"
+    again.write_text(re.sub(r"(<!-- table [\w-]+ -->).*?<!-- end -->", r"\1<!-- end -->", page, flags=re.S))
+    run("tables.py", again)
+    assert again.read_text() == page
+    cost = re.search(r"<!-- table cost -->(.*?)<!-- end -->", page, re.S)
+    assert cost and cost[1] in (ROOT / "README.md").read_text()
 
 
 def table(text: str) -> list[dict[str, str]]:
