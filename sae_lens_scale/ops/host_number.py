@@ -28,6 +28,10 @@ class HostNumber:
         else:
             self._number = number.detach().clone()
 
+    def has_arrived(self) -> bool:
+        """Say whether reading it would not wait."""
+        return self._arrival is None or self._arrival.query()
+
     def read(self) -> int | float | bool:
         """Wait for the number, and return it."""
         if self._arrival is not None:

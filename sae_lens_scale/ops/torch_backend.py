@@ -25,12 +25,11 @@ def sparse_decode(
     offsets = None
     if latents.ragged:
         there = indices < latents.size
-        if indices.device.type == "cpu":
+        if _may_compact(indices):
             counts = there.sum(dim=-1)
             offsets = counts.cumsum(0) - counts
             indices, values = indices[there], values[there]
         else:
-            # A GPU would have to say how many there are.
             indices, values = indices.where(there, 0), values.where(there, 0)
     # Rows that are not contiguous would all be gathered first.
     return F.embedding_bag(
@@ -40,6 +39,11 @@ def sparse_decode(
         per_sample_weights=values,
         mode="sum",
     )
+
+
+def _may_compact(indices: torch.Tensor) -> bool:
+    # A GPU would have to be asked how many there are.
+    return indices.device.type == "cpu"
 
 
 def sampled_products(

@@ -106,7 +106,8 @@ class BatchSAE(StartingSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             shape=tuple(step_input.sae_in.shape),
             dtype=self.dtype,
         )
-        if self.device.type == "cpu" or not torch.is_grad_enabled():
+        # Without a gradient no weight will change: whoever measures a loss can wait.
+        if step.is_finite.has_arrived() or not torch.is_grad_enabled():
             step.require_finite()
         else:
             self._last_step = step
