@@ -18,6 +18,8 @@ class HostNumber:
         number: A tensor of one number, as it is now.
     """
 
+    # A compiler would copy, or wait, elsewhere.
+    @torch.compiler.disable()
     def __init__(self, number: torch.Tensor):
         self._arrival: torch.cuda.Event | None = None
         if number.is_cuda:
@@ -28,10 +30,12 @@ class HostNumber:
         else:
             self._number = number.detach().clone()
 
+    @torch.compiler.disable()
     def has_arrived(self) -> bool:
         """Say whether reading it would not wait."""
         return self._arrival is None or self._arrival.query()
 
+    @torch.compiler.disable()
     def read(self) -> int | float | bool:
         """Wait for the number, and return it."""
         if self._arrival is not None:
