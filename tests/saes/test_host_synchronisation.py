@@ -10,19 +10,27 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import draw, scale_sae, step_input, switch_sae
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sae_lens_scale.ops import HostNumber, torch_backend
+from sae_lens_scale.ops import (
+    HostNumber,
+    SparsityPattern,
+    sampled_products,
+    sparse_decode,
+    torch_backend,
+)
 from sae_lens_scale.saes.mixture import batch, dead_latents
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -138,7 +146,9 @@ def test_what_waits_is_noticed(wait: Callable[[torch.Tensor], Any]):
 
 @needs_triton
 @pytest.mark.parametrize("most_dead", [0, 7, 8])
-@pytest.mark.parametrize("make", [scale_sae, switch_sae])
+@pytest.mark.parametrize(
+    "make", [scale_sae, partial(scale_sae, num_shared_experts=1), switch_sae]
+)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -162,7 +172,11 @@ def test_a_step_waits_for_two_numbers_alone(
     monkeypatch.setattr(
         torch_backend,
         "has_grouped_kernel",
-        lambda a, *sizes: a.dtype == torch.bfloat16 and not any(n % 8 for n in sizes),
+        lambda a, *sizes: (
+            hasattr(F, "grouped_mm")
+            and a.dtype == torch.bfloat16
+            and not any(n % 8 for n in sizes)
+        ),
     )
     sae = make(**{"dtype": "float32", **settings}).to("meta")
     x = torch.zeros(9, sae.cfg.d_in, device="meta")
@@ -175,6 +189,18 @@ def test_a_step_waits_for_two_numbers_alone(
     if not sae.cfg.aux_loss_coefficient:
         of_dead = []
     assert arriving.reads == [*of_dead, *of_dead, True]
+
+
+@needs_triton
+@pytest.mark.usefixtures("arriving")
+def test_products_with_fewer_latents_of_some_tokens_wait_for_nothing():
+    indices = torch.zeros(9, 3, dtype=torch.int64, device="meta")
+    values = torch.zeros(9, 3, device="meta", requires_grad=True)
+    weights = torch.zeros(20, 5, device="meta", requires_grad=True)
+    latents = SparsityPattern(indices, 20, ragged=True)
+    with watching():
+        rows = sparse_decode(values, weights, latents)
+        sampled_products(rows, weights, latents).sum().backward()
 
 
 @needs_triton
