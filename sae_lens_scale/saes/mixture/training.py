@@ -1,22 +1,18 @@
 """Mixture SAE for training: the base of Scale SAE and Switch SAE in training."""
 
-import json
 from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from numpy.typing import NDArray
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import (
     TrainCoefficientConfig,
     TrainStepInput,
     TrainStepOutput,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from typing_extensions import override
 
 from sae_lens_scale.files import replacing_files
@@ -31,14 +27,14 @@ from sae_lens_scale.upstream import _disable_hooks
 
 from .batch import BatchSAE
 from .dead_latents import (
+    DeadLatents,
     dead_by_expert,
     dead_latent_loss,
-    dead_offsets,
+    find_dead,
     strongest_dead,
 )
 from .encoding import Encoding
 from .extension_points import is_hooked, is_overridden
-from .files import require_tensors
 from .routing import load_balance_loss
 from .selection import Candidates
 from .start import T_MIXTURE_TRAINING_CONFIG
@@ -53,13 +49,28 @@ Metrics: TypeAlias = dict[
 ]
 
 
+class LossInput(NamedTuple):
+    """
+    What the losses of a batch need.
+
+    Attributes:
+        sae_in: The batch, ``[tokens, d_in]``.
+        encoding: Its encoding.
+        dead: The dead latents; None if no loss asks for them.
+    """
+
+    sae_in: torch.Tensor
+    encoding: Encoding
+    dead: DeadLatents | None
+
+
 class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
     """Training of a mixture-of-experts SAE."""
 
     # Each routed expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
-    # The input that losses are being computed for, with its encoding.
-    _current: tuple[torch.Tensor, Encoding] | None = None
+    # What losses are being computed for.
+    _current: LossInput | None = None
 
     def target(self, step_input: TrainStepInput) -> torch.Tensor:
         """
@@ -132,9 +143,12 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             ``[tokens, k]``.
 
         Raises:
-            ValueError: If the loss is not finite, or the batch of an SAE that is starting.
+            ValueError: If the loss is not finite, or the batch of an SAE that is starting. On
+                a GPU a loss that has a gradient is looked at by the next step, or when the
+                SAE is saved.
         """
         x = step_input.sae_in
+        dead = self._find_dead(step_input.dead_neuron_mask)
         if self._is_starting and torch.is_grad_enabled():
             self._start_from_first_batches(x)
         if is_overridden(self, "encode_with_hidden_pre"):
@@ -161,7 +175,7 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             sae_out = self._finish_decoding(recons)
         errors = self.mse_loss_fn(sae_out, self.target(step_input))
         losses = {"mse_loss": self.batch_mean(errors.sum(dim=-1).flatten())}
-        with self._losses_of(x, encoding):
+        with self._losses_of(LossInput(x, encoding, dead)):
             losses |= self.calculate_aux_loss(
                 step_input, feature_acts, hidden_pre, sae_out
             )
@@ -179,10 +193,16 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             metrics=metrics,
         )
 
+    def _find_dead(self, mask: torch.Tensor | None) -> DeadLatents | None:
+        """Dead latents, if there is a mask of them and a loss for them."""
+        if mask is None or not self.cfg.aux_loss_coefficient:
+            return None
+        return find_dead(mask, self.cfg.num_experts, self.cfg.expert_size)
+
     @contextmanager
-    def _losses_of(self, sae_in: torch.Tensor, encoding: Encoding) -> Iterator[None]:
-        """Give an input's encoding to its losses, whose signatures are SAELens's."""
-        outer, self._current = self._current, (sae_in, encoding)
+    def _losses_of(self, current: LossInput) -> Iterator[None]:
+        """Give losses, whose signatures are SAELens's, what they need besides."""
+        outer, self._current = self._current, current
         try:
             yield
         finally:
@@ -210,11 +230,13 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             Scalars, each of them part of the loss.
         """
         cfg, sae_in = self.cfg, step_input.sae_in
-        if self._current is not None and self._current[0] is sae_in:
-            encoding = self._current[1]
-        else:
+        current = self._current
+        if current is None or current.sae_in is not sae_in:
+            dead = self._find_dead(step_input.dead_neuron_mask)
             with self._keep_run_time_norm_state():
                 encoding = self._encode(sae_in, self._num_runners_up)
+            current = LossInput(sae_in, encoding, dead)
+        encoding = current.encoding
         losses: dict[str, torch.Tensor] = {}
         if cfg.load_balance_coefficient:
             p = encoding.routing.probabilities.reshape(-1, cfg.num_experts)
@@ -224,7 +246,7 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 cfg.load_balance_coefficient * cfg.d_in * balance
             )
         if cfg.aux_loss_coefficient:
-            with self._losses_of(sae_in, encoding):
+            with self._losses_of(current):
                 losses["auxiliary_reconstruction_loss"] = self.calculate_topk_aux_loss(
                     sae_in=self.target(step_input),
                     sae_out=sae_out,
@@ -272,14 +294,14 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             ValueError: If the mask is not of these latents, or if it is called on its own,
                 not by calculate_aux_loss, by an SAE whose target is another than its input.
         """
-        cfg = self.cfg
-        if dead_neuron_mask is None:
+        cfg, current = self.cfg, self._current
+        dead = current.dead if current is not None else None
+        if dead is None or dead.mask is not dead_neuron_mask:
+            dead = self._find_dead(dead_neuron_mask)
+        if dead is None or not dead.most.read():
             return sae_out.new_zeros(())
-        dead = dead_by_expert(dead_neuron_mask, cfg.num_experts, cfg.expert_size)
-        if not dead.any():
-            return sae_out.new_zeros(())
-        if self._current is not None:
-            encoding = self._current[1]
+        if current is not None:
+            encoding = current.encoding
         elif is_overridden(self, "target"):
             raise ValueError(
                 "calculate_topk_aux_loss needs the encoding of the SAE's input: "
@@ -290,7 +312,7 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 encoding = self._encode(sae_in)
         rows = encoding.rows
         # Of all experts, so that their number of positions does not depend on those held.
-        offsets, is_dead = (self._held(t) for t in dead_offsets(dead))
+        offsets, is_dead = (self._held(t) for t in dead.offsets())
         first = torch.arange(len(offsets), device=offsets.device) * cfg.expert_size
         latents = first.unsqueeze(-1) + offsets
         pre_acts = self._dead_pre_acts(encoding, offsets, latents)
@@ -310,7 +332,7 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
         recons = grouped_decode(acts, W_dec, rows.experts, self.num_held_experts)
         residual = (sae_in - sae_out).detach().reshape(-1, sae_out.shape[-1])
         experts = encoding.routing.indices.reshape(-1, cfg.experts_per_token)
-        num_dead = dead.sum(dim=-1)[experts].sum(dim=-1)
+        num_dead = dead.by_expert.sum(dim=-1)[experts].sum(dim=-1)
         errors = dead_latent_loss(self.combine(recons, rows), residual, num_dead, size)
         return cfg.aux_loss_coefficient * self.batch_mean(errors)
 
@@ -391,42 +413,6 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
         with replacing_files(path) as temporary:
             weights, cfg = super().save_inference_model(temporary)
         return Path(path) / weights.name, Path(path) / cfg.name
-
-    @override
-    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
-        """
-        Load a training checkpoint's weights, all of them or none.
-
-        Args:
-            checkpoint_path: Folder of the checkpoint.
-
-        Raises:
-            FileNotFoundError: If it has no weights.
-            ValueError: If they are damaged, or another SAE's; names the file and,
-                where it can be read, the tensors.
-        """
-        weights = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
-        self._require_router_lr_factor_of(Path(checkpoint_path) / SAE_CFG_FILENAME)
-        try:
-            state_dict = load_file(weights)
-            # All tensors are required: those that an export lacks would get start values.
-            require_tensors(self.cfg, state_dict, self._shapes())
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{weights} cannot be loaded: {error}") from error
-        self.process_state_dict_for_loading(state_dict)
-        self.load_state_dict(state_dict)
-
-    def _require_router_lr_factor_of(self, path: Path) -> None:
-        """Refuse a checkpoint of another factor: its optimizer state is in other units."""
-        if not path.exists():
-            return
-        # Version 0.1.0 had no such field.
-        saved = json.loads(path.read_text()).get("router_lr_factor", 1.0)
-        if saved != self._router_lr_factor:
-            raise ValueError(
-                f"router_lr_factor must be {saved}, as in the checkpoint's {path}, got "
-                f"{self._router_lr_factor}"
-            )
 
     @override
     def log_histograms(self) -> dict[str, NDArray[Any]]:
