@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import platform
+import subprocess
 import tempfile
 import time
 import tracemalloc
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_scale.files import dump_json, write_whole
 
-VERSIONS = ("torch", "sae-lens", "sae-lens-scale", "eai-sparsify")
+VERSIONS = ("torch", "triton", "sae-lens", "sae-lens-scale", "eai-sparsify")
 
 # Errors of an SAE that is not installed, or cannot do a dtype or a device.
 UNAVAILABLE = (ImportError, NotImplementedError, RuntimeError)
@@ -76,6 +77,7 @@ def interleave(
     device: str,
     label: str,
     optional: Iterable[str] = (),
+    errors: type[Exception] | tuple[type[Exception], ...] = UNAVAILABLE,
 ) -> dict[str, dict[str, Any]]:
     """
     Time everything once in every round, so that a drift is the same for all.
@@ -86,6 +88,7 @@ def interleave(
         device: Device that they run on.
         label: Text of the progress bar.
         optional: Names of those that may be unavailable.
+        errors: Errors by which they say so.
 
     Returns:
         By name, either ``laps``, a list of wall and of CPU seconds for each of them, or
@@ -98,7 +101,7 @@ def interleave(
             try:
                 runs[name] = start()
                 runs[name](Stopwatch(device))
-            except UNAVAILABLE as error:
+            except errors as error:
                 if name not in optional:
                     raise
                 runs.pop(name, None)
@@ -238,8 +241,13 @@ def context(device: str) -> dict[str, Any]:
         "versions": {name: _version(name) for name in VERSIONS},
     }
     if torch.device(device).type == "cuda":
-        record["gpu"] = torch.cuda.get_device_name(device)
+        properties = torch.cuda.get_device_properties(device)
+        record["gpu"] = properties.name
+        record["capability"] = f"{properties.major}.{properties.minor}"
+        record["multiprocessors"] = properties.multi_processor_count
+        record["gpu_memory"] = properties.total_memory
         record["cuda"] = torch.version.cuda
+        record["driver"] = _driver()
     return record
 
 
@@ -248,6 +256,16 @@ def _cpu_model() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.processor()
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except OSError:
+        return None
+    return done.stdout.split("\n")[0] or None
 
 
 def _version(package: str) -> str | None:
@@ -279,11 +297,21 @@ def ceilings(
     )
 
     def matmul(dtype: torch.dtype) -> Callable[[], object]:
-        a, b, out = (torch.randn(side, side).to(device, dtype) for _ in range(3))
+        a, b, out = (
+            torch.randn(side, side, device=device).to(dtype) for _ in range(3)
+        )
         return lambda: torch.mm(a, b, out=out)
 
+    def tf32_matmul() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        in_float32()
+        torch.set_float32_matmul_precision(before)
+
+    in_float32 = matmul(torch.float32)
+
     work: dict[str, tuple[int, Callable[[], object]]] = {
-        "float32 matmul": (2 * side**3, matmul(torch.float32)),
+        "float32 matmul": (2 * side**3, in_float32),
         "bfloat16 matmul": (2 * side**3, matmul(torch.bfloat16)),
         "copy": (2 * nbytes, lambda: buffer.copy_(other)),
         "fill, reused memory": (nbytes, buffer.zero_),
@@ -297,6 +325,8 @@ def ceilings(
 
         return timed
 
+    if torch.device(device).type == "cuda":
+        work["tf32 matmul"] = (2 * side**3, tf32_matmul)
     starts = {name: lambda run=run: start(run) for name, (_, run) in work.items()}
     records = interleave(starts, rounds, device, "machine")
     for name, record in records.items():
