@@ -209,9 +209,7 @@ class TrainingRun:
         self.sae: Any
         self.loss: Loss
         self.sae, self.loss = make(entry, place)
-        self.optimizer = torch.optim.Adam(
-            self.sae.parameters(), lr=1e-4, fused=fused
-        )
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=1e-4, fused=fused)
         self.steps_since_fired = torch.zeros(entry.d_sae, device=place.device)
         self.firing_counts = torch.zeros(entry.d_sae, device=place.device)
 

@@ -93,7 +93,7 @@ def cases(args: Args) -> dict[str, Case]:
     def random(n: int, e: int, tokens: int) -> torch.Tensor:
         return torch.rand(tokens, n, device=args.device).topk(e, dim=1).indices
 
-    tokens, n, odd = (8, 8, 9) if args.quick else (1024, 64, 257)
+    tokens, n, odd = (2, 4, 3) if args.quick else (1024, 64, 257)
     d_in, size = args.d_in, args.d_sae // n
     of_two = torch.tensor([1, 3], device=args.device)
     paper = Case(d_in, size, args.k, random(n, 2, tokens), n)
@@ -102,9 +102,7 @@ def cases(args: Args) -> dict[str, Case]:
         f"{4 * n}/8, 4 k": Case(
             d_in, size // 4, 4 * args.k, random(4 * n, 8, tokens), 4 * n
         ),
-        f"{n // 2}/1": Case(
-            d_in, 2 * size, args.k, random(n // 2, 1, tokens), n // 2
-        ),
+        f"{n // 2}/1": Case(d_in, 2 * size, args.k, random(n // 2, 1, tokens), n // 2),
         "ragged": replace(paper, ragged=True),
         "two experts, four latents": replace(
             paper, experts=of_two.expand(tokens, -1), repeats=True
@@ -289,4 +287,3 @@ def _largest(got: torch.Tensor, want: torch.Tensor, scale: torch.Tensor) -> floa
     # 0 / 0 is right; NaN that was computed is not.
     right = (got == 0) & (scale == 0)
     return error.masked_fill(right, 0).nan_to_num(torch.inf).max().item()
-

@@ -3,7 +3,7 @@
 import linecache
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ from entries import WHOLE_STEP, Entry, TrainingRun, placement
 from gpu_settings import ROOT, Args, Precision, without_interpreter
 from machine import Stopwatch
 from processes import Item
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 _STEPS = 3
@@ -87,7 +86,7 @@ def _synchronisations(entry: Entry, args: Args) -> dict[str, Any]:
     return {"measured": args.on_gpu, "synchronisations": found}
 
 
-def _frame_of_ours(stack: traceback.StackSummary) -> dict[str, str]:
+def _frame_of_ours(stack: Sequence[traceback.FrameSummary]) -> dict[str, str]:
     """Line of the innermost frame that is the repository's, else of the innermost."""
     ours = [f for f in stack if f.filename.startswith(f"{ROOT}/")]
     frame = (ours or stack)[-1]
@@ -108,14 +107,14 @@ def _kernels(entry: Entry, args: Args, precision: Precision) -> dict[str, Any]:
             run(watch)
         # Laps of one name are the last step's.
         laps = watch.read()
-    device = DeviceType.CUDA if args.on_gpu else DeviceType.CPU
+    device = "CUDA" if args.on_gpu else "CPU"
     attribute = f"self_{'device' if args.on_gpu else 'cpu'}_time_total"
     averages = profiler.key_averages()
     spent = [
         (event.key, getattr(event, attribute) / 1e6 / _STEPS, event.count / _STEPS)
         for event in averages
         # Ranges that somebody named hold kernels, which are there themselves.
-        if event.device_type == device and not event.is_user_annotation
+        if event.device_type.name == device and not event.is_user_annotation
     ]
     busy = sum(seconds for _, seconds, _ in spent)
     spent.sort(key=lambda kernel: -kernel[1])
@@ -124,9 +123,7 @@ def _kernels(entry: Entry, args: Args, precision: Precision) -> dict[str, Any]:
         "busy": busy,
         "launches": sum(count for *_, count in spent),
         "calls": {
-            event.key: event.count / _STEPS
-            for event in averages
-            if event.key in _CALLS
+            event.key: event.count / _STEPS for event in averages if event.key in _CALLS
         },
         "kernels": [
             {

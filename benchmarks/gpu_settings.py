@@ -30,14 +30,16 @@ class Args:
     d_sae: int = 24_576  # latents; a multiple of 256
     k: int = 32  # latents kept per token
     repeats: int = 20  # timed rounds
-    seconds: float = 460  # to end after; what is missing then is measured by the next start
+    seconds: float = (
+        460  # to end after; what is missing then is measured by the next start
+    )
     parts: list[str] = field(default_factory=list)  # which to run; all if none is named
     quick: bool = False  # tiny sizes, to see that it runs; results go to outputs/
     output: Path | None = None  # JSON; benchmarks/results/gpu.json
 
     def __post_init__(self) -> None:
         if self.quick:
-            self.batch, self.d_in, self.d_sae, self.k = 8, 16, 256, 2
+            self.batch, self.d_in, self.d_sae, self.k = 4, 16, 256, 2
             self.repeats = 1
         elif not self.on_gpu:
             raise ValueError(f"device must be a GPU without --quick, got {self.device}")

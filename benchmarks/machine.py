@@ -297,9 +297,7 @@ def ceilings(
     )
 
     def matmul(dtype: torch.dtype) -> Callable[[], object]:
-        a, b, out = (
-            torch.randn(side, side, device=device).to(dtype) for _ in range(3)
-        )
+        a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
         return lambda: torch.mm(a, b, out=out)
 
     def tf32_matmul() -> None:

@@ -10,7 +10,6 @@ from multiprocessing.context import ForkContext, SpawnContext
 from typing import Any
 
 import torch
-from gpu_settings import Args
 from tqdm.auto import tqdm
 
 # Name of a measurement, and what returns its record, of what JSON has.
@@ -29,7 +28,7 @@ class Part:
     """
 
     name: str
-    items: Callable[[Args], Iterable[Item]]
+    items: Callable[[Any], Iterable[Item]]
     seconds: float
 
 
@@ -71,7 +70,7 @@ class _Worker:
 
 def run_together(
     parts: Sequence[Part],
-    args: Args,
+    args: Any,
     record: Record,
     context: ForkContext | SpawnContext,
     deadline: float,
@@ -85,7 +84,7 @@ def run_together(
 
     Args:
         parts: The parts.
-        args: Settings, which they are given.
+        args: Settings, which their measurements are made from.
         record: Record to add to.
         context: How processes are started.
         deadline: Value of time.monotonic() at which all are ended.
@@ -119,7 +118,7 @@ def run_together(
 
 def _start(
     part: Part,
-    args: Args,
+    args: Any,
     record: Record,
     context: ForkContext | SpawnContext,
     deadline: float,
@@ -137,8 +136,8 @@ def _start(
 
 
 def _work(
-    items: Callable[[Args], Iterable[Item]],
-    args: Args,
+    items: Callable[[Any], Iterable[Item]],
+    args: Any,
     done: Collection[str],
     pipe: Connection,
 ) -> None:
@@ -155,7 +154,7 @@ def _work(
             result = {"error": f"{type(error).__name__}: {line}"}
         pipe.send((name, {**result, "seconds": time.perf_counter() - start}))
         gc.collect()
-        if args.on_gpu:
+        if torch.cuda.is_initialized():
             # After an illegal access this raises, and ends the process.
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
