@@ -38,11 +38,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import torch
-from gpu_settings import ROOT, Args
+from gpu_settings import RESULTS, ROOT, Args
 from simple_parsing import parse
 
-# Of processes on one GPU at a time, where nothing is timed.
-_TOGETHER = 8
+# Processes on a GPU at a time, where nothing is timed, and bytes of its memory for each.
+_MOST_TOGETHER, _BYTES_EACH = 8, 8 << 30
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     deadline = time.monotonic() + args.seconds
     # Only now: it takes seconds, and one that cannot run is to end at once.
-    from gpu_report import failures, page
+    from gpu_report import failures, page, renew_page
     from machine import read_json, write_json
     from processes import Record, run_together
     from tqdm.auto import tqdm
@@ -87,12 +87,13 @@ def main() -> None:
     record = Record(
         found["results"], found["complete"], lambda: write_json(path, found)
     )
+    together = facts.get("gpu_memory", 0) // _BYTES_EACH
+    together = max(1, min(_MOST_TOGETHER, together))
     with tqdm(total=len(wanted), desc="bench-gpu", mininterval=0) as bar:
         for stage in stages:
             todo = [p for p in stage if p.name in wanted]
             bar.update(sum(p.name in record.complete for p in todo))
             todo = [p for p in todo if p.name not in record.complete]
-            together = _TOGETHER if args.on_gpu else 1
             for first in range(0, len(todo), together):
                 run_together(
                     todo[first : first + together], args, record, context, deadline, bar
@@ -101,8 +102,8 @@ def main() -> None:
     print(page(found))
     failed = failures(record.results, unfinished)
     print(f"\n{len(failed)} failures", *failed, sep="\n- ")
-    if path == ROOT / "benchmarks/results/gpu.json":
-        _fill_page(page(found))
+    if path == RESULTS:
+        renew_page()
     sys.exit(1 if failed else 0)
 
 
@@ -178,14 +179,6 @@ def commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def _fill_page(text: str) -> None:
-    """Renew the tables of the documentation, from the file that it names."""
-    from reproduction.report import fill
-
-    path = ROOT / "docs/performance.md"
-    path.write_text(fill(path.read_text(), {"gpu": text}))
 
 
 if __name__ == "__main__":

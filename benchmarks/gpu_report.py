@@ -1,9 +1,22 @@
-"""What the GPU benchmark found: failures, verdicts on the goals, and tables in Markdown."""
+"""
+Results of the GPU benchmark: failures, verdicts on the goals, and tables in Markdown.
 
+    python benchmarks/gpu_report.py     # prints the tables, and renews those of the documentation
+
+reads benchmarks/results/gpu.json, wherever that was measured; gpu.py does the same when it ends.
+"""
+
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from machine import markdown
+from gpu_settings import RESULTS, ROOT
+from machine import markdown, read_json
+
+# What fills a page is the laboratory's.
+sys.path.insert(0, str(ROOT))
+
+from reproduction.report import fill
 
 Results = dict[str, dict[str, Any]]
 
@@ -142,8 +155,6 @@ def _slower(
 ) -> float | None:
     """
     Ratio of two times: the faster wide TopK's by ours, or ours by the narrow TopK's.
-
-    Both from the same group of rounds as far as it has both.
     """
     found = results.get(f"times, {precision}", {})
     dense = [
@@ -166,9 +177,11 @@ def page(record: dict[str, Any]) -> str:
     context, results = record["context"], record["results"]
     versions = ", ".join(f"{n} {v}" for n, v in context["versions"].items() if v)
     machine = context.get("gpu", context["cpu"])
+    # A copy of a checkout has no commit.
+    commit = context["commit"]
+    code = f"commit {commit}" if commit else f"sources {record['key']['sources']}"
     sections = [
-        f"{machine}, driver {context.get('driver', '-')}, {versions}, {context['date']}, "
-        f"commit {context['commit']}.",
+        f"{machine}, driver {context.get('driver', '-')}, {versions}, {context['date']}, {code}.",
         markdown(goals(results)),
     ]
     for precision in _PRECISIONS:
@@ -326,3 +339,14 @@ def _profile_rows(found: dict[str, Any]) -> list[dict[str, str]]:
             for kernel in found["kernels"][:12]
         ),
     ]
+
+
+def renew_page() -> None:
+    """Write the tables of the results' file into the documentation."""
+    path = ROOT / "docs/performance.md"
+    path.write_text(fill(path.read_text(), {"gpu": page(read_json(RESULTS))}))
+
+
+if __name__ == "__main__":
+    print(page(read_json(RESULTS)))
+    renew_page()

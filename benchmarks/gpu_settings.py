@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/gpu.json"
 
 Precision = Literal["float32", "tf32", "bfloat16", "autocast"]
 
@@ -48,8 +49,8 @@ class Args:
         for name in ("batch", "d_in", "k", "repeats", "seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        folder = "outputs/quick" if self.quick else "benchmarks/results"
-        self.output = self.output or ROOT / folder / "gpu.json"
+        quick = ROOT / "outputs/quick/gpu.json"
+        self.output = self.output or (quick if self.quick else RESULTS)
 
     @property
     def on_gpu(self) -> bool:

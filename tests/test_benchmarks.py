@@ -135,7 +135,7 @@ def test_gpu_goes_on_where_it_was_killed_and_reports_a_wrong_kernel(tmp_path: Pa
         "latent_sums, gradient 1",
         "transposed_latent_sums, gradient 1",
     }
-    assert "products, float32: 4/2, sampled_products, result: error 1.0e-03" in shown
+    assert "products, float32: 4/2, sampled_products, result: error " in shown
     assert "| not measured |" in shown and "| tf32 |" in shown
     text = output.read_text()
     assert '"error": "' not in text, "everything ran"
