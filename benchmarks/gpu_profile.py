@@ -68,7 +68,8 @@ def _synchronisations(entry: Entry, args: Args) -> dict[str, Any]:
     watch = Stopwatch(args.device)
 
     def note(message: Warning | str, *_: Any) -> None:
-        if "synchroniz" in str(message):
+        # Not what torch says of the mode itself.
+        if "called a synchronizing" in str(message):
             frame = _frame_of_ours(traceback.extract_stack()[:-1])
             part = WHOLE_STEP[min(len(watch.names), len(WHOLE_STEP) - 1)]
             found.append({"part": part, **frame})
@@ -89,6 +90,8 @@ def _synchronisations(entry: Entry, args: Args) -> dict[str, Any]:
 def _frame_of_ours(stack: Sequence[traceback.FrameSummary]) -> dict[str, str]:
     """Line of the innermost frame that is the repository's, else of the innermost."""
     ours = [f for f in stack if f.filename.startswith(f"{ROOT}/")]
+    if not stack:
+        return {"line": "-", "code": "no Python: a backward pass of torch's"}
     frame = (ours or stack)[-1]
     file = frame.filename.removeprefix(f"{ROOT}/")
     code = linecache.getline(frame.filename, frame.lineno or 0).strip()
