@@ -98,6 +98,7 @@ def gpu(*arguments: object, **environment: object) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_gpu_goes_on_where_it_was_killed_and_reports_a_wrong_kernel(tmp_path: Path):
     # Python imports this module when it starts.
