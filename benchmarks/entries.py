@@ -67,7 +67,7 @@ class Placement:
 
 
 def placement(precision: Precision, device: str) -> Placement:
-    """Where and in what SAEs are, for a precision; lets float32 products use TF32, or not."""
+    """Device and precision of SAEs; lets float32 products use TF32, or keeps them from it."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     dtype = "bfloat16" if precision == "bfloat16" else "float32"
     return Placement(device, dtype, autocast=precision == "autocast")

@@ -136,7 +136,8 @@ def parts() -> list[list[Any]]:
 
 def start_method(args: Args) -> tuple[ForkContext | SpawnContext, dict[str, Any]]:
     """
-    How to start processes, and the machine, as the first process that could use it says.
+    Choose how to start processes, and describe the machine, as the first process that could use it
+    does.
 
     A fork has all modules already. Where a module that was imported has made CUDA useless in
     forks, processes are started from nothing.

@@ -13,7 +13,7 @@ from typing import Any
 from gpu_settings import RESULTS, ROOT
 from machine import markdown, read_json
 
-# What fills a page is the laboratory's.
+# The laboratory has what fills a page.
 sys.path.insert(0, str(ROOT))
 
 from reproduction.report import fill
@@ -70,7 +70,7 @@ def share_of_ceiling(
     """
     Least time by the machine's measured ceilings, by the time of a forward and backward pass.
 
-    Whichever takes longer, moving the bytes or computing the FLOPs, is the least time.
+    The least time is that of moving the bytes or of computing the FLOPs, the longer of the two.
     """
     found = results.get("machine", {}).get("ceilings", {})
     names = ("copy", f"{_MATMULS[precision]} matmul")
@@ -149,7 +149,7 @@ def _goal(
 
 
 def _synchronisations(found: dict[str, Any]) -> float | None:
-    """Those of a step that torch noticed, or, as it does not notice all, that CUDA was called for."""
+    """Number in a step: that torch noticed or, as it does not notice all, that CUDA was called for."""
     noticed = found.get("host synchronisations, 0% dead", {})
     if not noticed.get("measured"):
         return None
@@ -283,13 +283,13 @@ def _kernel_rows(results: Results) -> list[dict[str, str]]:
             best = min(times, key=lambda name: times[name])
             rows.append(
                 {"product": item}
-                | {name: times_text(times, name) for name in ("torch", "Triton")}
-                | {"index_add": times_text(times, "index_add"), "fastest": best}
+                | {name: _time_text(times, name) for name in ("torch", "Triton")}
+                | {"index_add": _time_text(times, "index_add"), "fastest": best}
             )
     return rows
 
 
-def times_text(times: dict[str, float], name: str) -> str:
+def _time_text(times: dict[str, float], name: str) -> str:
     """A time in ms and, in brackets, as a multiple of the fastest; "-" if there is none."""
     if name not in times:
         return "-"

@@ -12,7 +12,7 @@ RESULTS = ROOT / "benchmarks/results/gpu.json"
 
 Precision = Literal["float32", "tf32", "bfloat16", "autocast"]
 
-# Of the numbers that are multiplied; twice the error of rounding, and so that of cutting off.
+# Spacing of the numbers that are multiplied: twice the error of rounding, once that of cutting off.
 EPS: dict[Precision, float] = {
     "float32": torch.finfo(torch.float32).eps,
     "tf32": 2.0**-10,

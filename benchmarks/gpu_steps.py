@@ -229,7 +229,8 @@ class Exact:
     Attributes:
         losses: Those of the step, by name.
         reconstruction: ``[tokens, d_in]``.
-        missed: How much worse than the best what was selected is, relative to the best; by name.
+        missed: Largest excess of the best that was not selected over the worst that was, relative
+            to the token's largest value; by name.
     """
 
     losses: dict[str, torch.Tensor]
@@ -330,7 +331,7 @@ def reference(
 def _missed(
     ranking: torch.Tensor, selected: torch.Tensor, candidates: torch.Tensor
 ) -> float:
-    """How far the best that was left out is above the worst that was selected, at most."""
+    """Largest excess of the best that was left out over the worst that was selected; 0 if none."""
     if not (selected <= candidates).all():
         return torch.inf
     worst = ranking.masked_fill(~selected, torch.inf).amin(-1)

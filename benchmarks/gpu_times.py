@@ -159,7 +159,7 @@ def _inference(
 
 
 def _not_timed(found: dict[str, Any], is_ours: bool) -> dict[str, Any]:
-    """Whatever of the package cannot be timed is a failure; others may be missing."""
+    """Record of what cannot be timed: a failure, unless it is another package's."""
     return {"error": found["missing"]} if is_ours else found
 
 
@@ -168,7 +168,7 @@ Alternatives = dict[str, Callable[[], Any]]
 
 
 def alternatives(case: Case, place: Placement) -> dict[str, Alternatives]:
-    """What could compute each product, as far as the backends have it."""
+    """Functions that could compute each product, as far as the backends have them."""
     N, n, d = case.num_experts, case.size, case.width
     tokens = len(case.experts)
     x, values = place.randn(tokens, d), place.randn(tokens, case.k)
@@ -210,7 +210,7 @@ def alternatives(case: Case, place: Placement) -> dict[str, Alternatives]:
         "grouped_sums": with_each("grouped_sums", x, acts, experts),
     }
     if hasattr(chosen, "grouped_products"):
-        # Their grouped_encode is torch's where that has a kernel of its own.
+        # Triton's grouped_encode is torch's where that has a kernel of its own.
         own = partial(_own_grouped_encode, chosen, x, encoders, experts)
         products["grouped_encode"]["Triton"] = own
         own = partial(_own_grouped_decode, chosen, acts, decoders, experts)

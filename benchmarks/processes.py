@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-# Name of a measurement, and what returns its record, of what JSON has.
+# Name of a measurement, and the function that returns its record, of values that JSON has.
 Item = tuple[str, Callable[[], dict[str, Any]]]
 
 
@@ -35,7 +35,7 @@ class Part:
 @dataclass
 class Record:
     """
-    What was measured so far.
+    Results so far.
 
     Attributes:
         results: Record of each item, by part and name; one that failed has an "error".
