@@ -23,6 +23,9 @@ from sae_lens_scale.files import dump_json, write_whole
 
 VERSIONS = ("torch", "triton", "sae-lens", "sae-lens-scale", "eai-sparsify")
 
+# c10's number of the device.
+_CPU = 0
+
 # Errors of an SAE that is not installed, or cannot do a dtype or a device.
 UNAVAILABLE = (ImportError, NotImplementedError, RuntimeError)
 
@@ -144,9 +147,9 @@ def summary(laps: dict[str, Any], *names: str) -> dict[str, float]:
     return {"median": median(wall), "min": min(wall), "cpu_median": median(cpu)}
 
 
-def torch_allocations(run: Callable[[], object], device: str) -> list[tuple[int, int]]:
+def torch_allocations(run: Callable[[], object]) -> list[tuple[int, int]]:
     """
-    List the allocations and releases of torch on a device in a run, in operators too.
+    List the allocations and releases of torch on the CPU in a run, in operators too.
 
     Its profiler hears of every allocation of torch's allocators; watching tensors from
     Python would miss an operator's own temporaries. Scratch memory of BLAS libraries is
@@ -162,10 +165,8 @@ def torch_allocations(run: Callable[[], object], device: str) -> list[tuple[int,
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    # c10's numbers of devices.
-    kind = {"cpu": 0, "cuda": 1}[torch.device(device).type]
     memory = [event for event in events if event["name"] == "[memory]"]
-    memory = [event for event in memory if event["args"]["Device Type"] == kind]
+    memory = [event for event in memory if event["args"]["Device Type"] == _CPU]
     memory.sort(key=lambda event: event["ts"])
     return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in memory]
 

@@ -317,7 +317,7 @@ def _memory_of(entry: Entry, x: torch.Tensor, args: Args) -> dict[str, Any]:
     run.optimizer.zero_grad()
     outside_torch = python_peak_bytes(run.forward_backward)
     run.optimizer.zero_grad()
-    events = torch_allocations(run.forward_backward, DEVICE)
+    events = torch_allocations(run.forward_backward)
     gradients = [p.grad for p in run.sae.parameters() if p.grad is not None]
     in_torch = peak_bytes(events, {g.untyped_storage().data_ptr() for g in gradients})
     run.optimizer.zero_grad()
