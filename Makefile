@@ -16,7 +16,7 @@ FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-slow test-matrix test-ecosystem lint docs notebooks bench bench-training reproduce release clean
+.PHONY: install demo test test-slow test-matrix test-ecosystem lint docs notebooks bench bench-training bench-gpu reproduce release clean
 
 install: $(INSTALLED)
 
@@ -95,6 +95,11 @@ bench: $(INSTALLED)
 
 bench-training: $(INSTALLED)
 	$(RUN) benchmarks/training.py $(ARGS)
+
+# Without $(INSTALLED), whose torch has no CUDA: with a PYTHON that has torch for the GPU, and what
+# the package and its extra "bench" require.
+bench-gpu:
+	OMP_WAIT_POLICY=PASSIVE PYTHONPATH=".:$$PYTHONPATH" $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 # Hours; goes on where it stopped. An ablation: PRESETS=smollm2-experts, see docs/ablations.md.
 # The report is of the folder of the first.

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from gpu_settings import Precision
 from machine import Run, Stopwatch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig, TrainStepInput
 
@@ -63,6 +64,13 @@ class Placement:
         if not self.autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.kind, dtype=torch.bfloat16)
+
+
+def placement(precision: Precision, device: str) -> Placement:
+    """Device and precision of SAEs; lets float32 products use TF32, or keeps them from it."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    dtype = "bfloat16" if precision == "bfloat16" else "float32"
+    return Placement(device, dtype, autocast=precision == "autocast")
 
 
 @dataclass(frozen=True)
@@ -194,14 +202,16 @@ def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]
 class TrainingRun:
     """Training steps of an SAE on one batch, as SAELens's trainer takes them."""
 
-    def __init__(self, entry: Entry, x: torch.Tensor, place: Placement):
+    def __init__(
+        self, entry: Entry, x: torch.Tensor, place: Placement, fused: bool = False
+    ):
         self.x, self.place = x, place
         self.dead_mask = entry.dead_mask.to(place.device)
         make = _sparsify if entry.kind == "sparsify" else _training_sae
         self.sae: Any
         self.loss: Loss
         self.sae, self.loss = make(entry, place)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=1e-4)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=1e-4, fused=fused)
         self.steps_since_fired = torch.zeros(entry.d_sae, device=place.device)
         self.firing_counts = torch.zeros(entry.d_sae, device=place.device)
 

@@ -21,7 +21,10 @@ from tqdm.auto import tqdm
 
 from sae_lens_scale.files import dump_json, write_whole
 
-VERSIONS = ("torch", "sae-lens", "sae-lens-scale", "eai-sparsify")
+VERSIONS = ("torch", "triton", "sae-lens", "sae-lens-scale", "eai-sparsify")
+
+# c10's number of the device.
+_CPU = 0
 
 # Errors of an SAE that is not installed, or cannot do a dtype or a device.
 UNAVAILABLE = (ImportError, NotImplementedError, RuntimeError)
@@ -77,6 +80,7 @@ def interleave(
     device: str,
     label: str,
     optional: Iterable[str] = (),
+    errors: type[Exception] | tuple[type[Exception], ...] = UNAVAILABLE,
 ) -> dict[str, dict[str, Any]]:
     """
     Time everything once in every round, so that a drift is the same for all.
@@ -87,6 +91,7 @@ def interleave(
         device: Device that they run on.
         label: Text of the progress bar.
         optional: Names of those that may be unavailable.
+        errors: Errors by which they say so.
 
     Returns:
         By name, either ``laps``, a list of wall and of CPU seconds for each of them, or
@@ -99,7 +104,7 @@ def interleave(
             try:
                 runs[name] = start()
                 runs[name](Stopwatch(device))
-            except UNAVAILABLE as error:
+            except errors as error:
                 if name not in optional:
                     raise
                 runs.pop(name, None)
@@ -142,9 +147,9 @@ def summary(laps: dict[str, Any], *names: str) -> dict[str, float]:
     return {"median": median(wall), "min": min(wall), "cpu_median": median(cpu)}
 
 
-def torch_allocations(run: Callable[[], object], device: str) -> list[tuple[int, int]]:
+def torch_allocations(run: Callable[[], object]) -> list[tuple[int, int]]:
     """
-    List the allocations and releases of torch on a device in a run, in operators too.
+    List the allocations and releases of torch on the CPU in a run, in operators too.
 
     Its profiler hears of every allocation of torch's allocators; watching tensors from
     Python would miss an operator's own temporaries. Scratch memory of BLAS libraries is
@@ -160,10 +165,8 @@ def torch_allocations(run: Callable[[], object], device: str) -> list[tuple[int,
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    # c10's numbers of devices.
-    kind = {"cpu": 0, "cuda": 1}[torch.device(device).type]
     memory = [event for event in events if event["name"] == "[memory]"]
-    memory = [event for event in memory if event["args"]["Device Type"] == kind]
+    memory = [event for event in memory if event["args"]["Device Type"] == _CPU]
     memory.sort(key=lambda event: event["ts"])
     return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in memory]
 
@@ -240,8 +243,13 @@ def context(device: str) -> dict[str, Any]:
         "versions": {name: _version(name) for name in VERSIONS},
     }
     if torch.device(device).type == "cuda":
-        record["gpu"] = torch.cuda.get_device_name(device)
+        properties = torch.cuda.get_device_properties(device)
+        record["gpu"] = properties.name
+        record["capability"] = f"{properties.major}.{properties.minor}"
+        record["multiprocessors"] = properties.multi_processor_count
+        record["gpu_memory"] = properties.total_memory
         record["cuda"] = torch.version.cuda
+        record["driver"] = _driver()
     return record
 
 
@@ -259,6 +267,16 @@ def _commit() -> str | None:
         command, cwd=Path(__file__).parent, capture_output=True, text=True
     )
     return done.stdout.strip() or None
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except OSError:
+        return None
+    return done.stdout.split("\n")[0] or None
 
 
 def _version(package: str) -> str | None:
@@ -290,11 +308,19 @@ def ceilings(
     )
 
     def matmul(dtype: torch.dtype) -> Callable[[], object]:
-        a, b, out = (torch.randn(side, side).to(device, dtype) for _ in range(3))
+        a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
         return lambda: torch.mm(a, b, out=out)
 
+    def tf32_matmul() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        in_float32()
+        torch.set_float32_matmul_precision(before)
+
+    in_float32 = matmul(torch.float32)
+
     work: dict[str, tuple[int, Callable[[], object]]] = {
-        "float32 matmul": (2 * side**3, matmul(torch.float32)),
+        "float32 matmul": (2 * side**3, in_float32),
         "bfloat16 matmul": (2 * side**3, matmul(torch.bfloat16)),
         "copy": (2 * nbytes, lambda: buffer.copy_(other)),
         "fill, reused memory": (nbytes, buffer.zero_),
@@ -308,6 +334,8 @@ def ceilings(
 
         return timed
 
+    if torch.device(device).type == "cuda":
+        work["tf32 matmul"] = (2 * side**3, tf32_matmul)
     starts = {name: lambda run=run: start(run) for name, (_, run) in work.items()}
     records = interleave(starts, rounds, device, "machine")
     for name, record in records.items():

@@ -1,9 +1,9 @@
 """
-Time and memory of training and inference, beside the ceilings of the machine.
+Time and memory of training and inference on a CPU, beside the ceilings of the machine; gpu.py
+measures on a GPU.
 
     python benchmarks/speed.py                            # all parts, a quarter of an hour
     python benchmarks/speed.py --parts step --repeats 31
-    python benchmarks/speed.py --device cuda --autocast --batch 8192
 
 Parts:
 
@@ -27,9 +27,8 @@ the least, look for other processes, and at the CPU time: below cores times wall
 were taken or idle. Memory that is freed in between returns to the system, which may take
 its time to provide it again: tensors as wide as d_sae pay for that. "whole step" is forward,
 the trainer's firing statistics, backward, gradient clipping, Adam and zero_grad; sparsify
-is given the same optimizer, without its own trainer's work on decoder norms, and is under
-autocast on every GPU that knows bfloat16. Inputs are random and so are weights: routing is
-nearly balanced. entries.py describes the FLOPs and bytes that are counted.
+is given the same optimizer, without its own trainer's work on decoder norms. Inputs are random
+and so are weights: routing is nearly balanced. entries.py describes the FLOPs and bytes that are counted.
 
 Each part replaces its own results in the file and leaves those of the others.
 """
@@ -72,6 +71,7 @@ from simple_parsing import parse
 from tables import speed_tables
 
 ROOT = Path(__file__).parents[1]
+DEVICE = "cpu"
 
 
 @dataclass
@@ -86,14 +86,11 @@ class Args:
     repeats: int = 15  # timed rounds
     repeats_expensive: int = 3  # timed rounds of SAEs that take seconds per step
     tokens: int = 100_000  # tokens of inference
-    device: str = "cpu"
     dtype: str = "float32"  # of the weights; or bfloat16
-    autocast: bool = False  # bfloat16 autocast, as SAELens's trainer does
-    tf32: bool = False  # let float32 products use TF32
     threads: int = 0  # threads of torch; 0 leaves its default
     million: bool = True  # whether scaling includes a million latents
     quick: bool = False  # tiny sizes, to see that it runs; results go to outputs/
-    output: Path | None = None  # JSON; benchmarks/results/speed-DEVICE.json
+    output: Path | None = None  # JSON; benchmarks/results/speed-cpu.json
     plot: Path | None = None  # picture of scaling; docs/images/scaling.png
 
     def __post_init__(self) -> None:
@@ -105,17 +102,15 @@ class Args:
             self.repeats, self.repeats_expensive, self.tokens = 2, 1, 256
         if min(self.repeats, self.repeats_expensive) < 1:
             raise ValueError("repeats must be at least 1")
-        kind = self.place.kind
         results, images = ROOT / "benchmarks/results", ROOT / "docs/images"
         if self.quick:
             results = images = ROOT / "outputs/quick"
-        suffix = "" if kind == "cpu" else f"-{kind}"
-        self.output = self.output or results / f"speed-{kind}.json"
-        self.plot = self.plot or images / f"scaling{suffix}.png"
+        self.output = self.output or results / "speed-cpu.json"
+        self.plot = self.plot or images / "scaling.png"
 
     @property
     def place(self) -> Placement:
-        return Placement(self.device, self.dtype, self.autocast)
+        return Placement(DEVICE, self.dtype, autocast=False)
 
     @property
     def groups(self) -> dict[str, tuple[list[Entry], int]]:
@@ -133,7 +128,6 @@ def step(args: Args) -> dict[str, Any]:
         result[name] = _compare(
             entries,
             rounds,
-            args,
             f"step, {name}",
             lambda e: TrainingRun(e, x, args.place),
         )
@@ -162,7 +156,6 @@ def inference(args: Args) -> dict[str, Any]:
         result[name] = _compare(
             entries,
             rounds,
-            args,
             f"inference, {name}",
             lambda e: inference_run(e, batches, args.place),
         )
@@ -176,14 +169,13 @@ NOT_FOR_INFERENCE = ("topk sparse", "sparsify")
 def _compare(
     entries: Sequence[Entry],
     rounds: int,
-    args: Args,
     label: str,
     start: Callable[[Entry], Run],
 ) -> dict[str, Any]:
     return interleave(
         {e.name: lambda e=e: start(e) for e in entries},
         rounds,
-        args.device,
+        DEVICE,
         label,
         optional=[e.name for e in entries if not e.is_ours],
     )
@@ -207,7 +199,6 @@ def scaling(args: Args) -> dict[str, Any]:
         "widths": _compare(
             entries,
             args.repeats,
-            args,
             "scaling",
             lambda e: _with_linear_part(
                 TrainingRun(e, x, args.place), buffer[: 2 * e.d_sae]
@@ -248,7 +239,7 @@ def _million(args: Args) -> dict[str, Any]:
         entry = replace(entry, d_in=16, d_sae=1 << 12, k=8, num_experts=64)
     weights = 2 * entry.d_in * entry.d_sae * args.place.torch_dtype.itemsize
     # Parameters, gradients, two moments, and two temporaries of Adam.
-    needed, available = 5 * weights + (1 << 30), available_memory(args.device)
+    needed, available = 5 * weights + (1 << 30), available_memory(DEVICE)
     record: dict[str, Any] = {"entry": asdict(entry)}
     if available < needed:
         reason = f"needs {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are available"
@@ -257,9 +248,7 @@ def _million(args: Args) -> dict[str, Any]:
 
     def run() -> None:
         start = lambda e: TrainingRun(e, x, args.place)
-        laps = _compare(
-            [entry], args.repeats_expensive, args, "a million latents", start
-        )
+        laps = _compare([entry], args.repeats_expensive, "a million latents", start)
         record.update(laps[entry.name])
 
     rss = peak_rss(run)
@@ -295,7 +284,7 @@ def plot_scaling(entries: list[Entry], records: dict[str, Any], args: Args) -> N
     axes.set_ylabel("milliseconds per step")
     axes.set_title(
         f"Scale SAE, {entries[0].active} active latents per token, "
-        f"{args.batch:,} tokens, d_in {args.d_in}, {args.device}",
+        f"{args.batch:,} tokens, d_in {args.d_in}, {DEVICE}",
         fontsize=10,
     )
     axes.grid(alpha=0.3)
@@ -333,7 +322,7 @@ def _memory_of(entry: Entry, x: torch.Tensor, args: Args) -> dict[str, Any]:
     run.optimizer.zero_grad()
     outside_torch = python_peak_bytes(run.forward_backward)
     run.optimizer.zero_grad()
-    events = torch_allocations(run.forward_backward, args.device)
+    events = torch_allocations(run.forward_backward)
     gradients = [p.grad for p in run.sae.parameters() if p.grad is not None]
     in_torch = peak_bytes(events, {g.untyped_storage().data_ptr() for g in gradients})
     run.optimizer.zero_grad()
@@ -351,7 +340,7 @@ def _memory_of(entry: Entry, x: torch.Tensor, args: Args) -> dict[str, Any]:
 
 def machine(args: Args) -> dict[str, Any]:
     side, nbytes = (128, 1 << 20) if args.quick else (4096, 1 << 29)
-    return ceilings(args.device, args.repeats, side, nbytes)
+    return ceilings(DEVICE, args.repeats, side, nbytes)
 
 
 PARTS: dict[str, Callable[[Args], dict[str, Any]]] = {
@@ -367,10 +356,6 @@ def main() -> None:
     args = parse(Args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.place.kind == "cuda":
-        torch.cuda.set_device(args.device)
-    if args.tf32:
-        torch.set_float32_matmul_precision("high")
     path = args.output
     assert path is not None
     settings = {
@@ -380,7 +365,7 @@ def main() -> None:
     }
     read_json(path)  # A file that cannot be read is better known before than after.
     for part in args.parts:
-        record = {"context": context(args.device), "settings": settings}
+        record = {"context": context(DEVICE), "settings": settings}
         torch.manual_seed(0)
         record["results"] = PARTS[part](args)
         write_json(path, {**read_json(path), part: record})

@@ -1,26 +1,28 @@
 """
 Tables of the benchmarks' records, in Markdown.
 
-    python benchmarks/tables.py docs/performance.md
+    python benchmarks/tables.py
 
-puts them into a document, between the lines ``<!-- table NAME -->`` and ``<!-- end -->``.
+puts those of benchmarks/results into docs/performance.md, wherever they were measured.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# The laboratory fills its documents likewise.
+# The laboratory has what fills a page.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from entries import FORWARD_BACKWARD, WHOLE_STEP
+from gpu_report import page
 from machine import markdown, read_json, summary
 
 from reproduction.report import fill
 from sae_lens_scale.files import write_whole
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
 
 # SAEs by the names that the summary has for them.
 _SUMMARY = {
@@ -250,15 +252,15 @@ def _ms(laps: dict[str, Any], *names: str, of: str = "median") -> str:
     return f"{ms:,.0f}" if ms >= 10 else f"{ms:.1f}"
 
 
-def main(documents: Sequence[str]) -> None:
-    found = speed_tables(read_json(RESULTS / "speed-cpu.json"))
-    found |= training_tables(read_json(RESULTS / "training-cpu.json"))
-    filled = {
-        Path(name): fill(Path(name).read_text("utf-8"), found) for name in documents
+def renew_page(path: Path = ROOT / "docs/performance.md") -> None:
+    """Write the tables of all records into the page, between the lines that name them."""
+    found = {
+        **speed_tables(read_json(RESULTS / "speed-cpu.json")),
+        **training_tables(read_json(RESULTS / "training-cpu.json")),
+        "gpu": page(read_json(RESULTS / "gpu.json")),
     }
-    for path, text in filled.items():
-        write_whole(path, text)
+    write_whole(path, fill(path.read_text("utf-8"), found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    renew_page(*map(Path, sys.argv[1:]))

@@ -1,15 +1,20 @@
 """The benchmark commands, at sizes that mean nothing, and the formulas of the cost on many GPUs."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from benchmarks.cost_model import (
     Assumptions,
@@ -23,6 +28,7 @@ from benchmarks.cost_model import (
     seconds,
     wire_bytes,
 )
+from benchmarks.processes import Item, Part, Record, run_together
 from reproduction.flops import flops_per_token
 from sae_lens_scale import ScaleTrainingSAEConfig
 
@@ -68,11 +74,192 @@ def test_training_says_what_each_part_of_a_step_takes(tmp_path: Path):
 def test_pages_have_the_tables_of_the_records(tmp_path: Path):
     page = (ROOT / "docs/performance.md").read_text()
     again = tmp_path / "performance.md"
-    again.write_text(re.sub(r"(<!-- table [\w-]+ -->).*?<!-- end -->", r"\1<!-- end -->", page, flags=re.S))
+    again.write_text(
+        re.sub(
+            r"(<!-- table [\w-]+ -->).*?<!-- end -->",
+            r"\1<!-- end -->",
+            page,
+            flags=re.S,
+        )
+    )
     run("tables.py", again)
     assert again.read_text() == page
     cost = re.search(r"<!-- table cost -->(.*?)<!-- end -->", page, re.S)
     assert cost and cost[1] in (ROOT / "README.md").read_text()
+
+
+WRONG = """
+from sae_lens_scale.ops import triton_backend
+
+exact = triton_backend.sampled_products
+triton_backend.sampled_products = lambda *factors: 1.001 * exact(*factors)
+"""
+GPU_PARTS = {
+    "products, float32": 8,
+    "steps, autocast": 7,
+    "machine": 1,
+    "times, autocast": 3,
+    "profile": 4,
+    "kernels": 7,
+    "large": 2,
+}
+
+
+def gpu(*arguments: object, **environment: object) -> "subprocess.Popen[str]":
+    """The GPU benchmark's command, started, in an environment with these variables too."""
+    return subprocess.Popen(
+        [sys.executable, BENCHMARKS / "gpu.py", *map(str, arguments)],
+        env=os.environ | {name: str(value) for name, value in environment.items()},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_gpu_goes_on_where_it_was_killed_and_reports_a_wrong_kernel(tmp_path: Path):
+    # Python imports this module when it starts.
+    (tmp_path / "sitecustomize.py").write_text(WRONG)
+    output = tmp_path / "gpu.json"
+    parts = [*GPU_PARTS]
+    command = ("--quick", "--device", "cpu", "--output", output, "--parts", *parts)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = {"PYTHONPATH": paths, "TRITON_INTERPRET": 1}
+    process = gpu(*command, **environment)
+    while not output.exists() or not json.loads(output.read_text())["complete"]:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    before = json.loads(output.read_text())
+    process = gpu(*command, **environment)
+    shown, _ = process.communicate()
+    assert process.returncode == 1, "a check has failed"
+    record = json.loads(output.read_text())
+    assert record["results"][parts[0]] == before["results"][parts[0]]
+    assert record["complete"] == parts
+    assert {name: len(record["results"][name]) for name in parts} == GPU_PARTS
+    failed = {
+        check["check"]
+        for items in record["results"].values()
+        for item in items.values()
+        for check in item.get("checks", [])
+        if check["error"] > check["bound"]
+    }
+    # The wrong product, and gradients that it is.
+    assert failed == {
+        "sampled_products, result",
+        "sparse_decode, gradient 1",
+        "latent_sums, gradient 1",
+        "transposed_latent_sums, gradient 1",
+    }
+    assert "products, float32: 4/2, sampled_products, result: error " in shown
+    assert "| not measured |" in shown and "| tf32 |" in shown
+    text = output.read_text()
+    assert '"error": "' not in text, "everything ran"
+    assert "Triton" in record["results"]["kernels"]["latent_sums, 4/2, float32"]
+
+
+def test_gpu_ends_at_once_without_a_gpu():
+    process = gpu(CUDA_VISIBLE_DEVICES="")
+    shown, complaint = process.communicate()
+    assert process.returncode == 1 and shown == ""
+    assert complaint == (
+        f"gpu.py: error: device must be a GPU that torch {torch.__version__} sees, got "
+        "cuda; a dry run is --quick --device cpu\n"
+    )
+
+
+def faulty(_: None) -> Iterator[Item]:
+    def fail() -> dict[str, Any]:
+        raise ValueError("no number\nat all")
+
+    yield "fine", lambda: {"value": 1}
+    yield "fatal", lambda: os._exit(3)
+    yield "wrong", fail
+    yield "slow", lambda: time.sleep(60) or {}
+
+
+def broken(_: None) -> Iterator[Item]:
+    os._exit(4)
+    yield "never", dict
+
+
+def test_a_process_that_dies_costs_one_measurement():
+    record = Record({}, [], lambda: None)
+    parts = [Part("faulty", faulty, seconds=4), Part("broken", broken, seconds=30)]
+    deadline = time.monotonic() + 30
+    with tqdm(disable=True) as bar:
+        run_together(parts, None, record, get_context("fork"), deadline, bar)
+    results = record.results["faulty"]
+    assert results.pop("fine")["value"] == 1
+    assert {name: result["error"] for name, result in results.items()} == {
+        "fatal": "the process ended with exit code 3",
+        "wrong": "ValueError: no number",
+        "slow": "not done when the part's 4 s were over",
+    }
+    ended = {"error": "the process ended with exit code 4"}
+    assert record.results["broken"] == {"start": ended}
+    assert record.complete == ["broken"]
+
+
+@pytest.fixture
+def gpu_report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, which finds its neighbours as the command does."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return __import__("gpu_report")
+
+
+def test_goals_have_a_verdict_each(gpu_report: Any):
+    def steps(milliseconds: float, tokens_per_second: float) -> dict[str, Any]:
+        return {
+            "both": {"median": milliseconds / 1e3},
+            "tokens_per_second": tokens_per_second,
+            "least_bytes": 4e9,
+            "flops": 1e12,
+        }
+
+    results = {
+        "machine": {
+            "ceilings": {
+                "copy": {"per_second": 4e12},
+                "bfloat16 matmul": {"per_second": 8e14},
+            }
+        },
+        "times, autocast": {
+            "steps, narrow": {
+                "scale 256/8": steps(3, 1e6),
+                "scale 256/8, Multi-TopK": steps(4, 191_999),
+                "TopK 768": steps(2, 1e6),
+                "TopK 768, 5% dead": steps(1, 1e6),
+            },
+            "steps, wide": {
+                "TopK 24,576, dense activations": steps(40, 1e5),
+                "TopK 24,576, sparse activations": steps(29, 1e5),
+            },
+        },
+        "profile": {
+            "host synchronisations, 0% dead": {
+                "measured": True,
+                "synchronisations": [],
+            },
+            "kernels, tf32": {"calls": {"cudaStreamSynchronize": 2.0}},
+        },
+    }
+    rows = [row for row in gpu_report.goals(results) if row["measured"] != "-"]
+    assert [(row["measured"], row["verdict"]) for row in rows] == [
+        ("191,999", "missed"),
+        # 29 / 3, of the faster one, and 3 / 2.
+        ("9.7", "missed"),
+        ("1.50", "reached"),
+        # Computing takes longer than moving the bytes: 1.25 ms of 3.
+        ("0.42", "missed"),
+        # Torch noticed none.
+        ("2", "missed"),
+    ]
+    assert len(gpu_report.goals({})) == 13
+    assert {row["verdict"] for row in gpu_report.goals({})} == {"not measured"}
 
 
 def table(text: str) -> list[dict[str, str]]:
