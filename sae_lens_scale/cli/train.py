@@ -69,6 +69,11 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(format_help=parser.format_help)
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options besides those of SAELens's runner."""
     parser.add_argument(
         "--recipe",
         choices=[*RECIPES, "none"],
@@ -128,7 +133,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
             raise ValueError(
                 f"--{name} is for several processes: torchrun -m sae_lens_scale train ..."
             )
-    cfg = _with_recipe(options.recipe, arguments)
+    cfg = with_recipe(options.recipe, arguments)
     settings: dict[str, Any] = {
         "fused_optimizer": options.fused_optimizer,
         # None leaves them to the checkpoint that the run goes on from.
@@ -150,9 +155,16 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         note(f"next: sae-lens-scale evaluate {shlex.quote(str(cfg.output_path))}")
 
 
-def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
+def with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     """
     Parse the options for SAELens, with those of a recipe in front: what is given overrides it.
+
+    Args:
+        name: The recipe, or None for the default.
+        arguments: The options.
+
+    Returns:
+        SAELens's config of the run.
 
     Raises:
         SystemExit: If SAELens's parser is asked for help or refuses an argument.

@@ -16,6 +16,7 @@ from tiny_cache import SETTINGS, TEXTS
 from reproduction import caching as module
 from reproduction.activations import ActivationCache, Activations, CacheSettings
 from reproduction.caching import cache_activations
+from sae_lens_scale.cache import writing
 from sae_lens_scale.loading.language_model import fast_bfloat16
 
 Make = Callable[..., ActivationCache]
@@ -26,7 +27,7 @@ def make(
     tiny_model: HookedSAETransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Make:
     """Caches a tiny model's activations in shards of 8 contexts."""
-    monkeypatch.setattr(module, "_SHARD_POSITIONS", 256)
+    monkeypatch.setattr(writing, "_SHARD_POSITIONS", 256)
 
     def cache(
         settings: CacheSettings = SETTINGS, folder: Path = tmp_path, **changes: Any
