@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
@@ -23,7 +23,12 @@ from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_scale.cache.manifest import reads_cache
-from sae_lens_scale.cache.store import CachedActivationsStore, cached_batches
+from sae_lens_scale.cache.store import (
+    CachedActivationsStore,
+    NoModel,
+    cached_batches,
+    no_text,
+)
 from sae_lens_scale.files import read_json, write_whole
 from sae_lens_scale.loading.docstrings import docstring_corpus
 from sae_lens_scale.loading.errors import (
@@ -195,8 +200,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             live.use_cached_activations = False
             if not cfg.logger.log_to_wandb:
                 live.exclude_special_tokens = live.use_chat_formatting = False
-                override_model = override_model or HookedRootModule()
-                override_dataset = override_dataset or _empty_text(cfg.context_size)
+                override_model = override_model or NoModel()
+                override_dataset = override_dataset or no_text(cfg.context_size)
         named = (cfg.model_name, cfg.model_class_name)
         if override_model is None and is_smollm2(*named):
             override_model = load_smollm2(device=str(cfg.llm_device))
@@ -339,12 +344,6 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
         is_final = checkpoint_path and checkpoint_path.name.startswith("final_")
         if self._interrupted and not is_final:
             raise InterruptedException(message)
-
-
-def _empty_text(context_size: int) -> HfDataset:
-    """Make a text of one row, for stores that read none, but look at the first row."""
-    row = {"tokens": [[0] * context_size]}
-    return Dataset.from_dict(row).to_iterable_dataset()
 
 
 @contextmanager

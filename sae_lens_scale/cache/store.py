@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.config import LanguageModelSAERunnerConfig
+from datasets import Dataset
+from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.constants import TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.mixing_buffer import mixing_buffer
+from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_scale.run_settings import ESTIMATED_NORMALIZATIONS
@@ -32,6 +34,21 @@ class CachedActivationsStore(ActivationsStore):
     @override
     def __next__(self) -> torch.Tensor:
         return next(self.batches)
+
+
+class NoModel(HookedRootModule):
+    """Stand-in for a language model where none is run."""
+
+
+def no_text(context_size: int) -> HfDataset:
+    """
+    Make a stand-in for a text where none is read.
+
+    Args:
+        context_size: Tokens of its one row, at which SAELens's store looks.
+    """
+    row = {"tokens": [[0] * context_size]}
+    return Dataset.from_dict(row).to_iterable_dataset()
 
 
 def cached_batches(
