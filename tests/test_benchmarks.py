@@ -58,7 +58,8 @@ def test_training_says_what_each_part_of_a_step_takes(tmp_path: Path):
     shown = run("training.py", *tiny, "--output", output)
     assert "language model and data" in shown
     record = json.loads(output.read_text())
-    for parts in (record["scale"], record["scale, fused Adam"]):
+    labels = ("scale", "scale, fused Adam", "scale, fused Adam, from cache")
+    for parts in (record[label] for label in labels):
         whole = parts.pop("whole")
         assert min(parts.values()) > 0
         assert abs(sum(parts.values()) - whole) < 1e-6 * whole

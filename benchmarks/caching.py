@@ -1,0 +1,190 @@
+"""
+Cost of caching activations, and what training on them saves, on the demo's model and text.
+
+    python benchmarks/caching.py --rounds 3
+
+Caches a text with this package and with SAELens's CacheActivationsRunner, trains the demo's
+Scale SAE with the language model and from the cache, and reads the cache and the text alone;
+all in turn, and several times.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The demo's settings are in examples/.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from machine import Run, Stopwatch, context, interleave, markdown, summary, write_json
+from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.load_model import load_model
+from sae_lens.training.activations_store import ActivationsStore
+from simple_parsing import parse
+
+from examples.train_scale_smollm2 import DemoConfig, runner_configs
+from sae_lens_scale.cache.store import cached_batches
+from sae_lens_scale.cache.writing import cache_activations
+from sae_lens_scale.loading.smollm2 import smollm2_folder
+from sae_lens_scale.loading.text import load_text
+from sae_lens_scale.runner import InterruptibleTrainingRunner
+
+_LAYER = 8
+
+
+@dataclass
+class Args:
+    """
+    Settings.
+
+    Args:
+        tokens (int): Tokens to cache and to train on.
+        batch_size (int): Tokens of each training step.
+        rounds (int): Rounds, of which the medians are shown.
+        output (Path): Where to write the record.
+    """
+
+    tokens: int = 32_768
+    batch_size: int = 2_048
+    rounds: int = 3
+    output: Path = Path(__file__).parent / "results" / "caching-cpu.json"
+
+
+class Work:
+    """
+    What is timed.
+
+    Args:
+        args: The benchmark's settings.
+        folder: Folder for files.
+    """
+
+    def __init__(self, args: Args, folder: Path):
+        self.folder = folder
+        self.tokens = args.tokens
+        demo = DemoConfig(training_tokens=args.tokens, batch_size=args.batch_size)
+        self.text: Any = load_text("docstrings", "train")
+        self.model = load_model(
+            "AutoModelForCausalLM", str(smollm2_folder()), demo.device
+        )
+        self.cfg: LanguageModelSAERunnerConfig[Any] = replace(
+            runner_configs(demo, 576)["scale"],
+            model_name=str(smollm2_folder()),
+            model_class_name="AutoModelForCausalLM",
+            hook_name=f"model.layers.{_LAYER}",
+            cached_activations_path=str(folder / "cache"),
+            output_path=None,
+        )
+        cache_activations(self.cfg, self.text, self.model)
+
+    def train(self, watch: Stopwatch, *, cached: bool) -> None:
+        """Train, with the language model or from the cache."""
+        cfg = deepcopy(self.cfg)
+        cfg.use_cached_activations = cached
+        real: dict[str, Any] = {}
+        if not cached:
+            real = {"override_model": self.model, "override_dataset": self.text}
+        torch.manual_seed(0)
+        runner = InterruptibleTrainingRunner(cfg, fused_optimizer=True, **real)
+        watch.lap("set-up")
+        runner.run()
+        watch.lap("work")
+
+    def write(self, watch: Stopwatch) -> None:
+        """Cache with this package."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            cfg = copy(self.cfg)
+            cfg.cached_activations_path = folder
+            watch.lap("set-up")
+            cache_activations(cfg, self.text, self.model)
+            watch.lap("work")
+
+    def write_as_saelens(self, watch: Stopwatch, *, shuffle: bool) -> None:
+        """Cache with SAELens."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            runner = CacheActivationsRunner(
+                CacheActivationsRunnerConfig(
+                    dataset_path=self.cfg.dataset_path,
+                    model_name=self.cfg.model_name,
+                    model_class_name=self.cfg.model_class_name,
+                    hook_name=self.cfg.hook_name,
+                    d_in=576,
+                    context_size=self.cfg.context_size,
+                    training_tokens=self.tokens,
+                    model_batch_size=self.cfg.store_batch_size_prompts,
+                    autocast_lm=self.cfg.autocast_lm,
+                    new_cached_activations_path=folder,
+                    shuffle=shuffle,
+                    # All of them, and no more: it caches whole buffers.
+                    buffer_size_gb=self.tokens * 576 * 4 / 1e9,
+                    device="cpu",
+                ),
+                override_dataset=self.text,
+            )
+            watch.lap("set-up")
+            runner.run()
+            watch.lap("work")
+
+    def read(self, watch: Stopwatch) -> None:
+        """Read the cache as training does."""
+        batches = cached_batches(self.cfg, self.cfg.sae, slice(None))
+        watch.lap("set-up")
+        for _ in islice(batches, self.tokens // self.cfg.train_batch_size_tokens):
+            pass
+        watch.lap("work")
+
+    def tokenize(self, watch: Stopwatch) -> None:
+        """Read the text as training does, without the language model."""
+        store = ActivationsStore.from_config(self.model, self.cfg, self.text)
+        watch.lap("set-up")
+        for _ in islice(store.iterable_sequences, self.tokens // self.cfg.context_size):
+            pass
+        watch.lap("work")
+
+
+def main() -> None:
+    args = parse(Args)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(args, Path(folder))
+        runs: dict[str, Run] = {
+            "train with the language model": partial(work.train, cached=False),
+            "train from the cache": partial(work.train, cached=True),
+            "cache": work.write,
+            "cache, SAELens": partial(work.write_as_saelens, shuffle=False),
+            "cache, SAELens, shuffle": partial(work.write_as_saelens, shuffle=True),
+            "read the cache": work.read,
+            "tokenize": work.tokenize,
+        }
+        starts: dict[str, Callable[[], Run]] = {
+            name: partial(lambda run: run, run) for name, run in runs.items()
+        }
+        records = interleave(starts, args.rounds, "cpu", "caching")
+    rows = []
+    for name, record in records.items():
+        times = summary(record["laps"], "work")
+        rows.append(
+            {
+                "": name,
+                "tokens/s": f"{args.tokens / times['median']:,.0f}",
+                "CPU s per 1,000 tokens": f"{1e3 * times['cpu_median'] / args.tokens:.3f}",
+            }
+        )
+    settings = {**vars(args), "output": str(args.output)}
+    write_json(
+        args.output,
+        {"settings": settings, "results": records, "context": context("cpu")},
+    )
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
