@@ -47,13 +47,13 @@ class Args:
     Settings.
 
     Args:
-        tokens (int): Tokens to cache and to train on.
+        tokens (int): Tokens to cache and to train on; by default those of one shard.
         batch_size (int): Tokens of each training step.
         rounds (int): Rounds, of which the medians are shown.
         output (Path): Where to write the record.
     """
 
-    tokens: int = 32_768
+    tokens: int = 30_720
     batch_size: int = 2_048
     rounds: int = 3
     output: Path = Path(__file__).parent / "results" / "caching-cpu.json"
@@ -61,7 +61,7 @@ class Args:
 
 class Work:
     """
-    What is timed.
+    What is timed; each method returns the number of its tokens.
 
     Args:
         args: The benchmark's settings.
@@ -86,7 +86,7 @@ class Work:
         )
         cache_activations(self.cfg, self.text, self.model)
 
-    def train(self, watch: Stopwatch, *, cached: bool) -> None:
+    def train(self, watch: Stopwatch, *, cached: bool) -> int:
         """Train, with the language model or from the cache."""
         cfg = deepcopy(self.cfg)
         cfg.use_cached_activations = cached
@@ -98,17 +98,19 @@ class Work:
         watch.lap("set-up")
         runner.run()
         watch.lap("work")
+        return self.tokens
 
-    def write(self, watch: Stopwatch) -> None:
+    def write(self, watch: Stopwatch) -> int:
         """Cache with this package."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             cfg = copy(self.cfg)
             cfg.cached_activations_path = folder
             watch.lap("set-up")
-            cache_activations(cfg, self.text, self.model)
+            tokens = cache_activations(cfg, self.text, self.model)
             watch.lap("work")
+        return tokens
 
-    def write_as_saelens(self, watch: Stopwatch, *, shuffle: bool) -> None:
+    def write_as_saelens(self, watch: Stopwatch, *, shuffle: bool) -> int:
         """Cache with SAELens."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             runner = CacheActivationsRunner(
@@ -131,31 +133,41 @@ class Work:
                 override_dataset=self.text,
             )
             watch.lap("set-up")
-            runner.run()
+            rows = runner.run().num_rows
             watch.lap("work")
+        return rows * self.cfg.context_size
 
-    def read(self, watch: Stopwatch) -> None:
+    def read(self, watch: Stopwatch) -> int:
         """Read the cache as training does."""
         batches = cached_batches(self.cfg, self.cfg.sae, slice(None))
         watch.lap("set-up")
-        for _ in islice(batches, self.tokens // self.cfg.train_batch_size_tokens):
-            pass
+        # Ten epochs.
+        tokens = sum(
+            len(batch)
+            for batch in islice(
+                batches, 10 * self.tokens // self.cfg.train_batch_size_tokens
+            )
+        )
         watch.lap("work")
+        return tokens
 
-    def tokenize(self, watch: Stopwatch) -> None:
+    def tokenize(self, watch: Stopwatch) -> int:
         """Read the text as training does, without the language model."""
         store = ActivationsStore.from_config(self.model, self.cfg, self.text)
         watch.lap("set-up")
-        for _ in islice(store.iterable_sequences, self.tokens // self.cfg.context_size):
-            pass
+        contexts = islice(
+            store.iterable_sequences, self.tokens // self.cfg.context_size
+        )
+        tokens = sum(map(len, contexts))
         watch.lap("work")
+        return tokens
 
 
 def main() -> None:
     args = parse(Args)
     with tempfile.TemporaryDirectory() as folder:
         work = Work(args, Path(folder))
-        runs: dict[str, Run] = {
+        timed: dict[str, Callable[[Stopwatch], int]] = {
             "train with the language model": partial(work.train, cached=False),
             "train from the cache": partial(work.train, cached=True),
             "cache": work.write,
@@ -164,9 +176,12 @@ def main() -> None:
             "read the cache": work.read,
             "tokenize": work.tokenize,
         }
-        starts: dict[str, Callable[[], Run]] = {
-            name: partial(lambda run: run, run) for name, run in runs.items()
-        }
+        tokens: dict[str, int] = {}
+
+        def start(name: str) -> Run:
+            return lambda watch: tokens.update({name: timed[name](watch)})
+
+        starts = {name: partial(start, name) for name in timed}
         records = interleave(starts, args.rounds, "cpu", "caching")
     rows = []
     for name, record in records.items():
@@ -174,14 +189,19 @@ def main() -> None:
         rows.append(
             {
                 "": name,
-                "tokens/s": f"{args.tokens / times['median']:,.0f}",
-                "CPU s per 1,000 tokens": f"{1e3 * times['cpu_median'] / args.tokens:.3f}",
+                "tokens/s": f"{tokens[name] / times['median']:,.0f}",
+                "CPU s per 1,000 tokens": f"{1e3 * times['cpu_median'] / tokens[name]:.3f}",
             }
         )
     settings = {**vars(args), "output": str(args.output)}
     write_json(
         args.output,
-        {"settings": settings, "results": records, "context": context("cpu")},
+        {
+            "settings": settings,
+            "tokens": tokens,
+            "results": records,
+            "context": context("cpu"),
+        },
     )
     print(markdown(rows))
 

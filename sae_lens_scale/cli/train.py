@@ -172,7 +172,8 @@ def with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     """
     if {"-h", "--help"} & set(arguments):
         return _parse(arguments)
-    given = _read(arguments, {"architecture": str, **dict.fromkeys(_NAMES, filled)})
+    names = dict.fromkeys(("architecture", "device"), str)
+    given = _read(arguments, {**names, **dict.fromkeys(_NAMES, filled)})
     architecture = given["architecture"] or "standard"
     pretrained = given["from_pretrained_path"]
     is_fresh = pretrained is None and architecture in ARCHITECTURES
@@ -199,7 +200,8 @@ def with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     # A config made of the sizes alone may be invalid: the recipe divides the latents.
     sizes = _read(arguments, dict.fromkeys(_SIZES, positive))
     chosen = {n: sizes[n] or default for n, default in _SIZES.items()}
-    recipe = recipe_of(name or "recommended", architecture, **chosen)
+    device = given["device"] or "cpu"
+    recipe = recipe_of(name or "recommended", architecture, **chosen, device=device)
     settings = recipe.runner | recipe.sae
     cfg = _parse([*_flags(settings), *arguments])
     used = {n: _field(cfg, n) for n in settings}

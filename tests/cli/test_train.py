@@ -146,6 +146,8 @@ def test_the_recipe_of_the_command_is_that_of_recommended_config(run: Run):
     assert cfg.sae == want.sae
     for name in ("lr", "adam_beta1", "lr_decay_steps", "n_batches_in_buffer"):
         assert getattr(cfg, name) == getattr(want, name)
+    on_gpu = train.with_recipe(None, [*command.split(), "--device", "cuda"])
+    assert on_gpu.prefetch_llm_batches == 32
 
 
 def test_train_says_what_the_recipe_chose_and_what_was_given(
