@@ -65,6 +65,19 @@ def test_training_says_what_each_part_of_a_step_takes(tmp_path: Path):
         assert abs(sum(parts.values()) - whole) < 1e-6 * whole
 
 
+@pytest.mark.slow
+def test_caching_times_writing_and_reading(tmp_path: Path):
+    output = tmp_path / "caching.json"
+    # SAELens caches whole batches of the language model.
+    tiny = ("--tokens", 2_048, "--batch_size", 512, "--rounds", 1)
+    shown = run("caching.py", *tiny, "--output", output)
+    assert "cache, SAELens, shuffle" in shown
+    record = json.loads(output.read_text())
+    assert record["tokens"].keys() == record["results"].keys()
+    # Special tokens are not among them.
+    assert 2_048 <= record["tokens"]["cache"] < 2_048 + 128
+
+
 def table(text: str) -> list[dict[str, str]]:
     """Rows, by the head, of the Markdown table that has a column "layout"."""
     tables = [part.strip().splitlines() for part in text.split("\n\n")]

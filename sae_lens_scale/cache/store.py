@@ -82,7 +82,7 @@ def cached_batches(
         )
     (buffer,) = buffer_argument(1)
     windows = Activations(shards, tokens).windows(
-        getattr(cfg, buffer) * cfg.context_size,
+        int(getattr(cfg, buffer) * cfg.context_size),
         cfg.seed,
         _tokens_read(cfg, sae_cfg),
         str(cfg.act_store_device),

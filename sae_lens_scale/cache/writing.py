@@ -46,8 +46,8 @@ def cache_activations(
 
     Args:
         cfg: Config of such a run: ``training_tokens`` are cached in
-            ``cached_activations_path``, rounded up to a shard, or the whole text if it holds
-            fewer.
+            ``cached_activations_path``, rounded up to a context, or the whole text if it
+            holds fewer.
         override_dataset: The text, instead of the config's.
         override_model: The language model, instead of the config's.
 
@@ -120,12 +120,12 @@ def write_shards(
     """
     Write the activations of a text's first tokens, and these tokens.
 
-    Shards that exist are not computed again.
+    Shards that exist are not computed again, but for a last one that is too short.
 
     Args:
         store: The store, at the start of the text; what it excludes is left out.
         folder: Folder of the shards.
-        tokens: Number of tokens to write, rounded up to a shard.
+        tokens: Number of tokens to write, rounded up to a context.
         prompts_per_batch: Contexts that the model reads at once.
 
     Returns:
@@ -147,29 +147,37 @@ def write_shards(
             whole = torch.stack(contexts)
             ids = whole[:, slice(*store.seqpos_slice)].cpu()
             keep = ~torch.isin(ids, excluded)
-            token_ids = ids[keep]
             file = folder / f"{i:05}.safetensors"
-            if file.exists():
-                # These tokens are all that is kept of the text; they must be the same.
-                before = map_shard(file)["token_ids"].long()
-                if not torch.equal(before, token_ids):
-                    raise ValueError(f"{file} was made from another text")
-                bar.update(len(token_ids))
-            else:
-                parts = []
-                for prompts, kept in zip(
-                    whole.split(prompts_per_batch),
+            before = (
+                map_shard(file)["token_ids"].long() if file.exists() else ids[0, :0]
+            )
+            # These tokens are all that is kept of the text; they must be the same.
+            if not torch.equal(before, ids[keep][: len(before)]):
+                raise ValueError(f"{file} was made from another text")
+            # Contexts that have the tokens that are still missing.
+            enough = keep.sum(1).cumsum(0) >= tokens - rows
+            keep = keep[: int((~enough).sum()) + 1]
+            token_ids = ids[: len(keep)][keep]
+            if len(before) < len(token_ids):
+                activations = []
+                for kept, prompts in zip(
                     keep.split(prompts_per_batch),
+                    whole[: len(keep)].split(prompts_per_batch),
                     strict=True,
                 ):
                     on_model = prompts.to(input_device(store.model))
-                    activations = store.get_activations(on_model).bfloat16().cpu()
-                    parts.append(activations[kept])
-                    bar.update(len(parts[-1]))
-                shard = {"activations": torch.cat(parts), "token_ids": token_ids.int()}
+                    computed = store.get_activations(on_model).bfloat16().cpu()
+                    activations.append(computed[kept])
+                    bar.update(len(activations[-1]))
+                shard = {
+                    "activations": torch.cat(activations),
+                    "token_ids": token_ids.int(),
+                }
                 with replacing_files(folder) as temporary:
                     save_file(shard, temporary / file.name)
-            rows += len(token_ids)
+            else:
+                bar.update(len(before))
+            rows += max(len(before), len(token_ids))
             if rows >= tokens:
                 break
     return rows

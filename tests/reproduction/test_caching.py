@@ -102,8 +102,8 @@ def test_an_interrupted_cache_goes_on_with_the_next_shard(
     )
     monkeypatch.setattr(ActivationsStore, "get_activations", counted)
     cache = make(folder=folder)
-    # 3 shards of the training text, 2 of the held-out and 1 of the other.
-    assert sum(calls) == 8 * 6
+    # Contexts of the training text, of the held-out and of the other.
+    assert sum(calls) == 17 + 10 + 7
     assert torch.equal(rows(cache.train), want)
     calls.clear()
     assert torch.equal(rows(make(folder=folder, model=None, texts=None).train), want)
