@@ -118,16 +118,14 @@ class Activations:
 
 
 def read_ahead(source: Iterator[T]) -> Iterator[T]:
-    """
-    Read from a source in a thread, one item ahead of whoever uses them.
-
-    Args:
-        source: The source, which must not end.
-    """
+    """Read from a source in a thread, one item ahead of whoever uses them."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, source)
         while True:
-            item = coming.result()
+            try:
+                item = coming.result()
+            except StopIteration:
+                return
             coming = thread.submit(next, source)
             yield item
 

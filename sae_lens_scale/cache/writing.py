@@ -24,7 +24,7 @@ from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import input_device
 
 from .manifest import read_manifest, require_source, source_of, write_manifest
-from .reading import map_shard
+from .reading import map_shard, read_ahead
 
 _SHARD_POSITIONS = 2**15
 # Of a value in bfloat16, and of a token id.
@@ -143,7 +143,7 @@ def write_shards(
     with tqdm(
         total=tokens, desc=f"Activations in {folder.name}", unit=" tokens"
     ) as bar:
-        for i, contexts in enumerate(shards):
+        for i, contexts in enumerate(read_ahead(shards)):
             whole = torch.stack(contexts)
             ids = whole[:, slice(*store.seqpos_slice)].cpu()
             keep = ~torch.isin(ids, excluded)

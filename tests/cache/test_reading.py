@@ -86,6 +86,7 @@ def test_one_item_is_read_ahead_and_errors_arrive_in_their_place():
             yield i
         raise OSError("the disk is gone")
 
+    assert list(read_ahead(iter(range(5)))) == list(range(5))
     items = read_ahead(source())
     assert not read
     assert [next(items), next(items)] == [1, 2]
