@@ -76,8 +76,11 @@ class Work:
         self.model = load_model(
             "AutoModelForCausalLM", str(smollm2_folder()), demo.device
         )
+        cfg = runner_configs(demo, 576)["scale"]
         self.cfg: LanguageModelSAERunnerConfig[Any] = replace(
-            runner_configs(demo, 576)["scale"],
+            cfg,
+            # Clustering of the first batches is paid for once, in a run of any length.
+            sae=replace(cfg.sae, initialize_from_activations=False),
             model_name=str(smollm2_folder()),
             model_class_name="AutoModelForCausalLM",
             hook_name=f"model.layers.{_LAYER}",
