@@ -37,6 +37,7 @@ from sae_lens_scale.cache.writing import cache_activations
 from sae_lens_scale.loading.smollm2 import smollm2_folder
 from sae_lens_scale.loading.text import load_text
 from sae_lens_scale.runner import InterruptibleTrainingRunner
+from sae_lens_scale.upstream import buffer_argument
 
 _LAYER = 8
 
@@ -91,8 +92,13 @@ class Work:
 
     def train(self, watch: Stopwatch, *, cached: bool) -> int:
         """Train, with the language model or from the cache."""
-        cfg = deepcopy(self.cfg)
-        cfg.use_cached_activations = cached
+        contexts = 2 * self.cfg.train_batch_size_tokens // self.cfg.context_size
+        # Of another buffer a run this short would use half of what the language model does.
+        cfg = replace(
+            deepcopy(self.cfg),
+            use_cached_activations=cached,
+            **buffer_argument(contexts),
+        )
         real: dict[str, Any] = {}
         if not cached:
             real = {"override_model": self.model, "override_dataset": self.text}
@@ -196,7 +202,7 @@ def main() -> None:
                 "CPU s per 1,000 tokens": f"{1e3 * times['cpu_median'] / tokens[name]:.3f}",
             }
         )
-    settings = {**vars(args), "output": str(args.output)}
+    settings = {name: value for name, value in vars(args).items() if name != "output"}
     write_json(
         args.output,
         {
