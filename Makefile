@@ -16,7 +16,7 @@ FOLDER_OF = --folder outputs/reproduction/$${preset%%-*}
 # docs/versions.md says what these are.
 ROW ?= oldest transformer-lens-2
 
-.PHONY: install demo test test-slow test-matrix test-ecosystem lint docs notebooks bench bench-training bench-gpu reproduce release clean
+.PHONY: install demo test test-slow test-matrix test-ecosystem lint docs notebooks bench bench-training bench-caching bench-gpu reproduce release clean
 
 install: $(INSTALLED)
 
@@ -95,6 +95,9 @@ bench: $(INSTALLED)
 
 bench-training: $(INSTALLED)
 	$(RUN) benchmarks/training.py $(ARGS)
+
+bench-caching: $(INSTALLED)
+	$(RUN) benchmarks/caching.py $(ARGS)
 
 # Without $(INSTALLED), whose torch has no CUDA: with a PYTHON that has torch for the GPU, and what
 # the package and its extra "bench" require.

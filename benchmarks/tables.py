@@ -80,6 +80,20 @@ def training_tables(record: Mapping[str, Any]) -> dict[str, str]:
     return {"training": markdown(rows)}
 
 
+def caching_tables(record: Mapping[str, Any]) -> dict[str, str]:
+    """Make the table of a record of caching.py, by tokens that were cached, read or trained on."""
+    rows = []
+    for name, result in record["results"].items():
+        tokens, times = record["tokens"][name], summary(result["laps"], "work")
+        row = {
+            "": name,
+            "tokens/s": f"{tokens / times['median']:,.0f}",
+            "CPU s per 1,000 tokens": f"{1e3 * times['cpu_median'] / tokens:.3f}",
+        }
+        rows.append(row)
+    return {"caching": markdown(rows)}
+
+
 def _hardware(context: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     versions = {n: v for n, v in context["versions"].items() if v is not None}
     facts = {
@@ -257,6 +271,7 @@ def renew_page(path: Path = ROOT / "docs/performance.md") -> None:
     found = {
         **speed_tables(read_json(RESULTS / "speed-cpu.json")),
         **training_tables(read_json(RESULTS / "training-cpu.json")),
+        **caching_tables(read_json(RESULTS / "caching-cpu.json")),
         "gpu": page(read_json(RESULTS / "gpu.json")),
     }
     write_whole(path, fill(path.read_text("utf-8"), found))

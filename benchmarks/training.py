@@ -4,7 +4,7 @@ Profile of a training run: SAELens's runner on the demo's model and text.
     python benchmarks/training.py --steps 60
 
 Trains each SAE with SAELens's runner, first as it is, then with a fused Adam (see
-sae_lens_scale.runner), under Python's profiler, which needs no change to any code: the
+sae_lens_scale.runner), then also from cached activations, under Python's profiler, which needs no change to any code: the
 parts are functions of SAELens and torch. Half of the steps have latents that count as dead,
 so that the dead-latent loss, which a long run pays for, is paid for here too.
 """
@@ -30,6 +30,7 @@ from simple_parsing import parse
 from tables import training_tables
 
 from examples.train_scale_smollm2 import DemoConfig, runner_configs
+from sae_lens_scale.cache.writing import cache_activations
 from sae_lens_scale.loading.language_model import load_language_model
 from sae_lens_scale.loading.text import load_text
 from sae_lens_scale.runner import InterruptibleTrainingRunner
@@ -104,24 +105,34 @@ def main() -> None:
         training_tokens=args.steps * args.batch_size, batch_size=args.batch_size
     )
     model = load_language_model(cfg.model, cfg.device)
-    real = {
-        "override_model": model,
+    real: dict[str, Any] = {
         "override_dataset": load_text("docstrings", "train"),
+        "override_model": model,
     }
     runners = runner_configs(cfg, model.cfg.d_model)
     settings = {"steps": args.steps, "batch_size": args.batch_size}
     results: dict[str, dict[str, float]] = {}
-    for name in args.saes:
-        for fused in (False, True):
-            label = f"{name}, fused Adam" if fused else name
-            results[label] = measure(runners[name], fused, args.steps, **real)
-            record = {
-                "context": context(cfg.device),
-                "settings": settings,
-                "results": results,
-            }
-            write_json(args.output, record)
-            print(training_tables(record)["training"], flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        runners = {
+            name: replace(runner_cfg, cached_activations_path=cache)
+            for name, runner_cfg in runners.items()
+        }
+        cache_activations(runners[args.saes[0]], **real)
+        for name in args.saes:
+            cached = replace(runners[name], use_cached_activations=True)
+            for label, runner_cfg, fused, data in (
+                (name, runners[name], False, real),
+                (f"{name}, fused Adam", runners[name], True, real),
+                (f"{name}, fused Adam, from cache", cached, True, {}),
+            ):
+                results[label] = measure(runner_cfg, fused, args.steps, **data)
+                record = {
+                    "context": context(cfg.device),
+                    "settings": settings,
+                    "results": results,
+                }
+                write_json(args.output, record)
+                print(training_tables(record)["training"], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,25 @@
 """
 Cached activations of a language model, their settings and readers.
 
-They lie on disk in the order of the text, in shards (:mod:`.caching` writes them), which readers
-map into memory and mix anew, over all tokens, for each training run.
+The package writes and maps them; this reads them in the orders of the experiments.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+
+from sae_lens_scale.cache import reading
+from sae_lens_scale.cache.manifest import read_manifest
+from sae_lens_scale.cache.reading import map_shards
 
 from .settings import set_types
 
 Split = Literal["train", "in_domain", "other_domain", "unseen_text"]
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -96,33 +95,8 @@ class SplitSettings:
                 )
 
 
-class Activations:
-    """
-    Activations of many tokens, on disk or in memory.
-
-    Args:
-        parts: Tensors ``[tokens, d_in]``, which may be memory-mapped.
-        tokens: Number of tokens to read; all by default.
-
-    Raises:
-        ValueError: If there are none, or fewer than ``tokens``.
-    """
-
-    def __init__(self, parts: Sequence[torch.Tensor], tokens: int | None = None):
-        available = sum(map(len, parts))
-        if not available or available < (tokens or 0):
-            raise ValueError(f"parts must hold {tokens or 1} tokens, got {available}")
-        self._parts = list(parts)
-        self._ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-        self._tokens = available if tokens is None else tokens
-
-    def __len__(self) -> int:
-        return self._tokens
-
-    @property
-    def d_in(self) -> int:
-        """Width of the activations."""
-        return self._parts[0].shape[-1]
+class Activations(reading.Activations):
+    """Activations of many tokens, whose tokens can be taken one by one."""
 
     def to(self, device: str | torch.device) -> "Activations":
         """Copy them to a device's memory, in one piece: reading them there costs nothing."""
@@ -232,7 +206,7 @@ class ActivationCache:
                     f"{path} holds {manifest['tokens']:,} tokens of {split.tokens:,}: "
                     "caching was not finished"
                 )
-            shards = [shard["activations"] for shard in _shards(path)]
+            shards = [shard["activations"] for shard in map_shards(path)]
             splits[name] = Activations(shards, split.tokens)
         return cls(**splits, settings=settings, folder=Path(folder))
 
@@ -255,7 +229,7 @@ class ActivationCache:
         assert self.settings is not None and self.folder is not None
         hashes = {}
         for name, split in self.settings.splits().items():
-            parts = [shard["token_ids"] for shard in _shards(self.folder / name)]
+            parts = [shard["token_ids"] for shard in map_shards(self.folder / name)]
             hashes[name] = text_hash(torch.cat(parts)[: split.tokens])
         return hashes
 
@@ -273,19 +247,3 @@ class ActivationCache:
 def text_hash(token_ids: torch.Tensor) -> str:
     """Hash token ids ``[tokens]``, special ones left out: 16 hexadecimal digits of a SHA-256."""
     return hashlib.sha256(token_ids.int().numpy().tobytes()).hexdigest()[:16]
-
-
-def map_shard(file: Path) -> dict[str, torch.Tensor]:
-    """Map ``activations [tokens, d_in]`` and ``token_ids [tokens]`` of a file into memory."""
-    with safe_open(file, "pt") as shard:
-        return {name: shard.get_tensor(name) for name in ("activations", "token_ids")}
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest of a folder of activations; None if there is none."""
-    path = folder / MANIFEST
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _shards(folder: Path) -> list[dict[str, torch.Tensor]]:
-    return [map_shard(file) for file in sorted(folder.glob("*.safetensors"))]

@@ -1,41 +1,32 @@
 """
 Caching of activations, which are computed once for all the SAEs that train on them.
 
-The model reads a text as in SAELens's own training (its ActivationsStore makes the
-contexts), and its activations are written in the order of the text, in shards.
+The package writes them: of the splits of a grid's text here, of a run's text for its users.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import count, islice
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
 from sae_lens_scale.analysis.corpus import excluded_ids
-from sae_lens_scale.files import replacing_files, write_whole
+from sae_lens_scale.cache.manifest import read_manifest, write_manifest
+from sae_lens_scale.cache.writing import write_shards
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
 from sae_lens_scale.upstream import HookedSAETransformer, buffer_argument
 
 from .activations import (
-    MANIFEST,
     ActivationCache,
     CacheSettings,
     Split,
     SplitSettings,
-    map_shard,
-    read_manifest,
 )
 from .text import load_text
-
-_SHARD_POSITIONS = 2**15
 
 
 def cache_activations(
@@ -100,7 +91,7 @@ def _cache_split(
         "versions": {n: version(n) for n in ("torch", "sae-lens", "transformer-lens")},
     }
     if not known:
-        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+        write_manifest(folder, manifest)
     store = token_store(
         model,
         text,
@@ -108,42 +99,15 @@ def _cache_split(
         split.context_size,
         manifest["d_in"],
         manifest["autocast_lm"],
+        excluded,
     )
-    per_shard = max(1, _SHARD_POSITIONS // split.context_size)
-    rows = 0
-    with tqdm(total=split.tokens, desc=f"Activations of {folder.name}") as bar:
-        for i in count():
-            contexts = list(islice(store.iterable_sequences, per_shard))
-            if not contexts:
-                raise ValueError(
-                    f"{split.text} ({split.text_split}) ends after {rows:,} tokens, "
-                    f"but {split.tokens:,} are wanted"
-                )
-            tokens = torch.stack(contexts)
-            keep = ~torch.isin(tokens, excluded)
-            token_ids = tokens[keep]
-            file = folder / f"{i:05}.safetensors"
-            if file.exists():
-                # These tokens are all that is kept of the text; they must be the same.
-                before = map_shard(file)["token_ids"].long()
-                if not torch.equal(before, token_ids):
-                    raise ValueError(f"{file} was made from another text")
-            else:
-                activations = torch.cat(
-                    [
-                        store.get_activations(part.to(device)).bfloat16()
-                        for part in tokens.split(prompts_per_batch)
-                    ]
-                )
-                shard = {"activations": activations[keep], "token_ids": token_ids.int()}
-                with replacing_files(folder) as temporary:
-                    save_file(shard, temporary / file.name)
-            rows += len(token_ids)
-            bar.update(len(token_ids))
-            if rows >= split.tokens:
-                break
-    finished = {**manifest, "tokens": rows}
-    write_whole(folder / MANIFEST, json.dumps(finished, indent=1))
+    tokens = write_shards(store, folder, split.tokens, prompts_per_batch)
+    if tokens < split.tokens:
+        raise ValueError(
+            f"{split.text} ({split.text_split}) ends after {tokens:,} tokens, but "
+            f"{split.tokens:,} are wanted"
+        )
+    write_manifest(folder, {**manifest, "tokens": tokens})
 
 
 def _width(model: HookedSAETransformer, hook_name: str) -> int:
@@ -165,11 +129,12 @@ def token_store(
     context_size: int,
     d_in: int = 1,
     autocast_lm: bool = False,
+    excluded: torch.Tensor | None = None,
 ) -> ActivationsStore:
     """
     SAELens's store at the start of a text, for its ``iterable_sequences`` and
     ``get_activations``; only the latter needs ``d_in``. With ``autocast_lm`` activations are
-    computed in bfloat16, but for the residual stream.
+    computed in bfloat16, but for the residual stream. It knows the ``excluded`` tokens.
     """
     return ActivationsStore(
         model=model,
@@ -189,4 +154,5 @@ def token_store(
         device=torch.device("cpu"),
         dtype="float32",
         autocast_lm=autocast_lm,
+        exclude_special_tokens=excluded,
     )

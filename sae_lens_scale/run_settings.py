@@ -24,6 +24,7 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.util import str_to_dtype
 from safetensors import safe_open
 
+from sae_lens_scale.cache.manifest import reads_cache, require_cache
 from sae_lens_scale.files import read_json, require_writable
 from sae_lens_scale.loading.errors import is_of_the_machine, require_device
 from sae_lens_scale.upstream import buffer_argument
@@ -105,6 +106,8 @@ def require_settings(
         raise NotADirectoryError(
             f"cached_activations_path: {cfg.cached_activations_path} is no folder"
         )
+    if reads_cache(cfg):
+        require_cache(cfg)
 
 
 def _require_counts(cfg: LanguageModelSAERunnerConfig[Any], processes: int) -> None:
@@ -232,7 +235,7 @@ def require_checkpoint(
         FileNotFoundError: If one of its files is missing.
         ValueError: If a file is damaged, or a setting is another one there.
     """
-    settings = [*_ACTIVATIONS, *_schedule_of(cfg)]
+    settings = [*_ACTIVATIONS, *_schedule_of(cfg), *_order_of(cfg)]
     _require_same(checkpoint, RUNNER_CFG_FILENAME, cfg, settings)
     names = [
         SAE_CFG_FILENAME,
@@ -293,6 +296,16 @@ def _schedule_of(cfg: LanguageModelSAERunnerConfig[Any]) -> list[str]:
         names.remove("lr_end")
     if scheduler != "constant" or cfg.lr_decay_steps:
         names += _LENGTH
+    return names
+
+
+def _order_of(cfg: LanguageModelSAERunnerConfig[Any]) -> list[str]:
+    """Settings that decide which tokens of a cache a run has read, and which are next."""
+    if not reads_cache(cfg):
+        return []
+    names = ["seed", *buffer_argument(1)]
+    if cfg.sae.normalize_activations in ESTIMATED_NORMALIZATIONS:
+        names += ["n_batches_for_norm_estimate", "train_batch_size_tokens"]
     return names
 
 

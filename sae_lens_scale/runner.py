@@ -8,6 +8,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
+from sae_lens_scale.cache.manifest import reads_cache
+from sae_lens_scale.cache.store import (
+    CachedActivationsStore,
+    NoModel,
+    cached_batches,
+    no_text,
+)
 from sae_lens_scale.files import read_json, write_whole
 from sae_lens_scale.loading.docstrings import docstring_corpus
 from sae_lens_scale.loading.errors import (
@@ -130,6 +138,11 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     optimizer and its schedule of the learning rate, so that its config must name the same;
     a schedule that ends needs the same ``training_tokens``.
 
+    Of a cache that :func:`.cache_activations` wrote (``use_cached_activations`` with its folder)
+    it reads each token once an epoch, mixed over all of them, and goes on from any checkpoint
+    as if it had not been interrupted. The model and the text are then for the evaluations that
+    Weights & Biases gets, and not loaded without it.
+
     Args:
         cfg: Config of the run.
         override_dataset: The text, instead of the config's.
@@ -181,13 +194,21 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             require_sae_of_folder(cfg, Path(cfg.from_pretrained_path))
         if checkpoint is not None:
             require_checkpoint(cfg, Path(checkpoint))
+        live = copy(cfg)
+        is_cached = reads_cache(cfg)
+        if is_cached:
+            live.use_cached_activations = False
+            if not cfg.logger.log_to_wandb:
+                live.exclude_special_tokens = live.use_chat_formatting = False
+                override_model = override_model or NoModel()
+                override_dataset = override_dataset or no_text(cfg.context_size)
         named = (cfg.model_name, cfg.model_class_name)
         if override_model is None and is_smollm2(*named):
             override_model = load_smollm2(device=str(cfg.llm_device))
         if override_dataset is None and cfg.dataset_path == "docstrings":
             override_dataset = docstring_corpus("train")
         try:
-            super().__init__(cfg, override_dataset, override_model, override_sae)
+            super().__init__(live, override_dataset, override_model, override_sae)
         except Exception as error:
             # SAELens sets cfg, then loads the model unless it is given one, then the text,
             # and its errors name neither.
@@ -196,22 +217,42 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             if not hasattr(self, "model"):
                 with naming_model("model_name", cfg.model_name):
                     raise
-            reads_text = override_dataset is None and not cfg.use_cached_activations
+            reads_text = override_dataset is None and not live.use_cached_activations
             if not hasattr(self, "activations_store") and reads_text:
                 with naming_text("dataset_path", cfg.dataset_path):
                     raise
             if isinstance(error, StopIteration):
                 raise ValueError("override_dataset must not be empty") from error
             raise
+        self.cfg = cfg
         if checkpoint is not None:
             # Of the SAE that goes on, which may be none of the config.
             require_sae_of_checkpoint(self.sae.cfg, Path(checkpoint))
         self.fused_optimizer = fused_optimizer
         require_lr_factors(self.sae, lr_factors)
         self.lr_factors = {n: float(f) for n, f in lr_factors.items()}
+        if is_cached:
+            self.activations_store = self.evaluator.activations_store = (
+                self._cached_store(live)
+            )
         # The model is not run if activations are cached.
         if not cfg.use_cached_activations:
             self._require_activations(override_dataset is None)
+
+    def _cached_store(
+        self, live: LanguageModelSAERunnerConfig[Any]
+    ) -> CachedActivationsStore:
+        """Make a store that evaluates on the text, which is loaded, and trains on the cache."""
+        store = CachedActivationsStore.from_config(
+            self.model, live, override_dataset=self.activations_store.dataset
+        )
+        assert isinstance(store, CachedActivationsStore)
+        store.batches = cached_batches(self.cfg, self.sae.cfg, self._share_of_batch())
+        return store
+
+    def _share_of_batch(self) -> slice:
+        """Rows of each batch that this process trains on."""
+        return slice(None)
 
     def _require_activations(self, dataset_is_named: bool) -> None:
         """Refuse a text without a prompt, and a model without the SAE's activations."""
@@ -244,6 +285,19 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
                 self.sae.cfg.d_in,
                 cfg.model_kwargs,
             )
+
+    @override
+    def run(self) -> Any:
+        """
+        Train, and save the SAE.
+
+        Returns:
+            The trained SAE.
+        """
+        if self.cfg.resume_from_checkpoint is not None:
+            # SAELens would do so while its thread, with prefetch_llm_batches, reads the text.
+            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)
+        return super().run()
 
     @override
     def run_trainer_with_interruption_handling(

@@ -65,6 +65,8 @@ def test_training_says_what_each_part_of_a_step_takes(tmp_path: Path):
     shown = run("training.py", *tiny, "--output", output)
     assert "language model and data" in shown
     record = json.loads(output.read_text())
+    labels = ("scale", "scale, fused Adam", "scale, fused Adam, from cache")
+    assert tuple(record["results"]) == labels
     for parts in record["results"].values():
         whole = parts.pop("whole")
         assert min(parts.values()) > 0
@@ -260,6 +262,19 @@ def test_goals_have_a_verdict_each(gpu_report: Any):
     ]
     assert len(gpu_report.goals({})) == 13
     assert {row["verdict"] for row in gpu_report.goals({})} == {"not measured"}
+
+
+@pytest.mark.slow
+def test_caching_times_writing_and_reading(tmp_path: Path):
+    output = tmp_path / "caching.json"
+    # SAELens caches whole batches of the language model.
+    tiny = ("--tokens", 2_048, "--batch_size", 512, "--rounds", 1)
+    shown = run("caching.py", *tiny, "--output", output)
+    assert "cache, SAELens, shuffle" in shown
+    record = json.loads(output.read_text())
+    assert record["tokens"].keys() == record["results"].keys()
+    # Special tokens are not among them.
+    assert 2_048 <= record["tokens"]["cache"] < 2_048 + 128
 
 
 def table(text: str) -> list[dict[str, str]]:

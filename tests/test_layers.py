@@ -26,7 +26,15 @@ LAYERS = [
     ["upstream"],
     # SAEs as SAELens knows them.
     ["saes"],
-    ["recipes", "loading", "run_settings", "runner", "distributed", "analysis"],
+    [
+        "recipes",
+        "loading",
+        "run_settings",
+        "cache",
+        "runner",
+        "distributed",
+        "analysis",
+    ],
     ["cli", "__main__"],
     # The public names.
     [""],

@@ -68,6 +68,25 @@ def test_the_schedule_fits_the_steps(tokens: int, architecture: Any):
     assert cfg.n_batches_in_buffer * cfg.context_size >= 4 * cfg.train_batch_size_tokens
 
 
+@pytest.mark.parametrize(("tokens", "batches"), [(1_000_000, 32), (40_000_000, 8)])
+def test_on_a_GPU_half_of_the_buffer_is_read_ahead(
+    tokens: int, batches: int, architecture: Any
+):
+    run = {**_RUN, **_SIZES, "training_tokens": tokens}
+    gpu = recommended_config(architecture, **run, device="cuda:1")
+    assert gpu.prefetch_llm_batches == batches
+    served = (
+        gpu.n_batches_in_buffer * gpu.context_size * gpu.activations_mixing_fraction
+    )
+    assert served == batches * gpu.train_batch_size_tokens
+    cpu = recommended_config(architecture, **run)
+    assert cpu.prefetch_llm_batches is False
+    resumed = recommended_config(
+        architecture, **run, device="cuda:1", resume_from_checkpoint="checkpoint"
+    )
+    assert resumed.prefetch_llm_batches is False
+
+
 def test_what_is_given_overrides_the_recipe(architecture: Any):
     sae = {"gate": "softmax", "num_experts": 16}
     cfg = recommended_config(

@@ -1,9 +1,9 @@
 """
-The command line: ``sae-lens-scale train | evaluate | score | explore | info | upload | convert | run``.
+The command line: ``sae-lens-scale train | cache | evaluate | score | explore | info | upload | convert | run``.
 
 ``train`` is SAELens's own training command with the architectures of this package
-known to it, and ``run`` any other tool's; the others evaluate, score, show, describe,
-upload and convert SAEs.
+known to it, ``cache`` keeps activations for it, and ``run`` is any other tool's; the others
+evaluate, score, show, describe, upload and convert SAEs.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from sae_lens_scale._version import __version__
 from sae_lens_scale.upstream import InterruptedException
 
-from . import convert, evaluate, explore, info, run, score, train, upload
+from . import cache, convert, evaluate, explore, info, run, score, train, upload
 from .output import complain, error_text, print_result
 
 
@@ -39,16 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="show where an error came from (before the command)",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (train, evaluate, score, explore, info, upload, convert, run):
+    for module in (train, cache, evaluate, score, explore, info, upload, convert, run):
         module.add_parser(commands)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "run":
         return run.run(options, rest)
-    if rest and options.command != "train":
+    with_options_of_saelens = {"train": train.run, "cache": cache.run}
+    if rest and options.command not in with_options_of_saelens:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if options.command == "train":
-            train.run(options, rest)
+        if options.command in with_options_of_saelens:
+            with_options_of_saelens[options.command](options, rest)
         else:
             print_result(options.run(options))
     except (KeyboardInterrupt, InterruptedException) as interruption:

@@ -69,6 +69,11 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(format_help=parser.format_help)
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options besides those of SAELens's runner."""
     parser.add_argument(
         "--recipe",
         choices=[*RECIPES, "none"],
@@ -128,7 +133,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
             raise ValueError(
                 f"--{name} is for several processes: torchrun -m sae_lens_scale train ..."
             )
-    cfg = _with_recipe(options.recipe, arguments)
+    cfg = with_recipe(options.recipe, arguments)
     settings: dict[str, Any] = {
         "fused_optimizer": options.fused_optimizer,
         # None leaves them to the checkpoint that the run goes on from.
@@ -150,9 +155,16 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         note(f"next: sae-lens-scale evaluate {shlex.quote(str(cfg.output_path))}")
 
 
-def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
+def with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     """
     Parse the options for SAELens, with those of a recipe in front: what is given overrides it.
+
+    Args:
+        name: The recipe, or None for the default.
+        arguments: The options.
+
+    Returns:
+        SAELens's config of the run.
 
     Raises:
         SystemExit: If SAELens's parser is asked for help or refuses an argument.
@@ -160,7 +172,8 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     """
     if {"-h", "--help"} & set(arguments):
         return _parse(arguments)
-    given = _read(arguments, {"architecture": str, **dict.fromkeys(_NAMES, filled)})
+    names = dict.fromkeys(("architecture", "device"), str)
+    given = _read(arguments, {**names, **dict.fromkeys(_NAMES, filled)})
     architecture = given["architecture"] or "standard"
     pretrained = given["from_pretrained_path"]
     is_fresh = pretrained is None and architecture in ARCHITECTURES
@@ -187,7 +200,8 @@ def _with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     # A config made of the sizes alone may be invalid: the recipe divides the latents.
     sizes = _read(arguments, dict.fromkeys(_SIZES, positive))
     chosen = {n: sizes[n] or default for n, default in _SIZES.items()}
-    recipe = recipe_of(name or "recommended", architecture, **chosen)
+    device = given["device"] or "cpu"
+    recipe = recipe_of(name or "recommended", architecture, **chosen, device=device)
     settings = recipe.runner | recipe.sae
     cfg = _parse([*_flags(settings), *arguments])
     used = {n: _field(cfg, n) for n in settings}

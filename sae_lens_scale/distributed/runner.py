@@ -117,11 +117,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         make_ownership(self.sae.cfg, self._mesh)
         if cfg.use_cached_activations:
             self._share_text()
-        world, tokens = self._mesh.world, cfg.train_batch_size_tokens
-        share = (
-            tokens * (world.rank + 1) // world.size - tokens * world.rank // world.size
-        )
-        self.activations_store.train_batch_size_tokens = share
+        share = self._share_of_batch()
+        self.activations_store.train_batch_size_tokens = share.stop - share.start
 
     def _require_shares(
         self, cfg: LanguageModelSAERunnerConfig[Any], text: HfDataset | None
@@ -141,6 +138,11 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
                 "override_dataset must be a Dataset or an IterableDataset with several "
                 f"processes, got {type(text).__name__}"
             )
+
+    @override
+    def _share_of_batch(self) -> slice:
+        world, tokens = self._mesh.world, self.cfg.train_batch_size_tokens
+        return slice(*(tokens * (world.rank + i) // world.size for i in (0, 1)))
 
     @override
     def _require_activations(self, dataset_is_named: bool) -> None:
@@ -196,6 +198,7 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         checkpoint = cfg.resume_from_checkpoint
         if checkpoint is not None:
             self.sae.load_weights_from_checkpoint(checkpoint)
+            self._go_on_reading(Path(checkpoint))
         assert isinstance(self.sae, MixtureTrainingSAE)
         data_provider: DataProvider = self.activations_store
         reading = nullcontext()
@@ -215,7 +218,6 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
             )
             if checkpoint is not None:
                 trainer.load_trainer_state(checkpoint)
-                self._go_on_reading(Path(checkpoint))
             self.run_trainer_with_interruption_handling(trainer)
             whole = trainer.sae.whole()
             if cfg.output_path is not None:

@@ -131,7 +131,7 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
 def test_the_recipe_of_the_command_is_that_of_recommended_config(run: Run):
     sizes = "--d_in 64 --d_sae 8192 --k 64 --training_tokens 600000"
     command = f"--architecture scale {sizes} --lr 1e-4 --experts_per_token 4"
-    cfg = train._with_recipe(None, command.split())
+    cfg = train.with_recipe(None, command.split())
     want = recommended_config(
         d_in=64,
         d_sae=8192,
@@ -146,13 +146,15 @@ def test_the_recipe_of_the_command_is_that_of_recommended_config(run: Run):
     assert cfg.sae == want.sae
     for name in ("lr", "adam_beta1", "lr_decay_steps", "n_batches_in_buffer"):
         assert getattr(cfg, name) == getattr(want, name)
+    on_gpu = train.with_recipe(None, [*command.split(), "--device", "cuda"])
+    assert on_gpu.prefetch_llm_batches == 32
 
 
 def test_train_says_what_the_recipe_chose_and_what_was_given(
     capsys: pytest.CaptureFixture[str],
 ):
     command = "--architecture switch --d_in 64 --d_sae 8192 --k 8 --lr 1e-4"
-    train._with_recipe("paper", command.split())
+    train.with_recipe("paper", command.split())
     err = capsys.readouterr().err
     assert "recipe paper for switch" in err
     assert "lr 0.0001 (given; the recipe's is 0.00028" in err
@@ -170,7 +172,7 @@ def test_a_recipe_that_cannot_be_is_refused(
     recipe: str | None, options: str, message: str
 ):
     with pytest.raises(ValueError, match=message):
-        train._with_recipe(recipe, f"--d_sae 8192 --k 8 {options}".split())
+        train.with_recipe(recipe, f"--d_sae 8192 --k 8 {options}".split())
 
 
 def test_sizes_of_an_SAE_that_is_loaded_are_its_own(tmp_path: Path):
@@ -178,31 +180,31 @@ def test_sizes_of_an_SAE_that_is_loaded_are_its_own(tmp_path: Path):
     sae.save_model(tmp_path)
     pretrained = ["--from_pretrained_path", str(tmp_path)]
     # The runner refuses what is given otherwise.
-    cfg = train._with_recipe(None, [*pretrained, "--k", "3"])
+    cfg = train.with_recipe(None, [*pretrained, "--k", "3"])
     saved, got = sae.cfg.to_dict(), cfg.sae.to_dict()
     assert {n: got[n] for n in SIZES} == {n: saved[n] for n in SIZES} | {"k": 3}
-    cfg = train._with_recipe("none", [*pretrained, "--architecture", "topk"])
+    cfg = train.with_recipe("none", [*pretrained, "--architecture", "topk"])
     assert cfg.sae.architecture() == "topk"
 
 
 def test_None_is_no_folder():
     folders = ["--output_path", "None", "--checkpoint_path", "None"]
-    cfg = train._with_recipe("none", folders)
+    cfg = train.with_recipe("none", folders)
     assert (cfg.output_path, cfg.checkpoint_path) == (None, None)
 
 
 @pytest.mark.parametrize("options", ["", "--architecture topk"])
 def test_recipe_none_leaves_SAELenss_defaults(options: str):
-    cfg = train._with_recipe("none", f"{options} --lr 1e-4".split())
+    cfg = train.with_recipe("none", f"{options} --lr 1e-4".split())
     assert (cfg.train_batch_size_tokens, cfg.adam_beta2) == (4096, 0.999)
 
 
 def test_options_are_read_as_SAELenss_parser_reads_them():
     sizes = "--d_in 64 --d_sae 8192 --k 64"
-    want = train._with_recipe(
+    want = train.with_recipe(
         "paper", f"--architecture scale {sizes} --training_tokens 600000".split()
     )
-    got = train._with_recipe(
+    got = train.with_recipe(
         "paper", f"--sae scale {sizes} --training_tok 600000".split()
     )
     assert got.sae == want.sae
@@ -211,7 +213,7 @@ def test_options_are_read_as_SAELenss_parser_reads_them():
 
 def test_an_abbreviated_architecture_does_not_train_SAELenss_default():
     with pytest.raises(ValueError, match="write --architecture topk in full"):
-        train._with_recipe(None, ["--arch", "topk"])
+        train.with_recipe(None, ["--arch", "topk"])
 
 
 @pytest.mark.parametrize("name", ["smollm2", HUB_NAME])

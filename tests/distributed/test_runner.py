@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from cache.runs import cache
 from cli.runs import train_command
 from distributed import work
 from distributed.launch import checkpoints, finish, torchrun
 from distributed.processes import Processes
-from sae_lens import SAE
+from sae_lens import SAE, HookedSAETransformer
 from safetensors.torch import load_file
 
 from sae_lens_scale.cli import main
@@ -78,3 +80,24 @@ def test_an_evaluation_is_the_mean_over_processes(
     for metrics in first:
         assert 0 < metrics["sparsity"]["l0"] < 8.001
         assert metrics["model_performance_preservation"]["ce_loss_without_sae"] > 0
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 3])
+def test_batches_of_a_cache_are_shared_out(
+    processes: Callable[[int], Processes],
+    expert_parallel: int,
+    tiny_model: HookedSAETransformer,
+    tmp_path: Path,
+):
+    folder = tmp_path / "activations"
+    cache(folder, tiny_model)
+    (one,) = processes(1).run(work.train_on_cache, folder, 1)
+    settings = {"n_checkpoints": 1, "checkpoint_path": str(tmp_path / "checkpoints")}
+    train = partial(work.train_on_cache, **settings)
+    first, *others = processes(3).run(train, folder, expert_parallel)
+    assert others == [None, None]
+    torch.testing.assert_close(first, one, atol=1e-6, rtol=1e-5)
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
+    train = partial(work.train_on_cache, resume_from_checkpoint=str(checkpoint))
+    resumed, *_ = processes(3).run(train, folder, expert_parallel)
+    torch.testing.assert_close(resumed, first, atol=0, rtol=0)

@@ -11,8 +11,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from cache.runs import cached_config
 from datasets import Dataset, IterableDataset
 from helpers import files_no_larger_than, scale_sae, step_input, switch_sae
+from integration.runs import NORMALIZED, WITHOUT_START
 from sae_lens.config import (
     LanguageModelSAERunnerConfig,
     LoggingConfig,
@@ -331,6 +333,23 @@ def make_runner(
     return DistributedTrainingRunner(
         cfg, override_dataset=text, expert_parallel=expert_parallel
     )
+
+
+def train_on_cache(
+    folder: Path, expert_parallel: int, **overrides: Any
+) -> dict[str, torch.Tensor] | None:
+    """Weights after 20 steps on a cache, on the first process."""
+    torch.manual_seed(0)
+    cfg = cached_config(
+        folder,
+        sae={**NORMALIZED, **WITHOUT_START},
+        training_tokens=20 * 250,
+        # None of the processes' shares of it are equal.
+        train_batch_size_tokens=250,
+        **overrides,
+    )
+    sae = DistributedTrainingRunner(cfg, expert_parallel=expert_parallel).run()
+    return None if sae is None else sae.state_dict()
 
 
 def evaluations(model: Path, expert_parallel: int) -> list[dict[str, Any]]:

@@ -124,6 +124,24 @@ def test_a_run_stopped_by_a_signal_continues_bit_equal(
     assert_same_weights(got, want)
 
 
+def test_a_run_goes_on_bit_equal_while_a_thread_reads_ahead(
+    tiny_model: HookedSAETransformer, tokens: Dataset, tmp_path: Path
+):
+    # SAELens's own runner passes over the text while its thread reads it.
+    cfg = sae_config("scale", **WITHOUT_START)
+    runner = partial(in_step_runner, cfg, tiny_model, tokens)
+    runner_class = InterruptibleTrainingRunner
+    whole = runner(runner_class, n_checkpoints=1, checkpoint_path=str(tmp_path))
+    want = weights(whole.run())
+    (checkpoint,) = tmp_path.glob("*/*")
+    resumed = runner(
+        runner_class,
+        resume_from_checkpoint=str(checkpoint),
+        prefetch_llm_batches=4,
+    )
+    assert_same_weights(weights(resumed.run()), want)
+
+
 def test_a_killed_process_leaves_a_checkpoint_that_continues_bit_equal(
     tiny_llama: Path, tokens: Dataset, tmp_path: Path
 ):

@@ -47,6 +47,8 @@ from sae_lens.synthetic.synthetic_sae_runner import (
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
+from sae_lens_scale.runner import InterruptibleTrainingRunner
+
 RUNS = ("without_sae", "with_sae", "with_ablation")
 Weights = dict[str, torch.Tensor]
 
@@ -175,7 +177,7 @@ def test_compiling_the_SAE_changes_nothing(
     assert_same_weights(weights(compiled), weights(plain), atol=1e-6)
 
 
-def test_the_runner_trains_on_cached_activations(
+def test_the_runners_train_on_activations_that_SAELens_has_cached(
     tiny_llama: Path, text_folder: Path, tmp_path: Path
 ):
     names: dict[str, Any] = {
@@ -202,7 +204,8 @@ def test_the_runner_trains_on_cached_activations(
         )
     ).run()
     assert cached.num_rows == tokens // 32
-    for architecture in ARCHITECTURES:
+    runners = (LanguageModelSAETrainingRunner, InterruptibleTrainingRunner)
+    for architecture, runner_class in zip(ARCHITECTURES, runners, strict=True):
         torch.manual_seed(0)
         cfg = runner_config(
             sae_config(architecture),
@@ -211,7 +214,7 @@ def test_the_runner_trains_on_cached_activations(
             use_cached_activations=True,
             cached_activations_path=activations,
         )
-        runner = LanguageModelSAETrainingRunner(cfg)
+        runner = runner_class(cfg)
         assert runner.activations_store.cached_activation_dataset is not None
         trained = runner.run()
         folder = tmp_path / architecture

@@ -16,6 +16,7 @@ from tiny_cache import SETTINGS, TEXTS
 from reproduction import caching as module
 from reproduction.activations import ActivationCache, Activations, CacheSettings
 from reproduction.caching import cache_activations
+from sae_lens_scale.cache import writing
 from sae_lens_scale.loading.language_model import fast_bfloat16
 
 Make = Callable[..., ActivationCache]
@@ -26,7 +27,7 @@ def make(
     tiny_model: HookedSAETransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Make:
     """Caches a tiny model's activations in shards of 8 contexts."""
-    monkeypatch.setattr(module, "_SHARD_POSITIONS", 256)
+    monkeypatch.setattr(writing, "_SHARD_POSITIONS", 256)
 
     def cache(
         settings: CacheSettings = SETTINGS, folder: Path = tmp_path, **changes: Any
@@ -101,8 +102,8 @@ def test_an_interrupted_cache_goes_on_with_the_next_shard(
     )
     monkeypatch.setattr(ActivationsStore, "get_activations", counted)
     cache = make(folder=folder)
-    # 3 shards of the training text, 2 of the held-out and 1 of the other.
-    assert sum(calls) == 8 * 6
+    # Contexts of the training text, of the held-out and of the other.
+    assert sum(calls) == 17 + 10 + 7
     assert torch.equal(rows(cache.train), want)
     calls.clear()
     assert torch.equal(rows(make(folder=folder, model=None, texts=None).train), want)
