@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from sae_lens_scale.upstream import InterruptedException
 
-from .exchange import EXPERT_DIMENSIONS
 from .groups import Group, on_first
+from .ownership import EXPERT_DIMENSIONS
 from .sae import DataParallelSAE
 from .slices import Slices
 

@@ -9,7 +9,7 @@ from distributed import work
 from distributed.processes import Processes
 from helpers import DEAD, draw, step_input
 
-from sae_lens_scale.distributed.exchange import EXPERT_DIMENSIONS
+from sae_lens_scale.distributed.ownership import EXPERT_DIMENSIONS
 
 X = draw(24, 10, seed=1)
 DEFAULT = {"multi_topk_coefficient": 0.5, "aux_loss_coefficient": 0.25}

@@ -21,8 +21,8 @@ from sae_lens.config import (
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
-from sae_lens_scale.distributed.exchange import EXPERT_DIMENSIONS
 from sae_lens_scale.distributed.groups import Mesh, make_mesh
+from sae_lens_scale.distributed.ownership import EXPERT_DIMENSIONS
 from sae_lens_scale.distributed.runner import (
     DistributedTrainingRunner,
     share_checkpoints,

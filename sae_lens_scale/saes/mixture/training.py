@@ -5,7 +5,7 @@ from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from numpy.typing import NDArray
@@ -20,32 +20,16 @@ from safetensors.torch import load_file
 from typing_extensions import override
 
 from sae_lens_scale.files import replacing_files
-from sae_lens_scale.ops import (
-    decoder_norm,
-    grouped_decode,
-    grouped_encode,
-    index_select,
-    lookup,
-)
+from sae_lens_scale.ops import decoder_norm
 from sae_lens_scale.upstream import _disable_hooks
 
-from .batch import BatchSAE
-from .dead_latents import (
-    dead_by_expert,
-    dead_latent_loss,
-    dead_offsets,
-    strongest_dead,
-)
-from .encoding import Encoding
+from .dead_latents import dead_by_expert, dead_latent_loss
 from .extension_points import is_hooked, is_overridden
 from .files import require_tensors
+from .learning import LearningRecons, LearningSAE
 from .routing import load_balance_loss
-from .selection import Candidates
+from .stages import Encoding
 from .start import T_MIXTURE_TRAINING_CONFIG
-
-# Of Gao et al. 2024, section 5.3.1.
-MULTI_TOPK_FACTOR = 4
-
 
 # As TrainStepOutput types them.
 Metrics: TypeAlias = dict[
@@ -53,13 +37,20 @@ Metrics: TypeAlias = dict[
 ]
 
 
-class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
+class _Current(NamedTuple):
+    """The input that losses are being computed for, its encoding and reconstructions."""
+
+    sae_in: torch.Tensor
+    encoding: Encoding
+    recons: LearningRecons
+
+
+class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
     """Training of a mixture-of-experts SAE."""
 
     # Each routed expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
-    # The input that losses are being computed for, with its encoding.
-    _current: tuple[torch.Tensor, Encoding] | None = None
+    _current: _Current | None = None
 
     def target(self, step_input: TrainStepInput) -> torch.Tensor:
         """
@@ -134,7 +125,7 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
         Raises:
             ValueError: If the loss is not finite, or the batch of an SAE that is starting.
         """
-        x = step_input.sae_in
+        x, dead = step_input.sae_in, self._dead_that_learn(step_input)
         if self._is_starting and torch.is_grad_enabled():
             self._start_from_first_batches(x)
         if is_overridden(self, "encode_with_hidden_pre"):
@@ -143,6 +134,7 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             # The losses need an encoding of ours; hooks have seen the subclass's.
             with _disable_hooks(self), self._keep_run_time_norm_state():
                 encoding = self._encode(x, self._num_runners_up)
+            recons = self._learning_recons(encoding, dead)
         elif (
             not self.cfg.use_sparse_activations
             or is_hooked(self.hook_sae_acts_post)
@@ -151,17 +143,19 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             encoding = self._encode(x, self._num_runners_up, with_all_pre_acts=True)
             feature_acts, hidden_pre = self._hidden_pre_of(encoding)
             sae_out = self.decode(feature_acts)
+            recons = self._learning_recons(encoding, dead)
         else:
             encoding = self._encode(x, self._num_runners_up)
             feature_acts = encoding.latents.to_coo(
                 self.num_held_experts * self.cfg.expert_size
             )
             hidden_pre = encoding.pre_acts
-            recons = self._recons_of(encoding, encoding.survivors)
-            sae_out = self._finish_decoding(recons)
+            recons = self._learning_recons(encoding, dead, encoding.survivors)
+            assert recons.survivors is not None
+            sae_out = self._finish_decoding(recons.survivors)
         errors = self.mse_loss_fn(sae_out, self.target(step_input))
         losses = {"mse_loss": self.batch_mean(errors.sum(dim=-1).flatten())}
-        with self._losses_of(x, encoding):
+        with self._losses_of(_Current(x, encoding, recons)):
             losses |= self.calculate_aux_loss(
                 step_input, feature_acts, hidden_pre, sae_out
             )
@@ -180,9 +174,9 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
         )
 
     @contextmanager
-    def _losses_of(self, sae_in: torch.Tensor, encoding: Encoding) -> Iterator[None]:
+    def _losses_of(self, current: _Current) -> Iterator[None]:
         """Give an input's encoding to its losses, whose signatures are SAELens's."""
-        outer, self._current = self._current, (sae_in, encoding)
+        outer, self._current = self._current, current
         try:
             yield
         finally:
@@ -210,11 +204,12 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             Scalars, each of them part of the loss.
         """
         cfg, sae_in = self.cfg, step_input.sae_in
-        if self._current is not None and self._current[0] is sae_in:
-            encoding = self._current[1]
+        if self._current is not None and self._current.sae_in is sae_in:
+            _, encoding, recons = self._current
         else:
             with self._keep_run_time_norm_state():
                 encoding = self._encode(sae_in, self._num_runners_up)
+            recons = self._learning_recons(encoding, self._dead_that_learn(step_input))
         losses: dict[str, torch.Tensor] = {}
         if cfg.load_balance_coefficient:
             p = encoding.routing.probabilities.reshape(-1, cfg.num_experts)
@@ -224,7 +219,7 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 cfg.load_balance_coefficient * cfg.d_in * balance
             )
         if cfg.aux_loss_coefficient:
-            with self._losses_of(sae_in, encoding):
+            with self._losses_of(_Current(sae_in, encoding, recons)):
                 losses["auxiliary_reconstruction_loss"] = self.calculate_topk_aux_loss(
                     sae_in=self.target(step_input),
                     sae_out=sae_out,
@@ -233,20 +228,17 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 )
         if cfg.multi_topk_coefficient:
             wider = sae_out
-            if encoding.runners_up is not None:
-                wider = sae_out + self._recons_of(encoding, encoding.runners_up)
+            if recons.runners_up is not None:
+                wider = sae_out + recons.runners_up
             errors = self.mse_loss_fn(wider, self.target(step_input))
             losses["multi_topk_loss"] = cfg.multi_topk_coefficient * self.batch_mean(
                 errors.sum(dim=-1).flatten()
             )
         return losses
 
-    @property
-    def _num_runners_up(self) -> int:
-        """Number of latents beyond k that a training step needs."""
-        if not self.cfg.multi_topk_coefficient:
-            return 0
-        return (MULTI_TOPK_FACTOR - 1) * self._k
+    def _dead_that_learn(self, step_input: TrainStepInput) -> torch.Tensor | None:
+        """The step's mask of dead latents, if they have a part in the loss."""
+        return step_input.dead_neuron_mask if self.cfg.aux_loss_coefficient else None
 
     def calculate_topk_aux_loss(
         self,
@@ -272,14 +264,11 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             ValueError: If the mask is not of these latents, or if it is called on its own,
                 not by calculate_aux_loss, by an SAE whose target is another than its input.
         """
-        cfg = self.cfg
+        cfg, current = self.cfg, self._current
         if dead_neuron_mask is None:
             return sae_out.new_zeros(())
-        dead = dead_by_expert(dead_neuron_mask, cfg.num_experts, cfg.expert_size)
-        if not dead.any():
-            return sae_out.new_zeros(())
-        if self._current is not None:
-            encoding = self._current[1]
+        if current is not None:
+            _, encoding, recons = current
         elif is_overridden(self, "target"):
             raise ValueError(
                 "calculate_topk_aux_loss needs the encoding of the SAE's input: "
@@ -287,63 +276,22 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             )
         else:
             with self._keep_run_time_norm_state():
-                encoding = self._encode(sae_in)
-        rows = encoding.rows
-        # Of all experts, so that their number of positions does not depend on those held.
-        offsets, is_dead = (self._held(t) for t in dead_offsets(dead))
-        first = torch.arange(len(offsets), device=offsets.device) * cfg.expert_size
-        latents = first.unsqueeze(-1) + offsets
-        pre_acts = self._dead_pre_acts(encoding, offsets, latents)
-        taken = is_dead = is_dead[rows.experts]
-        size = max(1, sae_out.shape[-1] // 2)
-        selection = rows.adapt(self.selection())
-        # A rule of each token alone leaves none out where there are no more than that.
-        if not selection.per_token or pre_acts.shape[1:].numel() > size:
-            ranking = pre_acts.detach()
-            if cfg.rescale_acts_by_decoder_norm:
-                norms = decoder_norm(self.W_dec.detach())[latents]
-                ranking = ranking * norms[rows.experts]
-            taken = strongest_dead(ranking, is_dead, size, selection)
-        gates = rows.gates.to(pre_acts.dtype).unsqueeze(-1)
-        acts = torch.where(taken, pre_acts, 0) * gates
-        W_dec = index_select(self.W_dec, 0, latents.flatten(), self._gradient_memory)
-        recons = grouped_decode(acts, W_dec, rows.experts, self.num_held_experts)
+                encoding, recons = self._encode(sae_in), None
+        if recons is None or recons.dead_neuron_mask is not dead_neuron_mask:
+            alone = encoding._replace(runners_up=None)
+            recons = self._learning_recons(alone, dead_neuron_mask)
+        if recons.dead is None:
+            return sae_out.new_zeros(())
         residual = (sae_in - sae_out).detach().reshape(-1, sae_out.shape[-1])
+        dead = dead_by_expert(dead_neuron_mask, cfg.num_experts, cfg.expert_size)
         experts = encoding.routing.indices.reshape(-1, cfg.experts_per_token)
-        num_dead = dead.sum(dim=-1)[experts].sum(dim=-1)
-        errors = dead_latent_loss(self.combine(recons, rows), residual, num_dead, size)
+        errors = dead_latent_loss(
+            recons.dead.reshape(residual.shape),
+            residual,
+            dead.sum(dim=-1)[experts].sum(dim=-1),
+            self._most_dead,
+        )
         return cfg.aux_loss_coefficient * self.batch_mean(errors)
-
-    def _dead_pre_acts(
-        self, encoding: Encoding, offsets: torch.Tensor, latents: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        Pre-activations of the dead latents of each row's experts, ``[rows, e, most_dead]``.
-
-        Args:
-            encoding: The batch's encoding.
-            offsets: Positions within each expert, ``[num_experts, most_dead]``.
-            latents: Positions among all latents, likewise.
-        """
-        rows, num_experts = encoding.rows, self.num_held_experts
-        if encoding.all_pre_acts is not None:
-            return encoding.all_pre_acts.gather(-1, offsets[rows.experts])
-        W_enc = index_select(
-            encoding.applied_W_enc, 1, latents.flatten(), self._gradient_memory
-        )
-        # As in route: the gradient of b_dec comes from a term that is zero.
-        b_dec = rows.b_dec.detach()
-        products = grouped_encode(rows.x - b_dec, W_enc, rows.experts, num_experts)
-        shift = ((b_dec - rows.b_dec) @ W_enc).view_as(latents)
-        dead = Candidates(
-            products + lookup(shift, rows.experts),
-            rows.experts,
-            rows.gates,
-            b_enc=lookup(self.b_enc, latents),
-            norms=None,
-            scaling=encoding.scaling,
-        )
-        return dead.pre_acts()
 
     @torch.no_grad()
     def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
