@@ -188,7 +188,7 @@ def send_to_owners(
     counts = owner.new_zeros(group.size, 3)
     counts[:, 0].index_add_(0, owner, is_first.long())
     counts[:, 1].index_add_(0, owner, torch.ones_like(owner))
-    counts[:, 2].index_reduce_(0, owner, _slots(is_first) + 1, "amax")
+    counts[:, 2].scatter_reduce_(0, owner, _slots(is_first) + 1, "amax")
     ones = [1] * group.size
     received = group.all_to_all(counts, ones, ones, "counts")
     # The host waits for the device here, and nowhere else on the way.

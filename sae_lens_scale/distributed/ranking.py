@@ -73,8 +73,10 @@ def lengths_kept(
     at_home = torch.empty_like(values)
     at_home[route.pair_slots] = values
     counts = []
-    for i, of_pairs in zip(asked, at_home.split(widths, dim=-1), strict=True):
-        counts += _counts(of_pairs.reshape(route.tokens, e, -1), shortlists[i].sizes)
+    for i, width, of_pairs in zip(
+        asked, widths, at_home.split(widths, dim=-1), strict=True
+    ):
+        counts += _counts(of_pairs.reshape(route.tokens, e, width), shortlists[i].sizes)
     sent = torch.stack(counts, dim=-1)[route.pair_slots].int()
     answers = route.pairs_to_owners(sent, "selected").long()
     answered = answers.split([len(shortlists[i].sizes) for i in asked], dim=-1)
