@@ -19,7 +19,7 @@ from sae_lens_scale.upstream import InterruptedException
 
 from .groups import Group, on_first
 from .ownership import EXPERT_DIMENSIONS
-from .sae import DataParallelSAE
+from .data_parallel import DataParallelSAE
 from .slices import Slices
 
 # Of SAELens's trainer.

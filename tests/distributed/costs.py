@@ -1,13 +1,22 @@
 """Costs of a training step on this process, for tests."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from distributed.work import mesh_of, part_of, trainer_config
-from helpers import draw, scale_sae
+from distributed.work import (
+    mesh_of,
+    part_of,
+    scale_sae_of_one_owner,
+    trainer_config,
+)
+from helpers import draw, scale_sae, step_input
+from memory import peak_bytes
 from sae_lens.training.sae_trainer import SAETrainer
 
+from sae_lens_scale.distributed import expert_parallel
 from sae_lens_scale.distributed.sae import distribute
 from sae_lens_scale.distributed.trainer import DistributedTrainer
 
@@ -69,6 +78,34 @@ def cost_of_step(
         "calls": sum((group.calls for group in groups), Counter()),
         "memory": memory[0],
     }
+
+
+def memory_of_owners(
+    overrides: dict[str, Any], tokens: int, at_a_time: int, dead: float, folder: Path
+) -> int:
+    """
+    Memory of a forward and backward pass of an SAE whose tokens all choose its last experts.
+
+    Args:
+        overrides: Fields of the SAE's config.
+        tokens: Tokens of each process.
+        at_a_time: Numbers of inputs or products that are made at a time.
+        dead: Share of each expert's latents that is dead.
+        folder: Folder for traces.
+
+    Returns:
+        The most bytes that this process's allocator holds at once, beyond those before.
+    """
+    mesh = mesh_of(2)
+    sae = distribute(scale_sae_of_one_owner(**overrides), mesh)
+    x = draw(tokens, sae.cfg.d_in).to(sae.dtype)
+    offsets = torch.arange(sae.cfg.d_sae) % sae.cfg.expert_size
+    step = step_input(x, offsets < dead * sae.cfg.expert_size)
+    with patch.object(expert_parallel, "_AT_A_TIME", at_a_time):
+        return peak_bytes(
+            lambda: sae.training_forward_pass(step).loss.backward(),
+            folder / f"{mesh.world.rank}.json",
+        )
 
 
 def state_bytes_of_one(overrides: dict[str, Any]) -> int:

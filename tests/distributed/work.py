@@ -32,11 +32,11 @@ from sae_lens_scale.distributed.trainer import DistributedTrainer
 
 
 def scale_sae_of_one_owner(seed: int = 0, **overrides: Any) -> ScaleTrainingSAE:
-    """A Scale SAE whose tokens all choose the last two of its five experts."""
+    """A Scale SAE whose tokens all choose its last experts."""
     sae = scale_sae(seed, **overrides)
     W_router, b_router = (t.detach().clone() for t in sae.applied_router())
     direction = torch.ones(len(b_router), dtype=b_router.dtype) / len(b_router) ** 0.5
-    W_router[:, 3:] += 5 * direction.unsqueeze(-1)
+    W_router[:, -sae.cfg.experts_per_token :] += 5 * direction.unsqueeze(-1)
     sae.set_router(W_router, b_router - 10 * direction)
     return sae
 
