@@ -152,7 +152,15 @@ class OwnedRows(Rows):
         """Sum results of rows, ``[rows, width]``, to those of tokens at home."""
         rows = self.route.rows_home(partial, "reconstructions")
         tokens = rows.new_zeros(self.route.tokens, rows.shape[-1])
-        return tokens.index_add(0, self.route.row_tokens, rows)
+        return add_rows(tokens, self.route.row_tokens, rows)
+
+
+def add_rows(
+    total: torch.Tensor, places: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """Add rows to those of ``total`` at places, ``[rows]``, in place; returns it."""
+    # For its backward pass index_add_ would keep the rows themselves.
+    return total.scatter_add_(0, places.unsqueeze(-1).expand_as(rows), rows)
 
 
 def send_to_owners(

@@ -23,7 +23,7 @@ from sae_lens_scale.saes.mixture.stages import (
 from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 
 from .data_parallel import DataParallelSAE
-from .exchange import OwnedRows, send_to_owners
+from .exchange import OwnedRows, add_rows, send_to_owners
 from .ownership import EXPERT_DIMENSIONS
 from .ranking import Shortlist, is_among_best, keep, lengths_kept, require_topk
 
@@ -214,7 +214,7 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
                 )
             if recons is None:
                 recons = part.new_zeros(len(rows.x), part.shape[-1])
-            recons = recons.index_add_(0, rows.pair_rows(places), part)
+            add_rows(recons, rows.pair_rows(places), part)
         return recons
 
     def _dead_of_pairs(

@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from sae_lens_scale.upstream import InterruptedException
 
+from .data_parallel import DataParallelSAE
 from .groups import Group, on_first
 from .ownership import EXPERT_DIMENSIONS
-from .data_parallel import DataParallelSAE
 from .slices import Slices
 
 # Of SAELens's trainer.

@@ -3,7 +3,6 @@
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from distributed.work import (
@@ -16,7 +15,6 @@ from helpers import draw, scale_sae, step_input
 from memory import peak_bytes
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_scale.distributed import expert_parallel
 from sae_lens_scale.distributed.sae import distribute
 from sae_lens_scale.distributed.trainer import DistributedTrainer
 
@@ -81,7 +79,7 @@ def cost_of_step(
 
 
 def memory_of_owners(
-    overrides: dict[str, Any], tokens: int, at_a_time: int, dead: float, folder: Path
+    overrides: dict[str, Any], tokens: int, dead: float, folder: Path
 ) -> int:
     """
     Memory of a forward and backward pass of an SAE whose tokens all choose its last experts.
@@ -89,7 +87,6 @@ def memory_of_owners(
     Args:
         overrides: Fields of the SAE's config.
         tokens: Tokens of each process.
-        at_a_time: Numbers of inputs or products that are made at a time.
         dead: Share of each expert's latents that is dead.
         folder: Folder for traces.
 
@@ -101,11 +98,10 @@ def memory_of_owners(
     x = draw(tokens, sae.cfg.d_in).to(sae.dtype)
     offsets = torch.arange(sae.cfg.d_sae) % sae.cfg.expert_size
     step = step_input(x, offsets < dead * sae.cfg.expert_size)
-    with patch.object(expert_parallel, "_AT_A_TIME", at_a_time):
-        return peak_bytes(
-            lambda: sae.training_forward_pass(step).loss.backward(),
-            folder / f"{mesh.world.rank}.json",
-        )
+    return peak_bytes(
+        lambda: sae.training_forward_pass(step).loss.backward(),
+        folder / f"{mesh.world.rank}.json",
+    )
 
 
 def state_bytes_of_one(overrides: dict[str, Any]) -> int:

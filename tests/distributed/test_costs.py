@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import costs
+from distributed import costs, work
 from distributed.processes import Processes
 
 from benchmarks.cost_model import Assumptions, Layout, Shape, wire_bytes
@@ -137,3 +138,18 @@ def test_memory_is_shared_out_with_the_experts(
     assert one == 4 * 4 * whole
     # Replicas share out gradients and Adam's moments besides.
     assert all(0.5 * most * one < r["memory"] <= most * one for r in results)
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.75])
+def test_an_owner_of_all_tokens_holds_no_more_where_they_have_more_experts(
+    processes: Callable[[int], Processes], dead: float, tmp_path: Path
+):
+    peaks = []
+    for experts_per_token in (2, 8):
+        shape = Shape(256, 1024, 16, experts_per_token, k=4)
+        overrides = overrides_of(shape, True, True)
+        arguments = (costs.memory_of_owners, overrides, 1024, dead, tmp_path)
+        peaks.append(processes(2).run(work.in_parts, 1 << 16, *arguments)[1])
+    # Beside inputs and reconstructions, little for each pair: its best latents' ranking.
+    of_inputs = 2 * 1024 * 256 * 4
+    assert peaks[1] < 1.25 * peaks[0] < 16 * of_inputs

@@ -21,6 +21,7 @@ from sae_lens.config import (
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
+from sae_lens_scale.distributed import expert_parallel
 from sae_lens_scale.distributed.groups import Mesh, make_mesh
 from sae_lens_scale.distributed.ownership import EXPERT_DIMENSIONS
 from sae_lens_scale.distributed.runner import (
@@ -98,6 +99,12 @@ def training_step(
         "sent": dict(mesh.world.sent + mesh.experts.sent),
         "calls": dict(mesh.world.calls + mesh.experts.calls),
     }
+
+
+def in_parts(at_a_time: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Do work with so many numbers of inputs or products made at a time."""
+    with patch.object(expert_parallel, "_AT_A_TIME", at_a_time):
+        return work(*arguments)
 
 
 def omegas_logged(
