@@ -1,13 +1,17 @@
 """SAEs whose tokens are shared out among processes."""
 
+import math
 from abc import ABC
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch import nn
 from typing_extensions import override
 
 from sae_lens_scale.saes.mixture.routing import Routing
@@ -15,6 +19,9 @@ from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 
 from .groups import Mesh, on_first
 from .ownership import Ownership
+
+# Of a file's zeros.
+_BYTES_AT_A_TIME = 1 << 20
 
 
 class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
@@ -89,53 +96,100 @@ class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
             # The same everywhere but for rounding, on machines that differ.
             self.mesh.world.broadcast(tensor.data, "start")
 
-    def whole(self) -> MixtureTrainingSAE[Any] | None:
+    def whole(self, folder: str | Path | None = None) -> MixtureTrainingSAE[Any] | None:
         """
         Gather an ordinary SAE on the first process; all processes call this together.
+
+        Args:
+            folder: Folder of the disk that holds the weights meanwhile; None for the system's
+                for temporary files.
 
         Returns:
             The SAE, on the CPU; None on the other processes.
         """
-        gathered = {name: self.gathered(name, p) for name, p in self.named_parameters()}
+        parameters = dict(self.named_parameters())
+        gathered = {
+            name: self.gathered(name, p, folder) for name, p in parameters.items()
+        }
         if self.mesh.world.rank:
             return None
         cfg = deepcopy(self.cfg)
-        cfg.device = "cpu"
-        # A new SAE draws weights, on the CPU: not from the numbers that later batches depend
-        # on.
-        with torch.random.fork_rng(devices=[]):
-            sae = self.ordinary(cfg)
+        # Without weights of its own, nor random numbers, which later batches depend on.
+        cfg.device = "meta"
+        sae = self.ordinary(cfg)
+        sae.device = torch.device("cpu")
+        sae._end_start()
         for name, tensor in gathered.items():
             assert tensor is not None
-            sae.get_parameter(name).data = tensor
+            setattr(sae, name, nn.Parameter(tensor, parameters[name].requires_grad))
         cfg.device = torch.device(self.cfg.device).type
         return sae
 
-    def gathered(self, name: str, part: torch.Tensor) -> torch.Tensor | None:
+    def gathered(
+        self, name: str, part: torch.Tensor, folder: str | Path | None = None
+    ) -> torch.Tensor | None:
         """
         Gather a parameter, or a tensor of its shape; all processes call this together.
 
         Args:
             name: Name of the parameter.
             part: This process's part.
+            folder: As of :meth:`whole`.
 
         Returns:
-            The whole, on the CPU; None on all processes but the first.
+            The whole, in memory of a file; None on all processes but the first.
+
+        Raises:
+            OSError: If the disk has no room for it.
+            RuntimeError: Then on the other processes.
         """
-        whole = self.ownership.gathered(name, part, self.mesh.experts)
-        return whole if self.mesh.world.rank == 0 else None
+        mesh, shape = self.mesh, self.ownership.whole_shape(name, part)
+        whole = on_first(mesh.world, lambda: mapped_tensor(shape, part.dtype, folder))
+        if mesh.replicas.rank == 0:
+            self.ownership.gather(name, part, whole, mesh.experts)
+        return whole
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        whole = self.whole()
+        whole = self.whole(path)
         on_first(self.mesh.world, lambda: whole and whole.save_model(path))
         return _paths(path)
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
-        whole = self.whole()
+        whole = self.whole(path)
         on_first(self.mesh.world, lambda: whole and whole.save_inference_model(path))
         return _paths(path)
+
+
+def mapped_tensor(
+    shape: Sequence[int], dtype: torch.dtype, folder: str | Path | None
+) -> torch.Tensor:
+    """
+    Make a tensor in memory that is a file's: the system may write it out to the disk.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+        folder: Folder for the file, which is made if it is missing; None for the system's for
+            temporary files. No file is left there.
+
+    Returns:
+        Zeros.
+
+    Raises:
+        OSError: If the disk has no room for it.
+    """
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    numbers = math.prod(shape)
+    with NamedTemporaryFile(prefix=".saving-", dir=folder, buffering=0) as file:
+        # Written: a disk that is full would end the process when it writes into memory.
+        rest = numbers * dtype.itemsize
+        while rest:
+            rest -= file.write(bytes(min(rest, _BYTES_AT_A_TIME)))
+        tensor = torch.from_file(file.name, shared=True, size=numbers, dtype=dtype)
+    return tensor.view(*shape)
 
 
 def _paths(path: str | Path) -> tuple[Path, Path]:

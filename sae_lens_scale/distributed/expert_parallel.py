@@ -24,7 +24,6 @@ from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 
 from .data_parallel import DataParallelSAE
 from .exchange import OwnedRows, add_rows, send_to_owners
-from .ownership import EXPERT_DIMENSIONS
 from .ranking import Shortlist, is_among_best, keep, lengths_kept, require_topk
 
 # Numbers of inputs, or of products with all latents, that are made at a time.
@@ -82,12 +81,11 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
 
     @override
     def _require_sizes(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        whole = dict(tensors)
-        for name in EXPERT_DIMENSIONS.keys() & tensors.keys():
-            shape = list(tensors[name].shape)
-            shape[EXPERT_DIMENSIONS[name]] *= self.cfg.num_experts
-            shape[EXPERT_DIMENSIONS[name]] //= self.num_held_experts
-            whole[name] = torch.empty(shape, device="meta")
+        own = self.ownership
+        whole = {
+            name: torch.empty(own.whole_shape(name, tensor), device="meta")
+            for name, tensor in tensors.items()
+        }
         super()._require_sizes(whole)
 
     @override

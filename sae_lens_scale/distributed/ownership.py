@@ -10,6 +10,8 @@ from .groups import Group
 # Dimensions of parameters that count experts or their latents. All others are the same on
 # every process.
 EXPERT_DIMENSIONS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "omega": 0}
+# Numbers that are gathered at a time.
+_AT_A_TIME = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ class Ownership:
         own = range(self.first(rank), self.first(rank + 1))
         return [*range(self.num_shared), *own]
 
+    def whole_shape(self, name: str, part: torch.Tensor) -> list[int]:
+        """Shape of a parameter, given this process's part."""
+        shape = list(part.shape)
+        if self.size > 1 and name in EXPERT_DIMENSIONS:
+            dim = EXPERT_DIMENSIONS[name]
+            shape[dim] = shape[dim] // len(self.held(self.rank)) * self.num_experts
+        return shape
+
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """This process's part of a parameter, or of a tensor of its shape; copied."""
         if self.size == 1 or name not in EXPERT_DIMENSIONS:
@@ -63,32 +73,44 @@ class Ownership:
         experts = whole.unflatten(dim, (self.num_experts, -1))
         return experts.index_select(dim, held).flatten(dim, dim + 1)
 
-    def gathered(
-        self, name: str, part: torch.Tensor, group: Group
-    ) -> torch.Tensor | None:
+    def gather(
+        self, name: str, part: torch.Tensor, whole: torch.Tensor | None, group: Group
+    ) -> None:
         """
-        Gather a parameter, or a tensor of its shape, from its parts.
+        Gather a parameter, or a tensor of its shape, from its parts, some experts at a time.
 
         Args:
             name: The parameter's name.
             part: This process's part.
-            group: The processes that hold the others, all of which call this together.
-
-        Returns:
-            The whole on the CPU; None on all processes but the first.
+            whole: The tensor to fill, on the first process; None on the others.
+            group: The processes that hold the other parts, all of which call this together.
         """
+        part = part.detach()
         if self.size == 1 or name not in EXPERT_DIMENSIONS:
-            return part.detach().cpu().clone() if group.rank == 0 else None
+            if whole is not None:
+                whole.copy_(part)
+            return
         dim = EXPERT_DIMENSIONS[name]
-        num_held = len(self.held(self.rank))
-        # Experts first, whose number differs.
-        experts = part.detach().unflatten(dim, (num_held, -1)).movedim(dim, 0)
-        parts = group.gather(experts, "whole SAE")
-        if parts is None:
-            return None
-        own = [p if r == 0 else p[self.num_shared :] for r, p in enumerate(parts)]
-        whole = torch.cat([p.cpu() for p in own]).movedim(0, dim)
-        return whole.flatten(dim, dim + 1).contiguous()
+        held = self.held(self.rank)
+        own = part.unflatten(dim, (len(held), -1))
+        experts = None
+        if whole is not None:
+            experts = whole.unflatten(dim, (self.num_experts, -1))
+            experts.narrow(dim, 0, len(held)).copy_(own)
+        step = max(1, _AT_A_TIME * len(held) // own.numel())
+        for rank in range(1, self.size):
+            end = self.first(rank + 1)
+            for first in range(self.first(rank), end, step):
+                number = min(step, end - first)
+                if self.rank == rank:
+                    place = held.index(first)
+                    piece = own.narrow(dim, place, number).contiguous()
+                    group.send_to_first(piece, rank, "whole SAE")
+                elif experts is not None:
+                    target = experts.narrow(dim, first, number)
+                    piece = own.new_empty(target.shape)
+                    group.send_to_first(piece, rank, "whole SAE")
+                    target.copy_(piece)
 
     @cache
     def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

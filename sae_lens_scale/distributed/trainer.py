@@ -13,6 +13,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.serialization import config
 from typing_extensions import override
 
 from sae_lens_scale.upstream import InterruptedException
@@ -304,7 +305,7 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         """
         base = self.cfg.checkpoint_path if base_path is None else base_path
         self._before_checkpoint()
-        sae, optimizer = self.sae.whole(), self._whole_optimizer()
+        sae, optimizer = self.sae.whole(base), self._whole_optimizer(base)
 
         def save() -> None:
             # SAELens's own trainer saves what it is made of.
@@ -324,39 +325,65 @@ class DistributedTrainer(SAETrainer[Any, Any]):
 
         on_first(self._mesh.world, save)
 
-    def _whole_optimizer(self) -> "_State":
-        """Gather the optimizer's state as one process has it, on the first one."""
+    def _whole_optimizer(self, folder: Path | str | None) -> "_State":
+        """
+        Gather the optimizer's state as one process has it, on the first one.
+
+        Args:
+            folder: As of :meth:`.DataParallelSAE.whole`.
+        """
         sae, state = self.sae, self.optimizer.state_dict()
         names = [name for name, _ in sae.named_parameters()]
         for index, values in state["state"].items():
             state["state"][index] = {
-                key: self._whole_state(names[index], value) if value.dim() else value
+                key: self._whole_state(names[index], value, folder)
+                if value.dim()
+                else value
                 for key, value in values.items()
             }
         return _State(state)
 
-    def _whole_state(self, name: str, value: torch.Tensor) -> torch.Tensor | None:
+    def _whole_state(
+        self, name: str, value: torch.Tensor, folder: Path | str | None
+    ) -> torch.Tensor | None:
         if name in self._slices:
             value = self._slices.whole(name, value)
-        return self.sae.gathered(name, value)
+        return self.sae.gathered(name, value, folder)
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        super().load_trainer_state(checkpoint_path)
+        device, mapped = self.cfg.device, config.load.mmap
+        # The file's own memory, of which each process copies its parts.
+        self.cfg.device, config.load.mmap = "cpu", True
+        hook = self.optimizer.register_load_state_dict_pre_hook(self._parts_of_state)
+        try:
+            super().load_trainer_state(checkpoint_path)
+        finally:
+            hook.remove()
+            self.cfg.device, config.load.mmap = device, mapped
+        for name in ("act_freq_scores", "n_forward_passes_since_fired"):
+            setattr(self, name, getattr(self, name).clone().to(device))
         # SAELens would save one again for each that has been saved.
         done, thresholds = self.n_training_samples, self.checkpoint_thresholds
         self.checkpoint_thresholds = [t for t in thresholds if t >= done]
-        sae = self.sae
-        (group,) = self.optimizer.param_groups
-        names = [name for name, _ in sae.named_parameters()]
-        for name, parameter in zip(names, group["params"], strict=True):
-            values = self.optimizer.state.get(parameter, {})
-            for key, value in values.items():
-                if value.dim():
-                    part = sae.ownership.part(name, value)
-                    if name in self._slices:
-                        part = self._slices.own(name, part).clone()
-                    values[key] = part
+
+    def _parts_of_state(
+        self, _optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """This process's parts of an optimizer's state."""
+        names = [name for name, _ in self.sae.named_parameters()]
+        states = {
+            index: {
+                key: self._part_of_state(names[index], value) if value.dim() else value
+                for key, value in values.items()
+            }
+            for index, values in state_dict["state"].items()
+        }
+        return state_dict | {"state": states}
+
+    def _part_of_state(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        part = self.sae.ownership.part(name, value)
+        return self._slices.own(name, part).clone() if name in self._slices else part
 
 
 def _squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:

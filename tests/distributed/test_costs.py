@@ -153,3 +153,17 @@ def test_an_owner_of_all_tokens_holds_no_more_where_they_have_more_experts(
     # Beside inputs and reconstructions, little for each pair: its best latents' ranking.
     of_inputs = 2 * 1024 * 256 * 4
     assert peaks[1] < 1.25 * peaks[0] < 16 * of_inputs
+
+
+def test_no_process_holds_a_whole_checkpoint(
+    processes: Callable[[int], Processes], tmp_path: Path
+):
+    shape = Shape(256, 1 << 16, 512, experts_per_token=2, k=4)
+    results = processes(2).run(
+        costs.memory_of_checkpoints, overrides_of(shape, True, True), tmp_path
+    )
+    for weights, saving, loading in results:
+        # A whole would be six times the part's weights, Adam's moments included.
+        assert saving < 0.5 * weights
+        # Moments that were there stay until the others are read.
+        assert loading < 2.5 * weights
