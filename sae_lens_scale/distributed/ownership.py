@@ -11,7 +11,7 @@ from .groups import Group
 # every process.
 EXPERT_DIMENSIONS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "omega": 0}
 # Numbers that are gathered at a time.
-_AT_A_TIME = 1 << 22
+_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True)

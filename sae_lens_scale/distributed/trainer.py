@@ -383,7 +383,11 @@ class DistributedTrainer(SAETrainer[Any, Any]):
 
     def _part_of_state(self, name: str, value: torch.Tensor) -> torch.Tensor:
         part = self.sae.ownership.part(name, value)
-        return self._slices.own(name, part).clone() if name in self._slices else part
+        if name not in self._slices:
+            return part
+        own = self._slices.own(name, part)
+        # A slice alone would keep all of the part.
+        return own if own is part else own.clone()
 
 
 def _squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -150,6 +150,8 @@ def memory_of_checkpoints(
             lambda name=name: trainer.save_checkpoint(name, folder),
             lambda name=name: trainer.load_trainer_state(folder / name),
         ):
+            if len(peaks) % 2:
+                trainer.optimizer.state.clear()
             before, samples, done = _anonymous_bytes(), [0], Event()
 
             def watch(samples: list[int] = samples, done: Event = done) -> None:

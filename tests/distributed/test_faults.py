@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,22 @@ def test_without_room_on_the_disk_all_fail_and_earlier_checkpoints_stay(
     assert "File too large" in first
     assert second == f"RuntimeError: the first process failed: {first}"
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_save_may_take_longer_than_any_other_wait():
+    group = Processes(2, timedelta(seconds=3))
+    (first, done), (second, nothing) = group.run(work.wait_for_the_first, 5.0)
+    assert min(first, second) >= 4.5
+    assert (done, nothing) == ("done", None)
+    group.close()
+
+
+def test_the_others_end_soon_when_the_first_process_dies_saving(tmp_path: Path):
+    group = Processes(2)
+    with pytest.raises(AssertionError, match="processes died"):
+        group.run(work.wait_for_a_first_that_dies, tmp_path)
+    group.close()
+    assert float((tmp_path / "seconds").read_text()) < 10
 
 
 @pytest.mark.parametrize("restarts", [[1, 1], [0, 1], [1, 0]], ids=str)

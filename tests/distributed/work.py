@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
 from sae_lens_scale.distributed import expert_parallel
-from sae_lens_scale.distributed.groups import Mesh, make_mesh
+from sae_lens_scale.distributed.groups import Mesh, make_mesh, on_first
 from sae_lens_scale.distributed.ownership import EXPERT_DIMENSIONS
 from sae_lens_scale.distributed.runner import (
     DistributedTrainingRunner,
@@ -30,6 +31,7 @@ from sae_lens_scale.distributed.runner import (
 )
 from sae_lens_scale.distributed.sae import distribute
 from sae_lens_scale.distributed.trainer import DistributedTrainer
+from sae_lens_scale.files import write_whole
 
 
 def scale_sae_of_one_owner(seed: int = 0, **overrides: Any) -> ScaleTrainingSAE:
@@ -412,6 +414,24 @@ def save_on_full_disk(folder: Path, *arguments: Any) -> str:
         many.step(next(batches))
         return f"{type(error).__name__}: {error}"
     raise AssertionError("saving should fail")
+
+
+def wait_for_the_first(seconds: float) -> tuple[float, str | None]:
+    """Seconds that this process waited for the first one's work, and what came of it."""
+    world, start = make_mesh(1, timedelta(seconds=3)).world, time.monotonic()
+    done = on_first(world, lambda: time.sleep(seconds) or "done")
+    # They still understand each other.
+    world.all_reduce(torch.ones(1), "test")
+    return time.monotonic() - start, done
+
+
+def wait_for_a_first_that_dies(folder: Path) -> None:
+    """Have the first process die at work; the others leave a note of their error's time."""
+    world, start = make_mesh(1).world, time.monotonic()
+    try:
+        on_first(world, lambda: os._exit(1))
+    except RuntimeError:
+        write_whole(folder / "seconds", str(time.monotonic() - start))
 
 
 def shared_checkpoints(
