@@ -41,10 +41,10 @@ class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
     _is_counting = False
 
     @property
-    def batch_tokens(self) -> int:
-        """Number of tokens of the whole batch, in the last training step."""
+    def batch_tokens(self) -> torch.Tensor:
+        """Number of tokens of the whole batch, in the last training step, a scalar."""
         assert self._counts is not None
-        return int(self._counts[-1])
+        return self._counts[-1]
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -67,10 +67,9 @@ class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
 
     @override
     def batch_mean(self, values: torch.Tensor) -> torch.Tensor:
-        assert self._counts is not None
         # In float16 a sum over a batch overflows where its mean does not.
         dtype = torch.promote_types(values.dtype, torch.float32)
-        mean = values.sum(dim=0, dtype=dtype) / self._counts[-1]
+        mean = values.sum(dim=0, dtype=dtype) / self.batch_tokens
         return mean.to(values.dtype)
 
     @override

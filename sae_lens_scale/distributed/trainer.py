@@ -1,5 +1,6 @@
 """SAELens's trainer for an SAE that several processes train."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,13 +116,14 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         ]
         self.activation_scaler = GlobalScaler(world=self._mesh.world, device=sae.device)
         self.stop = self._is_stopping = False
-        self._l0 = 0.0
+        # Of the last step: tokens of the whole batch, and latents that fired on each.
+        self._batch_tokens, self._l0 = 0, 0.0
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         before = self.n_training_samples
         output = super().step(batch)
-        self.n_training_samples = before + self.sae.batch_tokens
+        self.n_training_samples = before + self._batch_tokens
         return output
 
     @override
@@ -189,12 +191,15 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         shared = [w for n, w in zip(names, summed, strict=False) if n in self._slices]
         self._slices.sum_gradients()
         self._clip_gradients(shared)
-        if bool(stop) and not self._is_stopping:
+        # The host waits for the device here, once.
+        numbers = (stop.sum(), total.sum(), firing.sum(), sae.batch_tokens)
+        stops, loss, fired, tokens = torch.stack([n.double() for n in numbers]).tolist()
+        if stops and not self._is_stopping:
             self._is_stopping = True
             # Due at the end of this step, when weights, optimizer and counters agree.
             self.checkpoint_thresholds.insert(0, -1)
         values = dict(zip(output.losses, total.unbind(), strict=True))
-        if not total.sum().isfinite():
+        if not math.isfinite(loss):
             texts = ", ".join(f"{n} {v.item()}" for n, v in values.items())
             raise ValueError(
                 f"the loss is not finite at training step {self.n_training_steps} "
@@ -205,7 +210,7 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         self.n_forward_passes_since_fired[firing > 0] = 0
         self.act_freq_scores += firing
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
-        self._l0 = firing.sum().item() / sae.batch_tokens
+        self._batch_tokens, self._l0 = int(tokens), fired / tokens
         return replace(output, loss=total.sum(), losses=values)
 
     def _gradients_of_everywhere(self) -> list[torch.Tensor]:
@@ -263,14 +268,14 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         )
         self._mesh.world.all_reduce(sums, "metrics")
         *_, squares, error = sums
-        mean = sums[:-2] / self.sae.batch_tokens
-        variance = squares - self.sae.batch_tokens * mean.pow(2).sum()
+        n = self._batch_tokens
+        mean = sums[:-2] / n
+        variance = squares - n * mean.pow(2).sum()
         logged["metrics/explained_variance"] = (1 - error / variance).item()
         # SAELens's older metric, of each token by itself.
         of_tokens = 1 - errors.pow(2).sum(-1) / (x - mean).pow(2).sum(-1)
         moments = torch.stack([of_tokens.sum(), of_tokens.pow(2).sum()])
         self._mesh.world.all_reduce(moments, "metrics")
-        n = self.sae.batch_tokens
         center, square = (moments / n).unbind()
         std = ((square - center**2).clamp(min=0) * n / max(1, n - 1)).sqrt()
         logged["metrics/explained_variance_legacy"] = center.item()

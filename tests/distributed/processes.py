@@ -54,7 +54,7 @@ class Processes:
     def __init__(self, size: int, timeout: timedelta = TIMEOUT):
         # A server imports everything once, and forks all processes.
         context, port = mp.get_context("forkserver"), _free_port()
-        context.set_forkserver_preload(["distributed.work"])
+        context.set_forkserver_preload(["distributed.runners"])
         self._results = context.SimpleQueue()
         self._tasks = [context.SimpleQueue() for _ in range(size)]
         self._processes = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli.runs import train_command
-from distributed import work
+from distributed import runners
 from distributed.launch import checkpoints, finish, torchrun
 from distributed.processes import Processes
 from sae_lens import SAE
@@ -60,7 +60,9 @@ def test_every_row_of_the_text_is_read_by_one_process(
 ):
     texts = [f"{i} " * 30 for i in range(31)]
     # Null text is passed over.
-    results = processes(3).run(work.rows_to_read, tiny_llama, [*texts, None], streaming)
+    results = processes(3).run(
+        runners.rows_to_read, tiny_llama, [*texts, None], streaming
+    )
     read = [text for rows, _ in results for text in rows]
     assert sorted(read) == sorted(texts)
     assert all(len(rows) >= 10 for rows, _ in results)
@@ -71,7 +73,7 @@ def test_every_row_of_the_text_is_read_by_one_process(
 def test_an_evaluation_is_the_mean_over_processes(
     processes: Callable[[int], Processes], tiny_llama: Path, expert_parallel: int
 ):
-    first, second = processes(2).run(work.evaluations, tiny_llama, expert_parallel)
+    first, second = processes(2).run(runners.evaluations, tiny_llama, expert_parallel)
     assert first == second
     # After the fourth and the eighth step.
     assert len(first) == 2

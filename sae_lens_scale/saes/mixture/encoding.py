@@ -43,9 +43,10 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
     """
     Encoder of a mixture SAE; :class:`.MixtureSAE` describes its hooks.
 
-    Two methods are seams, for subclasses that work otherwise: :meth:`selection` (which
-    candidates survive) and :meth:`dispatch` (which rows a token has), whose counterpart is
-    :meth:`.MixtureSAE.combine`.
+    Three methods are seams, for subclasses that work otherwise: :meth:`selection` (which
+    candidates survive), :meth:`dispatch` (which rows a token has), whose counterpart is
+    :meth:`.MixtureSAE.combine`, and :meth:`choose` (how a token's rows are asked for their
+    candidates).
 
     In shapes ``rows`` counts rows (tokens, unless ``dispatch`` is overridden), ``e`` experts
     of a row, ``n`` latents of an expert and ``m`` latents of a row that are kept. Positions
