@@ -9,6 +9,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from sae_lens_scale.saes.mixture.dead_latents import DeadLatents
 from sae_lens_scale.saes.mixture.dispatch import Rows
 from sae_lens_scale.saes.mixture.extension_points import is_hooked
 from sae_lens_scale.saes.mixture.feature_scaling import ExpertScaling
@@ -59,9 +60,9 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
     some of the tokens at a time: an owner of popular experts may get all tokens.
     """
 
-    # The mask of dead latents that a training step learns from, and what was found of them.
-    _dead_mask: torch.Tensor | None = None
-    _dead: _RankedDead | None = None
+    # The dead latents of a training step, and what was found of them when it was encoded.
+    _dead: DeadLatents | None = None
+    _ranked_dead: _RankedDead | None = None
 
     @property
     @override
@@ -91,11 +92,17 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         require_shardable(self)
-        self._dead_mask = self._dead_that_learn(step_input)
+        self._dead = self._find_dead(step_input.dead_neuron_mask)
         try:
             return super().training_forward_pass(step_input)
         finally:
-            self._dead_mask = self._dead = None
+            self._dead = self._ranked_dead = None
+
+    @override
+    def _find_dead(self, mask: torch.Tensor | None) -> DeadLatents | None:
+        if self._dead is not None and self._dead.mask is mask:
+            return self._dead
+        return super()._find_dead(mask)
 
     @override
     def _encode(
@@ -120,9 +127,8 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
     ) -> Chosen:
         assert isinstance(rows, OwnedRows)
         dead = ranked = None
-        if self._dead_mask is not None:
-            dead = self._dead_positions(self._dead_mask)
-        if dead is not None:
+        if self._dead is not None and self._dead.most.read():
+            dead = self._held_offsets(self._dead)
             of_token = self.cfg.experts_per_token * dead[0].shape[-1]
             # Otherwise a token keeps all that it has.
             ranked = dead if of_token > self._most_dead else None
@@ -151,7 +157,7 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
             )
         lengths, *of_dead = lengths_kept(rows.route, shortlists)
         if dead is not None:
-            self._dead = _RankedDead(*dead, *of_dead)
+            self._ranked_dead = _RankedDead(*dead, *of_dead)
         slots = rows.pair_places % rows.experts.shape[1]
         positions = slots.unsqueeze(-1) * self.cfg.expert_size + torch.cat(offsets)
         selected, products = keep(rows, lengths, positions, torch.cat(products))
@@ -181,25 +187,25 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
 
     @override
     def _partial_dead_recons(
-        self, encoding: Encoding, dead_neuron_mask: torch.Tensor
-    ) -> torch.Tensor | None:
-        if dead_neuron_mask is not self._dead_mask:
+        self, encoding: Encoding, dead: DeadLatents
+    ) -> torch.Tensor:
+        ranked, rows = self._ranked_dead, encoding.rows
+        if dead is not self._dead or ranked is None:
             raise ValueError(
                 "dead_neuron_mask must be the training step's where experts are shared out "
                 "among processes, got another"
             )
-        rows, dead = encoding.rows, self._dead
-        if dead is None:
-            return None
         assert isinstance(rows, OwnedRows)
-        weights = self._dead_weights(encoding, dead.offsets)
-        recons = None
+        weights = self._dead_weights(encoding, ranked.offsets)
+        dtype = torch.promote_types(rows.x.dtype, self.W_dec.dtype)
+        shape = (len(rows.x), self.W_dec.shape[-1])
+        recons = self.W_dec.new_zeros(shape, dtype=dtype)
         parts = self._some_at_a_time(rows.pair_places)
         lengths = [None] * len(parts)
-        if dead.lengths is not None:
-            lengths = self._some_at_a_time(dead.lengths)
+        if ranked.lengths is not None:
+            lengths = self._some_at_a_time(ranked.lengths)
         for places, its_lengths in zip(parts, lengths, strict=True):
-            arguments = (rows, places, encoding.scaling, dead, its_lengths, weights)
+            arguments = (rows, places, encoding.scaling, ranked, its_lengths, weights)
             if len(parts) == 1:
                 part = self._dead_of_pairs(*arguments)
             else:
@@ -210,8 +216,6 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
-            if recons is None:
-                recons = part.new_zeros(len(rows.x), part.shape[-1])
             add_rows(recons, rows.pair_rows(places), part)
         return recons
 

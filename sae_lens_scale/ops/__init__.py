@@ -10,6 +10,7 @@ from .buffers import BufferPool
 from .dense_decode import decode_dense, decoder_norm
 from .encoder_products import encoder_products
 from .grouped_products import grouped_decode, grouped_encode
+from .host_number import HostNumber
 from .indexing import index_select, lookup
 from .sparse_latents import SparseLatents
 from .sparse_products import (
@@ -21,6 +22,7 @@ from .sparse_products import (
 
 __all__ = [
     "BufferPool",
+    "HostNumber",
     "SparseLatents",
     "SparsityPattern",
     "decode_dense",

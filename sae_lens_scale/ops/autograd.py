@@ -43,9 +43,12 @@ class SparsityPattern(NamedTuple):
             return self.order
         return self.indices.flatten().argsort(stable=True)
 
-    def counts(self) -> Int[torch.Tensor, " size"]:
-        """Number of non-zeros in each column."""
-        return torch.bincount(self.indices.flatten(), minlength=self.size)[: self.size]
+    def starts(self) -> Int[torch.Tensor, " size_plus_1"]:
+        """Where each column's non-zeros start in ``order``, and where the last's end."""
+        # bincount would wait for the GPU, to see how many columns there are.
+        after = self.indices.flatten() + 1
+        counts = after.new_zeros(self.size + 2)
+        return counts.scatter_add_(0, after, torch.ones_like(after)).cumsum(0)[:-1]
 
     def empty(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """An uninitialised tensor of a shape, from the pool if there is one."""

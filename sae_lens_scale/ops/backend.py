@@ -14,8 +14,8 @@ def backend_for(*tensors: torch.Tensor) -> ModuleType:
     """
     Choose, for each call, by device and dtype.
 
-    Both backends have the functions ``sparse_decode``, ``sampled_products``,
-    ``latent_sums``, ``grouped_encode`` and ``grouped_decode``, which know nothing of
+    Both backends have the functions ``sampled_products``, ``latent_sums``,
+    ``grouped_encode``, ``grouped_decode`` and ``grouped_sums``, which know nothing of
     autograd; their two factors have one dtype, which is the result's.
 
     Args:

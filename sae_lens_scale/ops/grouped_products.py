@@ -6,6 +6,8 @@ As in :mod:`.sparse_products`, three products are each other's derivatives, here
 within each selected expert, and the experts' matrices ``[num_experts, width, n]``.
 """
 
+from types import ModuleType
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -69,23 +71,32 @@ def grouped_decode(
     )
 
 
+def _backend(factor: torch.Tensor, other: torch.Tensor, *sizes: int) -> ModuleType:
+    """torch's own grouped product where there is one, for matrices of these sizes."""
+    if torch_backend.has_grouped_kernel(factor, *sizes):
+        return torch_backend
+    return backend_for(factor, other)
+
+
 _ENCODE = BilinearProduct(
-    lambda rows, matrices, p: backend_for(rows, matrices).grouped_encode(
-        rows, matrices, p
-    ),
+    lambda rows, matrices, p: _backend(
+        rows, matrices, *matrices.shape[1:]
+    ).grouped_encode(rows, matrices, p),
     lambda grad, _, matrices, p: _DECODE(grad, matrices, p),
     lambda grad, rows, _, p: _SUMS(rows, grad, p),
 )
 _DECODE = BilinearProduct(
-    lambda acts, matrices, p: backend_for(acts, matrices).grouped_decode(
-        acts, matrices, p
-    ),
+    lambda acts, matrices, p: _backend(
+        acts, matrices, *matrices.shape[1:]
+    ).grouped_decode(acts, matrices, p),
     lambda grad, _, matrices, p: _ENCODE(grad, matrices, p),
     lambda grad, acts, _, p: _SUMS(grad, acts, p),
 )
 # For each expert, ``rows.T @ acts`` over its tokens.
 _SUMS = BilinearProduct(
-    torch_backend.grouped_sums,
+    lambda rows, acts, p: _backend(
+        rows, acts, rows.shape[-1], acts.shape[-1]
+    ).grouped_sums(rows, acts, p),
     lambda grad, _, acts, p: _DECODE(acts, grad, p),
     lambda grad, rows, _, p: _ENCODE(rows, grad, p),
 )

@@ -27,13 +27,16 @@ class SparseLatents(NamedTuple):
 
     def to_coo(self, d_sae: int) -> torch.Tensor:
         """The same activations as a sparse COO tensor ``[..., d_sae]``."""
-        batch, k = self.values.shape[:-1], self.values.shape[-1]
-        tokens = torch.arange(batch.numel(), device=self.values.device)
-        positions = torch.unravel_index(tokens.repeat_interleave(k), batch)
+        # unravel_index would copy the shape to the device, and wait.
+        sizes, device = self.values.shape, self.values.device
+        places = torch.meshgrid(
+            *(torch.arange(size, device=device) for size in sizes), indexing="ij"
+        )
+        positions = [place.flatten() for place in places[:-1]]
         return torch.sparse_coo_tensor(
             torch.stack([*positions, self.indices.flatten()]),
             self.values.flatten(),
-            (*batch, d_sae),
+            (*sizes[:-1], d_sae),
             check_invariants=False,
         )
 

@@ -16,6 +16,7 @@ one in one of its factors is another one. So an SAE whose TopK keeps k latents n
 import torch
 from jaxtyping import Float
 
+from . import torch_backend
 from .autograd import BilinearProduct, SparsityPattern
 from .backend import backend_for
 
@@ -117,9 +118,8 @@ def _transposed_latent_sums(
 
 
 _SPARSE_DECODE = BilinearProduct(
-    lambda values, weights, p: backend_for(values, weights).sparse_decode(
-        values, weights, p
-    ),
+    # Read from the module at each call, so that another function may take its place.
+    lambda values, weights, p: torch_backend.sparse_decode(values, weights, p),
     lambda grad, _, weights, p: sampled_products(grad, weights, p),
     lambda grad, values, _, p: latent_sums(values, grad, p),
 )

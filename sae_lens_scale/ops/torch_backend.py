@@ -25,8 +25,12 @@ def sparse_decode(
     offsets = None
     if latents.ragged:
         there = indices < latents.size
-        counts = there.sum(dim=-1)
-        indices, values, offsets = indices[there], values[there], _starts(counts)
+        if _may_compact(indices):
+            counts = there.sum(dim=-1)
+            offsets = counts.cumsum(0) - counts
+            indices, values = indices[there], values[there]
+        else:
+            indices, values = indices.where(there, 0), values.where(there, 0)
     # Rows that are not contiguous would all be gathered first.
     return F.embedding_bag(
         indices,
@@ -35,6 +39,11 @@ def sparse_decode(
         per_sample_weights=values,
         mode="sum",
     )
+
+
+def _may_compact(indices: torch.Tensor) -> bool:
+    # A GPU would have to be asked how many there are.
+    return indices.device.type == "cpu"
 
 
 def sampled_products(
@@ -85,11 +94,6 @@ def _sampled_addmm(
     return torch.sparse.sampled_addmm(pattern, rows, weights.T, beta=0.0).values()
 
 
-def _starts(counts: torch.Tensor) -> torch.Tensor:
-    """Position at which each group begins, of groups of so many one after the other."""
-    return counts.cumsum(0) - counts
-
-
 @cache
 def _silence_beta_warning() -> None:
     """Let torch give its one warning, that CSR tensors are in beta, to nobody."""
@@ -105,25 +109,22 @@ def latent_sums(
     out: torch.Tensor,
 ) -> None:
     """Write, for each latent, the sum of its tokens' rows times values into ``out``."""
-    order, counts = latents.find_order(), latents.counts()
-    if latents.ragged:
-        order = order[: int(counts.sum())]
+    order, starts = latents.find_order(), latents.starts()
+    end = int(starts[-1]) if latents.ragged else len(order)
     rows = _with_contiguous_rows(rows)
     tokens = order // max(1, latents.indices.shape[-1])
     weights = values.flatten()[order]
-    ends = counts.cumsum(0)
-    step, boundaries = len(out), [0, len(order)]
+    step, boundaries = len(out), [0, end]
     if out.device.type == "cpu":
         nbytes = _CHUNK_BYTES if out.stride(-1) == 1 else _TRANSPOSED_CHUNK_BYTES
         step = max(1, nbytes // max(1, rows.element_size() * rows.shape[-1]))
-        boundaries = [0, *ends[step - 1 :: step].tolist(), len(order)]
+        boundaries = [*starts[:-1:step].tolist(), end]
     for i, first in enumerate(range(0, len(out), step)):
         chunk = slice(boundaries[i], boundaries[i + 1])
-        starts = ends[first : first + step] - counts[first : first + step]
         out[first : first + step] = F.embedding_bag(
             tokens[chunk],
             rows,
-            starts - boundaries[i],
+            starts[:-1][first : first + step] - boundaries[i],
             per_sample_weights=weights[chunk],
             mode="sum",
         )
@@ -221,7 +222,7 @@ def _grouped_mm(
 ) -> torch.Tensor:
     """torch's grouped product of what is sorted by expert, in the dtype of ``a``."""
     dtype = _product_dtype(a)
-    ends = experts.counts().cumsum(0, dtype=torch.int32)
+    ends = experts.starts()[1:].to(torch.int32)
     return F.grouped_mm(a.to(dtype), b.to(dtype), offs=ends).to(a.dtype)
 
 
@@ -229,7 +230,7 @@ def _groups(
     experts: SparsityPattern,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Each expert that has tokens; its (token, slot) pairs, flattened; their tokens."""
-    order, counts = experts.find_order(), experts.counts().tolist()
+    order, counts = experts.find_order(), experts.starts().diff().tolist()
     tokens = order // experts.indices.shape[-1]
     groups = zip(order.split(counts), tokens.split(counts), strict=True)
     for expert, (pairs, its_tokens) in enumerate(groups):

@@ -88,6 +88,21 @@ def test_products_are_their_formulas(pattern: SparsityPattern):
     assert_same_derivatives(got, want.T, values, rows)
 
 
+def test_decoding_of_ragged_patterns_needs_no_sizes_of_the_data(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    pattern = select(7, 4, ragged=True)
+    values, _, weights = factors(pattern)
+    there = pattern.indices < NUM_LATENTS
+    # As on GPUs.
+    monkeypatch.setattr(torch_backend, "_may_compact", lambda _: False)
+    want = reference.decode_selected(
+        values * there, weights, pattern.indices.where(there, 0)
+    )
+    got = sparse_decode(values, weights, pattern)
+    assert_same_derivatives(got, want, values, weights)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 @pytest.mark.parametrize("num_experts", [1, 3, 12])
 def test_encoder_products_are_products_with_selected_latents_and_means(

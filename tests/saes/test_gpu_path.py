@@ -17,7 +17,9 @@ from helpers import gradients, scale_sae, step_input, switch_sae
 from sae_lens_scale.ops import triton_backend
 
 calls = set()
-for name in ("sparse_decode", "sampled_products", "latent_sums", "grouped_products"):
+for name in (
+    "sampled_products", "latent_sums", "grouped_encode", "grouped_decode", "grouped_sums"
+):
     def count(*args, kernel=getattr(triton_backend, name), name=name):
         calls.add(name)
         return kernel(*args)
@@ -54,7 +56,7 @@ def test_training_through_the_gpu_kernels_agrees_with_plain_pytorch(tmp_path: Pa
         check=True,
     )
     calls, results = torch.load(tmp_path / "out.pt")
-    assert len(calls) == 4, "these kernels alone were used"
+    assert len(calls) == 5, "these kernels alone were used"
     for make in (scale_sae, switch_sae):
         sae, got = make(multi_topk_coefficient=0.5), results[make.__name__]
         output = sae.training_forward_pass(step_input(x, dead))

@@ -8,8 +8,12 @@ no others: a latent of an expert that got no token has no part in the loss, and 
 stays finite.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
+
+from sae_lens_scale.ops import HostNumber
 
 from .selection import Selection
 
@@ -42,26 +46,57 @@ def dead_by_expert(
     return dead_neuron_mask.view(num_experts, expert_size)
 
 
-def dead_offsets(
-    by_expert: Bool[torch.Tensor, "num_experts expert_size"],
-) -> tuple[
-    Int[torch.Tensor, "num_experts most_dead"],
-    Bool[torch.Tensor, "num_experts most_dead"],
-]:
+class DeadLatents(NamedTuple):
     """
-    Find the dead latents of each expert, as many positions for each.
+    The dead latents of a training step.
+
+    Attributes:
+        mask: SAELens's mask of them, ``[d_sae]``.
+        by_expert: True at dead latents, as :func:`dead_by_expert` returns them.
+        most: Number of them in the expert that has most, by which the work is sized.
+    """
+
+    mask: Bool[torch.Tensor, " d_sae"]
+    by_expert: Bool[torch.Tensor, "num_experts expert_size"]
+    most: HostNumber
+
+    def offsets(
+        self,
+    ) -> tuple[
+        Int[torch.Tensor, "num_experts most_dead"],
+        Bool[torch.Tensor, "num_experts most_dead"],
+    ]:
+        """
+        Find the dead latents of each expert, as many positions for each.
+
+        Returns:
+            Their positions within the expert, and which of these positions hold one: rows
+            are filled up with living latents, to as many as the most dead expert has.
+        """
+        # Stable: every expert's dead latents first, in their order.
+        order = self.by_expert.int().argsort(dim=-1, descending=True, stable=True)
+        offsets = order[:, : int(self.most.read())]
+        return offsets, self.by_expert.gather(-1, offsets)
+
+
+def find_dead(
+    dead_neuron_mask: Bool[torch.Tensor, " d_sae"], num_experts: int, expert_size: int
+) -> DeadLatents:
+    """
+    Find the dead latents of a training step; at its start, so that their number is on its
+    way while the GPU encodes.
 
     Args:
-        by_expert: True at dead latents, as :func:`dead_by_expert` returns them.
+        dead_neuron_mask: True at dead latents, ``[d_sae]``.
+        num_experts: Number of experts (N).
+        expert_size: Latents of each.
 
-    Returns:
-        Their positions within the expert, and which of these positions hold one: rows
-        are filled up with living latents, to as many as the most dead expert has.
+    Raises:
+        ValueError: As :func:`dead_by_expert`.
     """
-    most = int(by_expert.sum(dim=-1).max())
-    # Stable: every expert's dead latents first, in their order.
-    offsets = by_expert.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
-    return offsets, by_expert.gather(-1, offsets)
+    by_expert = dead_by_expert(dead_neuron_mask, num_experts, expert_size)
+    most = HostNumber(by_expert.sum(dim=-1).max())
+    return DeadLatents(dead_neuron_mask, by_expert, most)
 
 
 @torch.no_grad()
@@ -76,7 +111,7 @@ def strongest_dead(
 
     Args:
         ranking: Values to rank candidates by, ``[rows, e, most_dead]``; see
-            :func:`dead_offsets`.
+            :meth:`DeadLatents.offsets`.
         is_dead: True at those that are dead, in the shape of ``ranking``.
         size: Number of candidates that a token may have.
         selection: Rule that chooses.

@@ -14,7 +14,7 @@ from sae_lens_scale.ops import (
 )
 
 from .batch import BatchSAE
-from .dead_latents import dead_by_expert, dead_offsets, strongest_dead
+from .dead_latents import DeadLatents, find_dead, strongest_dead
 from .dispatch import Rows
 from .feature_scaling import ExpertScaling
 from .selection import Candidates
@@ -30,13 +30,11 @@ class LearningRecons(NamedTuple):
     Sums of decoder rows, without bias, ``[..., d_out]``; None of latents that there are not.
 
     Attributes:
-        dead_neuron_mask: The mask that dead latents are of, ``[d_sae]``.
         survivors: By the latents that a token keeps.
         runners_up: By those next in rank, for the Multi-TopK loss.
         dead: By each token's strongest dead latents.
     """
 
-    dead_neuron_mask: torch.Tensor | None
     survivors: torch.Tensor | None = None
     runners_up: torch.Tensor | None = None
     dead: torch.Tensor | None = None
@@ -75,7 +73,7 @@ class LearningSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
     def _learning_recons(
         self,
         encoding: Encoding,
-        dead_neuron_mask: torch.Tensor | None,
+        dead: DeadLatents | None,
         survivors: DecoderInput | None = None,
     ) -> LearningRecons:
         """
@@ -83,7 +81,7 @@ class LearningSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
 
         Args:
             encoding: The batch's encoding.
-            dead_neuron_mask: True at dead latents, ``[d_sae]``; None if none learn.
+            dead: The dead latents; None if none learn.
             survivors: Its survivors; None if somebody else decodes them.
         """
         partial: dict[str, torch.Tensor] = {}
@@ -91,52 +89,37 @@ class LearningSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             partial["survivors"] = self._partial_recons(survivors)
         if encoding.runners_up is not None:
             partial["runners_up"] = self._partial_recons(encoding.runners_up)
-        if dead_neuron_mask is not None:
-            dead = self._partial_dead_recons(encoding, dead_neuron_mask)
-            if dead is not None:
-                partial["dead"] = dead
+        if dead is not None and dead.most.read():
+            partial["dead"] = self._partial_dead_recons(encoding, dead)
         recons = self._recons_of(encoding, list(partial.values()))
-        found = dict(zip(partial, recons, strict=True))
-        return LearningRecons(dead_neuron_mask, **found)
+        return LearningRecons(**dict(zip(partial, recons, strict=True)))
 
-    def _dead_positions(
-        self, dead_neuron_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """
-        Find dead latents of the experts whose weights this SAE holds.
-
-        Args:
-            dead_neuron_mask: True at dead latents, ``[d_sae]``.
-
-        Returns:
-            As :func:`.dead_offsets`, ``[num_held_experts, most_dead]``; None if no latent of any
-            expert is dead.
-        """
-        cfg = self.cfg
-        dead = dead_by_expert(dead_neuron_mask, cfg.num_experts, cfg.expert_size)
-        if not dead.any():
+    def _find_dead(self, mask: torch.Tensor | None) -> DeadLatents | None:
+        """Dead latents, if there is a mask of them and a loss for them."""
+        if mask is None or not self.cfg.aux_loss_coefficient:
             return None
+        return find_dead(mask, self.cfg.num_experts, self.cfg.expert_size)
+
+    def _held_offsets(self, dead: DeadLatents) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of dead latents in the experts whose weights this SAE holds."""
         # Of all experts, so that their number of positions does not depend on those held.
-        offsets, is_dead = dead_offsets(dead)
+        offsets, is_dead = dead.offsets()
         return self._held(offsets), self._held(is_dead)
 
     def _partial_dead_recons(
-        self, encoding: Encoding, dead_neuron_mask: torch.Tensor
-    ) -> torch.Tensor | None:
+        self, encoding: Encoding, dead: DeadLatents
+    ) -> torch.Tensor:
         """
         Sum of the decoder rows of each token's strongest dead latents, ``[rows, d_out]``.
 
         Args:
             encoding: The batch's encoding.
-            dead_neuron_mask: True at dead latents, ``[d_sae]``.
+            dead: The dead latents, of which there are some.
 
         Returns:
-            The sum over those that each row has; None if no latent is dead.
+            The sum over those that each row has.
         """
-        positions = self._dead_positions(dead_neuron_mask)
-        if positions is None:
-            return None
-        (offsets, is_dead), rows = positions, encoding.rows
+        (offsets, is_dead), rows = self._held_offsets(dead), encoding.rows
         weights = self._dead_weights(encoding, offsets)
         if encoding.all_pre_acts is not None:
             pre_acts = encoding.all_pre_acts.gather(-1, offsets[rows.experts])

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
+from sae_lens_scale.ops import SparsityPattern
+
 GateName = Literal["softmax", "renormalized", "rescaled", "double_softmax", "uniform"]
 
 
@@ -122,7 +124,7 @@ def expert_load(
     dtype: torch.dtype = torch.float32,
 ) -> Float[torch.Tensor, " num_routed_experts"]:
     """Share of the router's selections that each expert got that is not shared; sums to 1."""
-    counts = torch.bincount(indices.flatten(), minlength=num_experts)
+    counts = SparsityPattern(indices, num_experts).starts().diff()
     total = indices[..., num_shared_experts:].numel()
     return counts[num_shared_experts:].to(dtype) / total
 

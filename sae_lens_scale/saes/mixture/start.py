@@ -1,19 +1,25 @@
 """Start of a training SAE from activations, and the pace of its router."""
 
+import json
 from abc import ABC
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from typing_extensions import override
 
 from sae_lens_scale.upstream import _disable_hooks
 
 from .config import MixtureTrainingSAEConfig
 from .extension_points import is_overridden
+from .files import require_tensors
 from .inference import MixtureSAE
 from .initialization import geometric_median, spherical_kmeans
 
@@ -126,6 +132,42 @@ class StartingSAE(
         super()._load_from_state_dict(state_dict, prefix, *args)
         if any(prefix + name in state_dict for name in _ROUTER):
             self._end_start()
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """
+        Load a training checkpoint's weights, all of them or none.
+
+        Args:
+            checkpoint_path: Folder of the checkpoint.
+
+        Raises:
+            FileNotFoundError: If it has no weights.
+            ValueError: If they are damaged, or another SAE's; names the file and,
+                where it can be read, the tensors.
+        """
+        weights = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
+        self._require_router_lr_factor_of(Path(checkpoint_path) / SAE_CFG_FILENAME)
+        try:
+            state_dict = load_file(weights)
+            # All tensors are required: those that an export lacks would get start values.
+            require_tensors(self.cfg, state_dict, self._shapes())
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{weights} cannot be loaded: {error}") from error
+        self.process_state_dict_for_loading(state_dict)
+        self.load_state_dict(state_dict)
+
+    def _require_router_lr_factor_of(self, path: Path) -> None:
+        """Refuse a checkpoint of another factor: its optimizer state is in other units."""
+        if not path.exists():
+            return
+        # Version 0.1.0 had no such field.
+        saved = json.loads(path.read_text()).get("router_lr_factor", 1.0)
+        if saved != self._router_lr_factor:
+            raise ValueError(
+                f"router_lr_factor must be {saved}, as in the checkpoint's {path}, got "
+                f"{self._router_lr_factor}"
+            )
 
     @torch.compiler.disable()
     @torch.no_grad()

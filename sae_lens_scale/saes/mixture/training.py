@@ -1,6 +1,5 @@
 """Mixture SAE for training: the base of Scale SAE and Switch SAE in training."""
 
-import json
 from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,23 +8,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from numpy.typing import NDArray
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import (
     TrainCoefficientConfig,
     TrainStepInput,
     TrainStepOutput,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from typing_extensions import override
 
 from sae_lens_scale.files import replacing_files
 from sae_lens_scale.ops import decoder_norm
 from sae_lens_scale.upstream import _disable_hooks
 
-from .dead_latents import dead_by_expert, dead_latent_loss
+from .dead_latents import DeadLatents, dead_by_expert, dead_latent_loss
 from .extension_points import is_hooked, is_overridden
-from .files import require_tensors
 from .learning import LearningRecons, LearningSAE
 from .routing import load_balance_loss
 from .stages import Encoding
@@ -37,11 +32,20 @@ Metrics: TypeAlias = dict[
 ]
 
 
-class _Current(NamedTuple):
-    """The input that losses are being computed for, its encoding and reconstructions."""
+class LossInput(NamedTuple):
+    """
+    What the losses of a batch need.
+
+    Attributes:
+        sae_in: The batch, ``[tokens, d_in]``.
+        encoding: Its encoding.
+        dead: The dead latents; None if no loss asks for them.
+        recons: Reconstructions by all latents that learn.
+    """
 
     sae_in: torch.Tensor
     encoding: Encoding
+    dead: DeadLatents | None
     recons: LearningRecons
 
 
@@ -50,7 +54,8 @@ class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
 
     # Each routed expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
-    _current: _Current | None = None
+    # What losses are being computed for.
+    _current: LossInput | None = None
 
     def target(self, step_input: TrainStepInput) -> torch.Tensor:
         """
@@ -123,9 +128,12 @@ class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             ``[tokens, k]``.
 
         Raises:
-            ValueError: If the loss is not finite, or the batch of an SAE that is starting.
+            ValueError: If the loss is not finite, or the batch of an SAE that is starting. On
+                a GPU a loss that has a gradient is looked at by the next step, or when the
+                SAE is saved.
         """
-        x, dead = step_input.sae_in, self._dead_that_learn(step_input)
+        x = step_input.sae_in
+        dead = self._find_dead(step_input.dead_neuron_mask)
         if self._is_starting and torch.is_grad_enabled():
             self._start_from_first_batches(x)
         if is_overridden(self, "encode_with_hidden_pre"):
@@ -155,7 +163,7 @@ class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             sae_out = self._finish_decoding(recons.survivors)
         errors = self.mse_loss_fn(sae_out, self.target(step_input))
         losses = {"mse_loss": self.batch_mean(errors.sum(dim=-1).flatten())}
-        with self._losses_of(_Current(x, encoding, recons)):
+        with self._losses_of(LossInput(x, encoding, dead, recons)):
             losses |= self.calculate_aux_loss(
                 step_input, feature_acts, hidden_pre, sae_out
             )
@@ -174,8 +182,8 @@ class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
         )
 
     @contextmanager
-    def _losses_of(self, current: _Current) -> Iterator[None]:
-        """Give an input's encoding to its losses, whose signatures are SAELens's."""
+    def _losses_of(self, current: LossInput) -> Iterator[None]:
+        """Give losses, whose signatures are SAELens's, what they need besides."""
         outer, self._current = self._current, current
         try:
             yield
@@ -204,12 +212,14 @@ class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             Scalars, each of them part of the loss.
         """
         cfg, sae_in = self.cfg, step_input.sae_in
-        if self._current is not None and self._current.sae_in is sae_in:
-            _, encoding, recons = self._current
-        else:
+        current = self._current
+        if current is None or current.sae_in is not sae_in:
+            dead = self._find_dead(step_input.dead_neuron_mask)
             with self._keep_run_time_norm_state():
                 encoding = self._encode(sae_in, self._num_runners_up)
-            recons = self._learning_recons(encoding, self._dead_that_learn(step_input))
+            recons = self._learning_recons(encoding, dead)
+            current = LossInput(sae_in, encoding, dead, recons)
+        _, encoding, _, recons = current
         losses: dict[str, torch.Tensor] = {}
         if cfg.load_balance_coefficient:
             p = encoding.routing.probabilities.reshape(-1, cfg.num_experts)
@@ -219,7 +229,7 @@ class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 cfg.load_balance_coefficient * cfg.d_in * balance
             )
         if cfg.aux_loss_coefficient:
-            with self._losses_of(_Current(sae_in, encoding, recons)):
+            with self._losses_of(current):
                 losses["auxiliary_reconstruction_loss"] = self.calculate_topk_aux_loss(
                     sae_in=self.target(step_input),
                     sae_out=sae_out,
@@ -235,10 +245,6 @@ class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 errors.sum(dim=-1).flatten()
             )
         return losses
-
-    def _dead_that_learn(self, step_input: TrainStepInput) -> torch.Tensor | None:
-        """The step's mask of dead latents, if they have a part in the loss."""
-        return step_input.dead_neuron_mask if self.cfg.aux_loss_coefficient else None
 
     def calculate_topk_aux_loss(
         self,
@@ -265,32 +271,33 @@ class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 not by calculate_aux_loss, by an SAE whose target is another than its input.
         """
         cfg, current = self.cfg, self._current
-        if dead_neuron_mask is None:
-            return sae_out.new_zeros(())
-        if current is not None:
-            _, encoding, recons = current
-        elif is_overridden(self, "target"):
-            raise ValueError(
-                "calculate_topk_aux_loss needs the encoding of the SAE's input: "
-                "call calculate_aux_loss instead"
-            )
-        else:
-            with self._keep_run_time_norm_state():
-                encoding, recons = self._encode(sae_in), None
-        if recons is None or recons.dead_neuron_mask is not dead_neuron_mask:
+        dead = None if current is None else current.dead
+        if current is None or dead is None or dead.mask is not dead_neuron_mask:
+            # Of another mask than the step's.
+            dead = self._find_dead(dead_neuron_mask)
+            if dead is None or not dead.most.read():
+                return sae_out.new_zeros(())
+            if current is not None:
+                encoding = current.encoding
+            elif is_overridden(self, "target"):
+                raise ValueError(
+                    "calculate_topk_aux_loss needs the encoding of the SAE's input: "
+                    "call calculate_aux_loss instead"
+                )
+            else:
+                with self._keep_run_time_norm_state():
+                    encoding = self._encode(sae_in)
             alone = encoding._replace(runners_up=None)
-            recons = self._learning_recons(alone, dead_neuron_mask)
-        if recons.dead is None:
+            recons = self._learning_recons(alone, dead).dead
+        else:
+            encoding, recons = current.encoding, current.recons.dead
+        if recons is None:
             return sae_out.new_zeros(())
         residual = (sae_in - sae_out).detach().reshape(-1, sae_out.shape[-1])
-        dead = dead_by_expert(dead_neuron_mask, cfg.num_experts, cfg.expert_size)
         experts = encoding.routing.indices.reshape(-1, cfg.experts_per_token)
-        errors = dead_latent_loss(
-            recons.dead.reshape(residual.shape),
-            residual,
-            dead.sum(dim=-1)[experts].sum(dim=-1),
-            self._most_dead,
-        )
+        num_dead = dead.by_expert.sum(dim=-1)[experts].sum(dim=-1)
+        recons = recons.reshape(residual.shape)
+        errors = dead_latent_loss(recons, residual, num_dead, self._most_dead)
         return cfg.aux_loss_coefficient * self.batch_mean(errors)
 
     @torch.no_grad()
@@ -339,42 +346,6 @@ class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
         with replacing_files(path) as temporary:
             weights, cfg = super().save_inference_model(temporary)
         return Path(path) / weights.name, Path(path) / cfg.name
-
-    @override
-    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
-        """
-        Load a training checkpoint's weights, all of them or none.
-
-        Args:
-            checkpoint_path: Folder of the checkpoint.
-
-        Raises:
-            FileNotFoundError: If it has no weights.
-            ValueError: If they are damaged, or another SAE's; names the file and,
-                where it can be read, the tensors.
-        """
-        weights = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
-        self._require_router_lr_factor_of(Path(checkpoint_path) / SAE_CFG_FILENAME)
-        try:
-            state_dict = load_file(weights)
-            # All tensors are required: those that an export lacks would get start values.
-            require_tensors(self.cfg, state_dict, self._shapes())
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{weights} cannot be loaded: {error}") from error
-        self.process_state_dict_for_loading(state_dict)
-        self.load_state_dict(state_dict)
-
-    def _require_router_lr_factor_of(self, path: Path) -> None:
-        """Refuse a checkpoint of another factor: its optimizer state is in other units."""
-        if not path.exists():
-            return
-        # Version 0.1.0 had no such field.
-        saved = json.loads(path.read_text()).get("router_lr_factor", 1.0)
-        if saved != self._router_lr_factor:
-            raise ValueError(
-                f"router_lr_factor must be {saved}, as in the checkpoint's {path}, got "
-                f"{self._router_lr_factor}"
-            )
 
     @override
     def log_histograms(self) -> dict[str, NDArray[Any]]:
