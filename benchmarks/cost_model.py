@@ -128,7 +128,7 @@ class Assumptions:
     between_nodes: float = 50  # GB/s that a GPU sends to other nodes
     link_share: float = 0.8  # share of both that is reached
     overlap: float = 0.0  # share of communication that computing can hide
-    collectives: int = 10  # per step, if GPUs exchange tokens, without gradients' 2
+    collectives: int = 8  # per step, if GPUs exchange tokens, without gradients' 2
     latency: float = 20  # microseconds of a collective
     imbalance: float = 1.1  # the busiest owner's work, times the mean
 

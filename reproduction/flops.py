@@ -52,7 +52,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
 from sae_lens_scale.saes import ScaleTrainingSAEConfig
 from sae_lens_scale.saes.mixture import MixtureSAEConfig, MixtureTrainingSAEConfig
-from sae_lens_scale.saes.mixture.training import MULTI_TOPK_FACTOR
+from sae_lens_scale.saes.mixture.learning import MULTI_TOPK_FACTOR
 
 # Others of SAELens extend these configs and compute other things.
 _DENSE = ("topk", "gated", "standard", "jumprelu")

@@ -12,105 +12,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from typing_extensions import override
 
 from sae_lens_scale.saes.mixture.dispatch import Rows
-from sae_lens_scale.saes.mixture.selection import Selected, Selection, topk
 
 from .groups import Group
-
-# Dimensions of parameters that count experts or their latents. All others are the same on
-# every process.
-EXPERT_DIMENSIONS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "omega": 0}
-
-
-@dataclass(frozen=True)
-class Ownership:
-    """
-    The experts that the processes of a group hold.
-
-    All hold the shared experts, which every token selects, so that none gets all tokens. The
-    others are held by one each: as many neighbouring experts as possible, equally many, or
-    one more.
-
-    Attributes:
-        num_experts: Number of experts.
-        num_shared: Number of them, the first ones, that are shared.
-        rank: Place of this process.
-        size: Number of processes.
-    """
-
-    num_experts: int
-    num_shared: int
-    rank: int
-    size: int
-
-    def __post_init__(self) -> None:
-        if self.num_routed < self.size:
-            raise ValueError(
-                f"expert_parallel must be at most the {self.num_routed} experts that are "
-                f"not shared, got {self.size}"
-            )
-
-    @property
-    def num_routed(self) -> int:
-        """Number of experts that are not shared."""
-        return self.num_experts - self.num_shared
-
-    def first(self, rank: int) -> int:
-        """First of the experts that a process alone holds."""
-        return self.num_shared + rank * self.num_routed // self.size
-
-    def held(self, rank: int) -> list[int]:
-        """Numbers of a process's experts, in the order of its weights."""
-        own = range(self.first(rank), self.first(rank + 1))
-        return [*range(self.num_shared), *own]
-
-    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This process's part of a parameter, or of a tensor of its shape; copied."""
-        if self.size == 1 or name not in EXPERT_DIMENSIONS:
-            return whole.clone()
-        dim = EXPERT_DIMENSIONS[name]
-        held = torch.tensor(self.held(self.rank), device=whole.device)
-        experts = whole.unflatten(dim, (self.num_experts, -1))
-        return experts.index_select(dim, held).flatten(dim, dim + 1)
-
-    def gathered(
-        self, name: str, part: torch.Tensor, group: Group
-    ) -> torch.Tensor | None:
-        """
-        Gather a parameter, or a tensor of its shape, from its parts.
-
-        Args:
-            name: The parameter's name.
-            part: This process's part.
-            group: The processes that hold the others, all of which call this together.
-
-        Returns:
-            The whole on the CPU; None on all processes but the first.
-        """
-        if self.size == 1 or name not in EXPERT_DIMENSIONS:
-            return part.detach().cpu().clone() if group.rank == 0 else None
-        dim = EXPERT_DIMENSIONS[name]
-        num_held = len(self.held(self.rank))
-        # Experts first, whose number differs.
-        experts = part.detach().unflatten(dim, (num_held, -1)).movedim(dim, 0)
-        parts = group.gather(experts, "whole SAE")
-        if parts is None:
-            return None
-        own = [p if r == 0 else p[self.num_shared :] for r, p in enumerate(parts)]
-        whole = torch.cat([p.cpu() for p in own]).movedim(0, dim)
-        return whole.flatten(dim, dim + 1).contiguous()
-
-    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Owner of each expert and its place in the owner's weights, ``[num_experts]`` each."""
-        owners = torch.full((self.num_experts,), self.rank)
-        places = torch.arange(self.num_experts)
-        for rank in range(self.size):
-            own = slice(self.first(rank), self.first(rank + 1))
-            owners[own] = rank
-            places[own] += self.num_shared - self.first(rank)
-        return owners.to(device), places.to(device)
+from .ownership import Ownership
 
 
 @dataclass(frozen=True)
@@ -131,7 +37,6 @@ class Route:
         pairs_sent: Number of pairs, likewise.
         rows_received: Number of rows that this process owns, by home.
         pairs_received: Number of pairs, likewise.
-        pair_rows: Row of each pair that this process owns, ``[pairs received]``.
     """
 
     group: Group
@@ -143,7 +48,6 @@ class Route:
     pairs_sent: list[int]
     rows_received: list[int]
     pairs_received: list[int]
-    pair_rows: Int[torch.Tensor, " pairs_received"]
 
     def pairs_home(self, pairs: torch.Tensor, purpose: str) -> torch.Tensor:
         """Send a value, or several, for each pair home."""
@@ -182,111 +86,81 @@ class _RowsHome(torch.autograd.Function):
 
 
 class _GatesToOwners(torch.autograd.Function):
-    """Gates of a token's pairs, which have travelled with its row; gradients travel home."""
+    """Gates of rows' experts, which have travelled with the rows; gradients travel home."""
 
     @staticmethod
     def forward(
-        ctx: Any, gates: torch.Tensor, received: torch.Tensor, route: Route
+        ctx: Any,
+        gates: torch.Tensor,
+        received: torch.Tensor,
+        pair_places: torch.Tensor,
+        route: Route,
     ) -> torch.Tensor:
         ctx.route, ctx.shape = route, gates.shape
+        ctx.save_for_backward(pair_places)
         return received
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
         route: Route = ctx.route
-        home = route.pairs_home(grads[0], "gates, gradients")
+        (pair_places,) = ctx.saved_tensors
+        of_pairs = grads[0].flatten().index_select(0, pair_places)
+        home = route.pairs_home(of_pairs, "gates, gradients")
         gradient = home.new_zeros(ctx.shape)
         gradient.view(-1)[route.pair_slots] = home
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 @dataclass(frozen=True)
 class OwnedRows(Rows):
     """
-    Pairs that this process owns, as rows of one expert each.
+    Rows of the experts that this process owns: distinct (token, owner).
+
+    All rows have as many experts as the one that has most (e): beyond its own a row names
+    expert 0, with gate 0, of which nothing is kept.
 
     Attributes:
         route: The way that their tokens came.
+        pair_places: Place of each pair among all rows' experts, ``row * e + slot``, ascending,
+            ``[pairs]``.
     """
 
     route: Route
+    pair_places: Int[torch.Tensor, " pairs"]
 
-    @override
-    def adapt(self, selection: Selection) -> Selection:
-        require_topk(selection)
-        return replace(selection, select=self._select, per_token=False)
+    def pair_rows(self, places: torch.Tensor) -> torch.Tensor:
+        """Rows of pairs, by their places."""
+        return places // self.experts.shape[1]
 
-    def _select(self, ranking: torch.Tensor, sizes: Sequence[int]) -> Selected:
-        """
-        Keep the best of each token, among all of its pairs.
-
-        Owners send the best ranking values of each pair home, sorted, and learn how many of
-        them are among the token's best.
-
-        Args:
-            ranking: Values to rank by, ``[pairs, candidates]``.
-            sizes: Numbers of candidates that a token keeps, ascending.
-        """
-        route = self.route
-        num_pairs, candidates = ranking.shape
-        e = route.experts_per_token
-        if len(sizes) == 1 and sizes[0] >= e * candidates:
-            # A token keeps all that it has: nobody has to ask.
-            return topk(ranking, (candidates,))
-        # As many on every process, also on one without tokens.
-        most = min(sizes[-1], candidates)
-        best = ranking.topk(most, dim=-1)
-        values = route.pairs_home(best.values, "ranking values")
-        at_home = torch.empty_like(values)
-        at_home[route.pair_slots] = values
-        of_token = at_home.view(route.tokens, e * most)
-        counts = []
-        # Once for all sizes: among equal values the smaller ones have to keep what the
-        # larger ones do.
-        kept = of_token.topk(min(sizes[-1], e * most), dim=-1).indices // most
-        for size in sizes:
-            count = kept.new_zeros(route.tokens, e)
-            count.scatter_add_(1, kept[:, :size], torch.ones_like(kept[:, :size]))
-            counts.append(count.flatten())
-        sent = torch.stack(counts, dim=-1)[route.pair_slots].int()
-        lengths = route.pairs_to_owners(sent, "selected").long()
-        positions, masks, start = [], [], lengths.new_zeros(num_pairs)
-        for end in lengths.unbind(dim=-1):
-            # One at least: whether there are runners-up must not depend on the process.
-            width = max(1, int((end - start).max())) if num_pairs else 1
-            column = torch.arange(width, device=ranking.device)
-            masks.append(column < (end - start).unsqueeze(-1))
-            place = (start.unsqueeze(-1) + column).clamp(max=most - 1)
-            positions.append(best.indices.gather(-1, place))
-            start = end
-        return Selected(
-            torch.cat(positions, dim=-1),
-            tuple(mask.shape[-1] for mask in masks),
-            torch.cat(masks, dim=-1),
+    def pairs(self, places: torch.Tensor) -> Rows:
+        """Pairs as rows of one expert each, with inputs of their own; by their places."""
+        experts, gates = (
+            t.flatten().index_select(0, places).unsqueeze(-1)
+            for t in (self.experts, self.gates)
         )
+        x = self.x.index_select(0, self.pair_rows(places))
+        return Rows(x, self.b_dec, experts, gates, places.shape)
+
+    def of_pairs(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of pairs, ``[pairs]``, as those of rows' experts, ``[rows, e]``; else 0."""
+        flat = values.new_zeros(self.experts.numel())
+        return flat.index_copy_(0, self.pair_places, values).view(self.experts.shape)
 
     def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        """Sum results of pairs, ``[pairs, width]``, to those of tokens at home."""
-        route = self.route
-        rows = partial.new_zeros(sum(route.rows_received), partial.shape[-1])
-        rows = rows.index_add(0, route.pair_rows, partial)
-        rows = route.rows_home(rows, "reconstructions")
-        tokens = rows.new_zeros(route.tokens, rows.shape[-1])
-        return tokens.index_add(0, route.row_tokens, rows)
+        """Sum results of rows, ``[rows, width]``, to those of tokens at home."""
+        rows = self.route.rows_home(partial, "reconstructions")
+        tokens = rows.new_zeros(self.route.tokens, rows.shape[-1])
+        return add_rows(tokens, self.route.row_tokens, rows)
 
 
-def require_topk(selection: Selection) -> None:
-    """
-    Refuse a selection that cannot be made of each process's best.
-
-    Raises:
-        ValueError: If it is no TopK of each token.
-    """
-    if selection.select is not topk:
-        raise ValueError(
-            "selection must be a TopK of each token where experts are shared out among "
-            f"processes, got {selection.select}"
-        )
+def add_rows(
+    total: torch.Tensor, places: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """Add rows to those of ``total`` at places, ``[rows]``, in place; returns it."""
+    # For its backward pass index_add_ would keep the rows themselves.
+    return total.scatter_add_(0, places.unsqueeze(-1).expand_as(rows), rows)
 
 
 def send_to_owners(
@@ -303,7 +177,7 @@ def send_to_owners(
         group: These processes.
 
     Returns:
-        The pairs that this process owns. They are differentiable in gates and b_dec.
+        The rows that this process owns. They are differentiable in gates and b_dec.
 
     Raises:
         ValueError: If activations need a gradient, which does not travel.
@@ -313,58 +187,74 @@ def send_to_owners(
             "x must not need a gradient where experts are shared out among processes"
         )
     tokens, e = rows.experts.shape
-    device = rows.x.device
-    owners, places = ownership.places(device)
+    owners, places = ownership.places(rows.x.device)
     owner, order = owners[rows.experts].flatten().sort(stable=True)
     token = order // max(1, e)
     is_first = torch.ones_like(order, dtype=torch.bool)
     is_first[1:] = (owner[1:] != owner[:-1]) | (token[1:] != token[:-1])
-    counts = torch.stack(
-        [
-            torch.bincount(owner[is_first], minlength=group.size),
-            torch.bincount(owner, minlength=group.size),
-        ],
-        dim=-1,
-    )
+    # By owner: rows, pairs, and the most pairs of a row.
+    counts = owner.new_zeros(group.size, 3)
+    counts[:, 0].index_add_(0, owner, is_first.long())
+    counts[:, 1].index_add_(0, owner, torch.ones_like(owner))
+    counts[:, 2].scatter_reduce_(0, owner, _slots(is_first) + 1, "amax")
     ones = [1] * group.size
     received = group.all_to_all(counts, ones, ones, "counts")
-    rows_sent, pairs_sent = counts.T.tolist()
-    rows_received, pairs_received = received.T.tolist()
-    first_rows = counts[:, 0].cumsum(0) - counts[:, 0]
+    # The host waits for the device here, and nowhere else on the way.
+    sent_numbers, received_numbers = torch.stack([counts, received]).tolist()
+    rows_sent, pairs_sent, _ = map(list, zip(*sent_numbers, strict=True))
+    rows_received, pairs_received, most = map(list, zip(*received_numbers, strict=True))
+    row = is_first.cumsum(0) - 1
+    row_tokens = row.new_empty(sum(rows_sent)).scatter_(0, row, token)
     # Of each pair, the row among those of its owner.
-    pair_row = is_first.cumsum(0) - 1 - first_rows[owner]
-    gates = rows.gates.flatten()[order]
-    place = places[rows.experts].flatten()[order]
+    pair_row = row - (counts[:, 0].cumsum(0) - counts[:, 0])[owner]
     columns = [
-        (rows.x[token[is_first]], rows_sent, rows_received),
+        (rows.x[row_tokens], rows_sent, rows_received),
         (pair_row.int(), pairs_sent, pairs_received),
-        (place.int(), pairs_sent, pairs_received),
-        (gates.detach(), pairs_sent, pairs_received),
+        (places[rows.experts].flatten()[order].int(), pairs_sent, pairs_received),
+        (rows.gates.detach().flatten()[order], pairs_sent, pairs_received),
     ]
-    x, pair_row, place, sent_gates = _send_together(columns, group, "tokens")
-    offsets = received[:, 0].cumsum(0) - received[:, 0]
-    pair_rows = pair_row.long() + offsets.repeat_interleave(received[:, 1])
+    x, pair_row, place, gates = _send_together(columns, group, "tokens")
+    first_rows = received[:, 0].cumsum(0) - received[:, 0]
+    pair_row = pair_row.long() + first_rows.repeat_interleave(
+        received[:, 1], output_size=len(pair_row)
+    )
+    is_first = torch.ones_like(pair_row, dtype=torch.bool)
+    is_first[1:] = pair_row[1:] != pair_row[:-1]
     route = Route(
         group=group,
         tokens=tokens,
         experts_per_token=e,
-        row_tokens=token[is_first],
+        row_tokens=row_tokens,
         pair_slots=order,
         rows_sent=rows_sent,
         pairs_sent=pairs_sent,
         rows_received=rows_received,
         pairs_received=pairs_received,
-        pair_rows=pair_rows,
     )
-    own_gates = _GatesToOwners.apply(rows.gates, sent_gates, route)
-    return OwnedRows(
-        x=x[pair_rows],
+    shape = (len(x), max(1, *most))
+    owned = OwnedRows(
+        x=x,
         b_dec=rows.b_dec,
-        experts=place.long().unsqueeze(-1),
-        gates=own_gates.unsqueeze(-1),
-        shape=pair_rows.shape,
+        experts=pair_row.new_zeros(shape),
+        gates=gates.new_zeros(shape),
+        shape=x.shape[:1],
         route=route,
+        pair_places=pair_row * shape[1] + _slots(is_first),
     )
+    received_gates = owned.of_pairs(gates)
+    return replace(
+        owned,
+        experts=owned.of_pairs(place.long()),
+        gates=_GatesToOwners.apply(
+            rows.gates, received_gates, owned.pair_places, route
+        ),
+    )
+
+
+def _slots(is_first: torch.Tensor) -> torch.Tensor:
+    """Places of pairs within their rows, given which are a row's first, ``[pairs]``."""
+    place = torch.arange(len(is_first), device=is_first.device)
+    return place - torch.where(is_first, place, 0).cummax(0).values
 
 
 def _send_together(

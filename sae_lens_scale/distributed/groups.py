@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+# Longest wait for the first process where it reads or writes files.
+_PATIENCE = timedelta(days=1)
+
 
 class Group:
     """
@@ -18,6 +21,8 @@ class Group:
 
     Args:
         members: The group of torch.distributed; None for all processes.
+        waiting: The same processes as a group with patience, for those that wait for the
+            first one; None if they wait as long as for anything else.
 
     Attributes:
         rank: Place of this process in the group.
@@ -27,8 +32,12 @@ class Group:
         calls: Number of collectives, by purpose.
     """
 
-    def __init__(self, members: dist.ProcessGroup | None = None):
-        self._members = members
+    def __init__(
+        self,
+        members: dist.ProcessGroup | None = None,
+        waiting: dist.ProcessGroup | None = None,
+    ):
+        self._members, self.waiting = members, waiting
         self.rank = dist.get_rank(members)
         self.size = dist.get_world_size(members)
         self.sent: Counter[str] = Counter()
@@ -122,24 +131,25 @@ class Group:
         )
         return received
 
-    def gather(self, tensor: torch.Tensor, purpose: str) -> list[torch.Tensor] | None:
+    def send_to_first(self, tensor: torch.Tensor, sender: int, purpose: str) -> None:
         """
-        Gather a tensor of each process on the first one.
+        Copy a process's tensor to the first one, in place; both call this, and no others need to.
 
         Args:
-            tensor: Of any length, and the same other dimensions everywhere.
+            tensor: Of the same shape on both, contiguous.
+            sender: Place of the process that sends it, not the first.
             purpose: Name that it is counted under.
-
-        Returns:
-            The tensors, by rank; None on the other processes.
         """
-        send, receive = [0] * self.size, [0] * self.size
-        send[0] = len(tensor)
-        lengths = self.lengths(tensor, purpose)
-        if self.rank == 0:
-            receive = lengths
-        rows = self.all_to_all(tensor, receive, send, purpose)
-        return list(rows.split(receive)) if self.rank == 0 else None
+        if self.rank == sender:
+            self._count(purpose, tensor.nbytes)
+            dist.send(tensor, self._global_rank(0), group=self._members)
+        elif self.rank == 0:
+            dist.recv(tensor, self._global_rank(sender), group=self._members)
+
+    def _global_rank(self, rank: int) -> int:
+        if self._members is None:
+            return rank
+        return dist.get_global_rank(self._members, rank)
 
     def broadcast(self, tensor: torch.Tensor, purpose: str) -> torch.Tensor:
         """
@@ -154,10 +164,7 @@ class Group:
         """
         if self.size > 1:
             self._count(purpose, tensor.nbytes if self.rank == 0 else 0)
-            first = (
-                0 if self._members is None else dist.get_global_rank(self._members, 0)
-            )
-            dist.broadcast(tensor, first, group=self._members)
+            dist.broadcast(tensor, self._global_rank(0), group=self._members)
         return tensor
 
     def _count(self, purpose: str, num_bytes: int) -> None:
@@ -167,7 +174,7 @@ class Group:
 
 def on_first(world: Group, action: Callable[[], T]) -> T | None:
     """
-    Do something on the first process; if it fails, all processes do.
+    Do something on the first process, however long it takes; if it fails, all processes do.
 
     Args:
         world: All processes, which have to call this together.
@@ -188,7 +195,7 @@ def on_first(world: Group, action: Callable[[], T]) -> T | None:
             error = raised
     report = [None if error is None else f"{type(error).__name__}: {error}"]
     if world.size > 1:
-        dist.broadcast_object_list(report)
+        dist.broadcast_object_list(report, group=world.waiting)
     if error is not None:
         raise error
     if report[0] is not None:
@@ -239,4 +246,7 @@ def make_mesh(expert_parallel: int, timeout: timedelta | None = None) -> Mesh:
             if rank in members:
                 assert isinstance(group, dist.ProcessGroup)
                 groups.append(Group(group))
-    return Mesh(Group(), *groups)
+    # By the host: a save may take longer than any message. Who dies is missed at once.
+    waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(waiting, dist.ProcessGroup)
+    return Mesh(Group(waiting=waiting), *groups)

@@ -219,7 +219,7 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
             if checkpoint is not None:
                 trainer.load_trainer_state(checkpoint)
             self.run_trainer_with_interruption_handling(trainer)
-            whole = trainer.sae.whole()
+            whole = trainer.sae.whole(cfg.output_path)
             if cfg.output_path is not None:
                 final = (whole, cfg.output_path, trainer.log_feature_sparsity)
                 on_first(world, lambda: self.save_final_sae(*final))

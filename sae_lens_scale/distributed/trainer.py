@@ -1,5 +1,6 @@
 """SAELens's trainer for an SAE that several processes train."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,14 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.serialization import config
 from typing_extensions import override
 
 from sae_lens_scale.upstream import InterruptedException
 
-from .exchange import EXPERT_DIMENSIONS
+from .data_parallel import DataParallelSAE
 from .groups import Group, on_first
-from .sae import DataParallelSAE
+from .ownership import EXPERT_DIMENSIONS
 from .slices import Slices
 
 # Of SAELens's trainer.
@@ -114,13 +116,14 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         ]
         self.activation_scaler = GlobalScaler(world=self._mesh.world, device=sae.device)
         self.stop = self._is_stopping = False
-        self._l0 = 0.0
+        # Of the last step: tokens of the whole batch, and latents that fired on each.
+        self._batch_tokens, self._l0 = 0, 0.0
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         before = self.n_training_samples
         output = super().step(batch)
-        self.n_training_samples = before + self.sae.batch_tokens
+        self.n_training_samples = before + self._batch_tokens
         return output
 
     @override
@@ -188,12 +191,15 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         shared = [w for n, w in zip(names, summed, strict=False) if n in self._slices]
         self._slices.sum_gradients()
         self._clip_gradients(shared)
-        if bool(stop) and not self._is_stopping:
+        # The host waits for the device here, once.
+        numbers = (stop.sum(), total.sum(), firing.sum(), sae.batch_tokens)
+        stops, loss, fired, tokens = torch.stack([n.double() for n in numbers]).tolist()
+        if stops and not self._is_stopping:
             self._is_stopping = True
             # Due at the end of this step, when weights, optimizer and counters agree.
             self.checkpoint_thresholds.insert(0, -1)
         values = dict(zip(output.losses, total.unbind(), strict=True))
-        if not total.sum().isfinite():
+        if not math.isfinite(loss):
             texts = ", ".join(f"{n} {v.item()}" for n, v in values.items())
             raise ValueError(
                 f"the loss is not finite at training step {self.n_training_steps} "
@@ -204,7 +210,7 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         self.n_forward_passes_since_fired[firing > 0] = 0
         self.act_freq_scores += firing
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
-        self._l0 = firing.sum().item() / sae.batch_tokens
+        self._batch_tokens, self._l0 = int(tokens), fired / tokens
         return replace(output, loss=total.sum(), losses=values)
 
     def _gradients_of_everywhere(self) -> list[torch.Tensor]:
@@ -262,14 +268,14 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         )
         self._mesh.world.all_reduce(sums, "metrics")
         *_, squares, error = sums
-        mean = sums[:-2] / self.sae.batch_tokens
-        variance = squares - self.sae.batch_tokens * mean.pow(2).sum()
+        n = self._batch_tokens
+        mean = sums[:-2] / n
+        variance = squares - n * mean.pow(2).sum()
         logged["metrics/explained_variance"] = (1 - error / variance).item()
         # SAELens's older metric, of each token by itself.
         of_tokens = 1 - errors.pow(2).sum(-1) / (x - mean).pow(2).sum(-1)
         moments = torch.stack([of_tokens.sum(), of_tokens.pow(2).sum()])
         self._mesh.world.all_reduce(moments, "metrics")
-        n = self.sae.batch_tokens
         center, square = (moments / n).unbind()
         std = ((square - center**2).clamp(min=0) * n / max(1, n - 1)).sqrt()
         logged["metrics/explained_variance_legacy"] = center.item()
@@ -304,7 +310,7 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         """
         base = self.cfg.checkpoint_path if base_path is None else base_path
         self._before_checkpoint()
-        sae, optimizer = self.sae.whole(), self._whole_optimizer()
+        sae, optimizer = self.sae.whole(base), self._whole_optimizer(base)
 
         def save() -> None:
             # SAELens's own trainer saves what it is made of.
@@ -324,39 +330,69 @@ class DistributedTrainer(SAETrainer[Any, Any]):
 
         on_first(self._mesh.world, save)
 
-    def _whole_optimizer(self) -> "_State":
-        """Gather the optimizer's state as one process has it, on the first one."""
+    def _whole_optimizer(self, folder: Path | str | None) -> "_State":
+        """
+        Gather the optimizer's state as one process has it, on the first one.
+
+        Args:
+            folder: As of :meth:`.DataParallelSAE.whole`.
+        """
         sae, state = self.sae, self.optimizer.state_dict()
         names = [name for name, _ in sae.named_parameters()]
         for index, values in state["state"].items():
             state["state"][index] = {
-                key: self._whole_state(names[index], value) if value.dim() else value
+                key: self._whole_state(names[index], value, folder)
+                if value.dim()
+                else value
                 for key, value in values.items()
             }
         return _State(state)
 
-    def _whole_state(self, name: str, value: torch.Tensor) -> torch.Tensor | None:
+    def _whole_state(
+        self, name: str, value: torch.Tensor, folder: Path | str | None
+    ) -> torch.Tensor | None:
         if name in self._slices:
             value = self._slices.whole(name, value)
-        return self.sae.gathered(name, value)
+        return self.sae.gathered(name, value, folder)
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        super().load_trainer_state(checkpoint_path)
+        device, mapped = self.cfg.device, config.load.mmap
+        # The file's own memory, of which each process copies its parts.
+        self.cfg.device, config.load.mmap = "cpu", True
+        hook = self.optimizer.register_load_state_dict_pre_hook(self._parts_of_state)
+        try:
+            super().load_trainer_state(checkpoint_path)
+        finally:
+            hook.remove()
+            self.cfg.device, config.load.mmap = device, mapped
+        for name in ("act_freq_scores", "n_forward_passes_since_fired"):
+            setattr(self, name, getattr(self, name).clone().to(device))
         # SAELens would save one again for each that has been saved.
         done, thresholds = self.n_training_samples, self.checkpoint_thresholds
         self.checkpoint_thresholds = [t for t in thresholds if t >= done]
-        sae = self.sae
-        (group,) = self.optimizer.param_groups
-        names = [name for name, _ in sae.named_parameters()]
-        for name, parameter in zip(names, group["params"], strict=True):
-            values = self.optimizer.state.get(parameter, {})
-            for key, value in values.items():
-                if value.dim():
-                    part = sae.ownership.part(name, value)
-                    if name in self._slices:
-                        part = self._slices.own(name, part).clone()
-                    values[key] = part
+
+    def _parts_of_state(
+        self, _optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """This process's parts of an optimizer's state."""
+        names = [name for name, _ in self.sae.named_parameters()]
+        states = {
+            index: {
+                key: self._part_of_state(names[index], value) if value.dim() else value
+                for key, value in values.items()
+            }
+            for index, values in state_dict["state"].items()
+        }
+        return state_dict | {"state": states}
+
+    def _part_of_state(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        part = self.sae.ownership.part(name, value)
+        if name not in self._slices:
+            return part
+        own = self._slices.own(name, part)
+        # A slice alone would keep all of the part.
+        return own if own is part else own.clone()
 
 
 def _squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:

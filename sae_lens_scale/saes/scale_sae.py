@@ -20,11 +20,11 @@ from .mixture.config import (
     MixtureTrainingSAEConfig,
     require_choice,
 )
-from .mixture.encoding import Encoding
 from .mixture.feature_scaling import DECOMPOSITIONS, DecompositionName, scaled_encoder
 from .mixture.inference import MixtureSAE
 from .mixture.routing import GateName
 from .mixture.selection import TopKOver
+from .mixture.stages import Encoding
 from .mixture.training import Metrics, MixtureTrainingSAE
 
 

@@ -1,11 +1,19 @@
 """Costs of a training step on this process, for tests."""
 
 from collections import Counter
+from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
-from distributed.work import mesh_of, part_of, trainer_config
-from helpers import draw, scale_sae
+from distributed.work import (
+    mesh_of,
+    part_of,
+    scale_sae_of_one_owner,
+    trainer_config,
+)
+from helpers import draw, scale_sae, step_input
+from memory import peak_bytes
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_scale.distributed.sae import distribute
@@ -71,6 +79,32 @@ def cost_of_step(
     }
 
 
+def memory_of_owners(
+    overrides: dict[str, Any], tokens: int, dead: float, folder: Path
+) -> int:
+    """
+    Memory of a forward and backward pass of an SAE whose tokens all choose its last experts.
+
+    Args:
+        overrides: Fields of the SAE's config.
+        tokens: Tokens of each process.
+        dead: Share of each expert's latents that is dead.
+        folder: Folder for traces.
+
+    Returns:
+        The most bytes that this process's allocator holds at once, beyond those before.
+    """
+    mesh = mesh_of(2)
+    sae = distribute(scale_sae_of_one_owner(**overrides), mesh)
+    x = draw(tokens, sae.cfg.d_in).to(sae.dtype)
+    offsets = torch.arange(sae.cfg.d_sae) % sae.cfg.expert_size
+    step = step_input(x, offsets < dead * sae.cfg.expert_size)
+    return peak_bytes(
+        lambda: sae.training_forward_pass(step).loss.backward(),
+        folder / f"{mesh.world.rank}.json",
+    )
+
+
 def state_bytes_of_one(overrides: dict[str, Any]) -> int:
     """The same bytes of one process that trains alone."""
     sae = scale_sae(**overrides)
@@ -81,3 +115,53 @@ def state_bytes_of_one(overrides: dict[str, Any]) -> int:
     )
     trainer.step(draw(96, sae.cfg.d_in).to(sae.dtype))
     return memory[0]
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that is no file's."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (li for li in status.splitlines() if li.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def memory_of_checkpoints(
+    overrides: dict[str, Any], folder: Path
+) -> tuple[int, int, int]:
+    """
+    Memory that saving a checkpoint, and going on from it, needs on this process.
+
+    Args:
+        overrides: Fields of the SAE's config.
+        folder: Folder for the checkpoint.
+
+    Returns:
+        Bytes of its weights; the most bytes, beyond those before, that are no file's while it
+        saves, and while it loads the state of the optimizer.
+    """
+    mesh = mesh_of(2)
+    sae = distribute(scale_sae(**overrides), mesh)
+    x = draw(16, sae.cfg.d_in).to(sae.dtype)
+    trainer = DistributedTrainer(trainer_config(), sae, iter(()))
+    trainer.step(x)
+    peaks = []
+    # Twice: what is made once is none of a checkpoint's.
+    for name in ("0", "1"):
+        for action in (
+            lambda name=name: trainer.save_checkpoint(name, folder),
+            lambda name=name: trainer.load_trainer_state(folder / name),
+        ):
+            if len(peaks) % 2:
+                trainer.optimizer.state.clear()
+            before, samples, done = _anonymous_bytes(), [0], Event()
+
+            def watch(samples: list[int] = samples, done: Event = done) -> None:
+                while not done.wait(0.002):
+                    samples.append(_anonymous_bytes())
+
+            watcher = Thread(target=watch)
+            watcher.start()
+            action()
+            done.set()
+            watcher.join()
+            peaks.append(max(samples) - before)
+    return sum(p.nbytes for p in sae.parameters()), *peaks[2:]

@@ -22,7 +22,7 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_scale.cli import main
-from sae_lens_scale.distributed.sae import DataParallelSAE
+from sae_lens_scale.distributed.data_parallel import DataParallelSAE
 from sae_lens_scale.distributed.trainer import DistributedTrainer
 
 SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP, "term": signal.SIGTERM}

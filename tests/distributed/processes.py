@@ -23,7 +23,9 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _work(rank: int, size: int, port: int, results: Any, tasks: Any) -> None:
+def _work(
+    rank: int, size: int, timeout: timedelta, port: int, results: Any, tasks: Any
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -32,7 +34,7 @@ def _work(rank: int, size: int, port: int, results: Any, tasks: Any) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    dist.init_process_group("gloo", timeout=timeout)
     while (task := tasks.get()) is not None:
         function, arguments = pickle.loads(task)
         try:
@@ -49,15 +51,17 @@ def _work(rank: int, size: int, port: int, results: Any, tasks: Any) -> None:
 class Processes:
     """Processes of one group that run functions of tests, one after the other."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, timeout: timedelta = TIMEOUT):
         # A server imports everything once, and forks all processes.
         context, port = mp.get_context("forkserver"), _free_port()
-        context.set_forkserver_preload(["distributed.work"])
+        context.set_forkserver_preload(["distributed.runners"])
         self._results = context.SimpleQueue()
         self._tasks = [context.SimpleQueue() for _ in range(size)]
         self._processes = [
             context.Process(
-                target=_work, args=(r, size, port, self._results, tasks), daemon=True
+                target=_work,
+                args=(r, size, timeout, port, self._results, tasks),
+                daemon=True,
             )
             for r, tasks in enumerate(self._tasks)
         ]

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from distributed.work import make_runner, mesh_of
+from distributed.runners import make_runner
+from distributed.work import mesh_of
 from helpers import draw, scale_sae, step_input, subclass
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 
-from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
+from sae_lens_scale import ScaleTrainingSAE
 from sae_lens_scale.distributed.runner import DistributedTrainingRunner
 from sae_lens_scale.distributed.sae import distribute
 from sae_lens_scale.saes.mixture.selection import SELECTIONS, Selection
@@ -114,31 +115,10 @@ def of_second_run(model: Path) -> str:
 
 def of_runner(model: Path | str, overrides: dict[str, Any]) -> str:
     """Error of a runner, with some of its arguments and of its config's fields."""
-    overrides = dict(overrides)
-    sae, rows = overrides.pop("sae", {}), overrides.pop("rows", 31)
-    expert_parallel = overrides.pop("expert_parallel", 1)
+    rows = overrides.get("rows", 31)
     text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(rows)]})
-    text = overrides.pop("override_dataset", text)
-    sizes: dict[str, Any] = {"d_in": 32, "d_sae": 128, "num_experts": 4, "k": 8}
-    settings: dict[str, Any] = {
-        "model_class_name": "AutoModelForCausalLM",
-        "model_name": str(model),
-        "hook_name": "model.layers.0",
-        "context_size": 16,
-        "store_batch_size_prompts": 4,
-        "n_batches_in_buffer": 16,
-        "train_batch_size_tokens": 64,
-        "training_tokens": 640,
-        "checkpoint_path": None,
-        "output_path": None,
-        "logger": LoggingConfig(log_to_wandb=False),
-    }
-    if isinstance(sae, dict):
-        sizes |= {"experts_per_token": 2} | sae
-        sae = ScaleTrainingSAEConfig(**sizes)
-    cfg = LanguageModelSAERunnerConfig(sae=sae, **(settings | overrides))
+    settings: dict[str, Any] = {"override_dataset": text} | overrides
+    settings.pop("rows", None)
     return _message(
-        lambda: DistributedTrainingRunner(
-            cfg, override_dataset=text, expert_parallel=expert_parallel
-        )
+        lambda: make_runner(model, settings.pop("override_dataset"), **settings)
     )

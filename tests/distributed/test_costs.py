@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import costs
+from distributed import costs, work
 from distributed.processes import Processes
 
 from benchmarks.cost_model import Assumptions, Layout, Shape, wire_bytes
@@ -97,16 +98,15 @@ def test_shared_experts_travel_no_more_than_none(
 
 
 @pytest.mark.parametrize(
-    ("multi_topk", "dead", "number"),
-    [(False, 0.0, 10), (True, 0.0, 12), (False, 0.125, 12), (True, 0.75, 16)],
+    ("multi_topk", "dead"), [(False, 0.0), (True, 0.0), (False, 0.125), (True, 0.75)]
 )
-def test_collectives_of_a_step(
-    processes: Callable[[int], Processes], multi_topk: bool, dead: float, number: int
+def test_all_that_a_step_learns_from_travels_together(
+    processes: Callable[[int], Processes], multi_topk: bool, dead: float
 ):
     overrides = overrides_of(SHAPE, multi_topk, dead > 0)
     results = processes(2).run(costs.cost_of_step, overrides, 64, 2, dead)
     calls = [result["calls"] for result in results]
-    assert calls[0] == calls[1] and calls[0].total() == number
+    assert calls[0] == calls[1] and calls[0].total() == 10
 
 
 @pytest.mark.parametrize(("expert_parallel", "number"), [(1, 5), (2, 12)])
@@ -138,3 +138,32 @@ def test_memory_is_shared_out_with_the_experts(
     assert one == 4 * 4 * whole
     # Replicas share out gradients and Adam's moments besides.
     assert all(0.5 * most * one < r["memory"] <= most * one for r in results)
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.75])
+def test_an_owner_of_all_tokens_holds_no_more_where_they_have_more_experts(
+    processes: Callable[[int], Processes], dead: float, tmp_path: Path
+):
+    peaks = []
+    for experts_per_token in (2, 8):
+        shape = Shape(256, 1024, 16, experts_per_token, k=4)
+        overrides = overrides_of(shape, True, True)
+        arguments = (costs.memory_of_owners, overrides, 1024, dead, tmp_path)
+        peaks.append(processes(2).run(work.in_parts, 1 << 16, *arguments)[1])
+    # Beside inputs and reconstructions, little for each pair: its best latents' ranking.
+    of_inputs = 2 * 1024 * 256 * 4
+    assert peaks[1] < 1.25 * peaks[0] < 16 * of_inputs
+
+
+def test_no_process_holds_a_whole_checkpoint(
+    processes: Callable[[int], Processes], tmp_path: Path
+):
+    shape = Shape(256, 1 << 16, 512, experts_per_token=2, k=4)
+    results = processes(2).run(
+        costs.memory_of_checkpoints, overrides_of(shape, True, True), tmp_path
+    )
+    for weights, saving, loading in results:
+        # A whole would be six times the part's weights, Adam's moments included.
+        assert saving < 0.5 * weights
+        # The part's own moments stay.
+        assert loading < 2.25 * weights

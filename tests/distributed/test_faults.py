@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cli.runs import train_command
-from distributed import work
+from distributed import runners, work
 from distributed.launch import checkpoints, finish, torchrun
 from distributed.processes import Processes
 from sae_lens import SAE
@@ -130,13 +131,29 @@ def test_without_room_on_the_disk_all_fail_and_earlier_checkpoints_stay(
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
+def test_a_save_may_take_longer_than_any_other_wait():
+    group = Processes(2, timedelta(seconds=3))
+    (first, done), (second, nothing) = group.run(work.wait_for_the_first, 5.0)
+    assert min(first, second) >= 4.5
+    assert (done, nothing) == ("done", None)
+    group.close()
+
+
+def test_the_others_end_soon_when_the_first_process_dies_saving(tmp_path: Path):
+    group = Processes(2)
+    with pytest.raises(AssertionError, match="processes died"):
+        group.run(work.wait_for_a_first_that_dies, tmp_path)
+    group.close()
+    assert float((tmp_path / "seconds").read_text()) < 10
+
+
 @pytest.mark.parametrize("restarts", [[1, 1], [0, 1], [1, 0]], ids=str)
 def test_processes_agree_on_the_checkpoint_where_each_machine_counts_its_restarts(
     processes: Callable[[int], Processes], restarts: list[int], tmp_path: Path
 ):
     for name in ("512", "1024", "final_2048", ".saving-1024"):
         (tmp_path / "job" / name).mkdir(parents=True)
-    found = processes(2).run(work.shared_checkpoints, tmp_path, "job", 3, restarts)
+    found = processes(2).run(runners.shared_checkpoints, tmp_path, "job", 3, restarts)
     assert found == [(str(tmp_path / "job"), str(tmp_path / "job" / "1024"))] * 2
     # A process has died writing it.
     assert not (tmp_path / "job" / ".saving-1024").exists()
@@ -148,24 +165,24 @@ def test_a_run_of_an_earlier_ones_name_has_to_say_that_it_goes_on_from_there(
     arguments = (tmp_path, "job", 3, [0, 0])
     # A run of the name that died before its first checkpoint is in nobody's way.
     (tmp_path / "job" / ".saving-512").mkdir(parents=True)
-    found = processes(2).run(work.shared_checkpoints, *arguments)
+    found = processes(2).run(runners.shared_checkpoints, *arguments)
     assert found == [(str(tmp_path / "job"), None)] * 2
     (tmp_path / "job" / "512").mkdir()
     with pytest.raises(RuntimeError, match="--rdzv-id must be another than job.*/512"):
-        processes(2).run(work.shared_checkpoints, *arguments)
+        processes(2).run(runners.shared_checkpoints, *arguments)
     # It may be about to finish.
     assert (tmp_path / "job" / ".saving-512").exists()
-    found = processes(2).run(work.shared_checkpoints, *arguments, "elsewhere/256")
+    found = processes(2).run(runners.shared_checkpoints, *arguments, "elsewhere/256")
     assert found == [(str(tmp_path / "job"), "elsewhere/256")] * 2
 
 
 def test_processes_that_torchrun_may_restart_need_a_name_of_the_run(
     processes: Callable[[int], Processes], tmp_path: Path
 ):
-    found = processes(2).run(work.shared_checkpoints, tmp_path, "none", 0, [0, 0])
+    found = processes(2).run(runners.shared_checkpoints, tmp_path, "none", 0, [0, 0])
     assert found == [(str(tmp_path / "0"), None)] * 2
     with pytest.raises(RuntimeError, match="--rdzv-id must name the run .* got none"):
-        processes(2).run(work.shared_checkpoints, tmp_path, "none", 1, [0, 0])
+        processes(2).run(runners.shared_checkpoints, tmp_path, "none", 1, [0, 0])
 
 
 def launch(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cache.runs import cache
 from cli.runs import train_command
-from distributed import work
+from distributed import runners
 from distributed.launch import checkpoints, finish, torchrun
 from distributed.processes import Processes
 from sae_lens import SAE, HookedSAETransformer
@@ -62,7 +62,9 @@ def test_every_row_of_the_text_is_read_by_one_process(
 ):
     texts = [f"{i} " * 30 for i in range(31)]
     # Null text is passed over.
-    results = processes(3).run(work.rows_to_read, tiny_llama, [*texts, None], streaming)
+    results = processes(3).run(
+        runners.rows_to_read, tiny_llama, [*texts, None], streaming
+    )
     read = [text for rows, _ in results for text in rows]
     assert sorted(read) == sorted(texts)
     assert all(len(rows) >= 10 for rows, _ in results)
@@ -73,7 +75,7 @@ def test_every_row_of_the_text_is_read_by_one_process(
 def test_an_evaluation_is_the_mean_over_processes(
     processes: Callable[[int], Processes], tiny_llama: Path, expert_parallel: int
 ):
-    first, second = processes(2).run(work.evaluations, tiny_llama, expert_parallel)
+    first, second = processes(2).run(runners.evaluations, tiny_llama, expert_parallel)
     assert first == second
     # After the fourth and the eighth step.
     assert len(first) == 2
@@ -91,13 +93,13 @@ def test_batches_of_a_cache_are_shared_out(
 ):
     folder = tmp_path / "activations"
     cache(folder, tiny_model)
-    (one,) = processes(1).run(work.train_on_cache, folder, 1)
+    (one,) = processes(1).run(runners.train_on_cache, folder, 1)
     settings = {"n_checkpoints": 1, "checkpoint_path": str(tmp_path / "checkpoints")}
-    train = partial(work.train_on_cache, **settings)
+    train = partial(runners.train_on_cache, **settings)
     first, *others = processes(3).run(train, folder, expert_parallel)
     assert others == [None, None]
     torch.testing.assert_close(first, one, atol=1e-6, rtol=1e-5)
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
-    train = partial(work.train_on_cache, resume_from_checkpoint=str(checkpoint))
+    train = partial(runners.train_on_cache, resume_from_checkpoint=str(checkpoint))
     resumed, *_ = processes(3).run(train, folder, expert_parallel)
     torch.testing.assert_close(resumed, first, atol=0, rtol=0)

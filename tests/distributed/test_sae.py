@@ -9,7 +9,7 @@ from distributed import work
 from distributed.processes import Processes
 from helpers import DEAD, draw, step_input
 
-from sae_lens_scale.distributed.exchange import EXPERT_DIMENSIONS
+from sae_lens_scale.distributed.ownership import EXPERT_DIMENSIONS
 
 X = draw(24, 10, seed=1)
 DEFAULT = {"multi_topk_coefficient": 0.5, "aux_loss_coefficient": 0.25}
@@ -24,14 +24,14 @@ def assert_as_one_process(
     x: torch.Tensor = X,
     dead: torch.Tensor | None = DEAD,
     sizes: Sequence[int] | None = None,
+    at_a_time: int = 1 << 24,
 ) -> list[dict[str, Any]]:
     overrides = DEFAULT | (overrides or {})
     sae = work.MAKERS[architecture](**overrides)
     output = sae.training_forward_pass(step_input(x, dead))
     output.loss.backward()
-    results = of_size(size).run(
-        work.training_step, architecture, overrides, x, dead, expert_parallel, sizes
-    )
+    step = (architecture, overrides, x, dead, expert_parallel, sizes)
+    results = of_size(size).run(work.in_parts, at_a_time, work.training_step, *step)
     torch.testing.assert_close(
         torch.cat([r["sae_out"] for r in results]),
         output.sae_out.detach(),
@@ -128,6 +128,23 @@ def test_one_owner_of_all_tokens_experts(
     pairs = [result["sent"].get("gates, gradients", 0) for result in results]
     # Of 24 tokens, two experts each; float64. The owner sends back all but its own.
     assert pairs == [0] * (size - 1) + [(24 - 24 // size) * 2 * 8]
+
+
+@pytest.mark.parametrize(
+    "dead", [None, DEAD, torch.ones(60).bool()], ids=["none", "some", "all"]
+)
+@pytest.mark.parametrize("pairs_at_a_time", [1, 7])
+def test_owners_that_compute_in_parts_compute_the_same(
+    processes: Callable[[int], Processes],
+    pairs_at_a_time: int,
+    dead: torch.Tensor | None,
+):
+    overrides = {"experts_per_token": 3, "num_shared_experts": 1}
+    # Experts are wider than inputs: they have 12 latents.
+    at_a_time = 12 * pairs_at_a_time
+    assert_as_one_process(
+        processes, 2, 2, overrides=overrides, dead=dead, at_a_time=at_a_time
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,41 +4,35 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from cache.runs import cached_config
-from datasets import Dataset, IterableDataset
 from helpers import files_no_larger_than, scale_sae, step_input, switch_sae
-from integration.runs import NORMALIZED, WITHOUT_START
 from sae_lens.config import (
-    LanguageModelSAERunnerConfig,
     LoggingConfig,
     SAETrainerConfig,
 )
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_scale import ScaleTrainingSAE, ScaleTrainingSAEConfig
-from sae_lens_scale.distributed.exchange import EXPERT_DIMENSIONS
-from sae_lens_scale.distributed.groups import Mesh, make_mesh
-from sae_lens_scale.distributed.runner import (
-    DistributedTrainingRunner,
-    share_checkpoints,
-)
+from sae_lens_scale import ScaleTrainingSAE
+from sae_lens_scale.distributed import expert_parallel
+from sae_lens_scale.distributed.groups import Mesh, make_mesh, on_first
+from sae_lens_scale.distributed.ownership import EXPERT_DIMENSIONS
 from sae_lens_scale.distributed.sae import distribute
 from sae_lens_scale.distributed.trainer import DistributedTrainer
+from sae_lens_scale.files import write_whole
 
 
 def scale_sae_of_one_owner(seed: int = 0, **overrides: Any) -> ScaleTrainingSAE:
-    """A Scale SAE whose tokens all choose the last two of its five experts."""
+    """A Scale SAE whose tokens all choose its last experts."""
     sae = scale_sae(seed, **overrides)
     W_router, b_router = (t.detach().clone() for t in sae.applied_router())
     direction = torch.ones(len(b_router), dtype=b_router.dtype) / len(b_router) ** 0.5
-    W_router[:, 3:] += 5 * direction.unsqueeze(-1)
+    W_router[:, -sae.cfg.experts_per_token :] += 5 * direction.unsqueeze(-1)
     sae.set_router(W_router, b_router - 10 * direction)
     return sae
 
@@ -100,6 +94,12 @@ def training_step(
         "sent": dict(mesh.world.sent + mesh.experts.sent),
         "calls": dict(mesh.world.calls + mesh.experts.calls),
     }
+
+
+def in_parts(at_a_time: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Do work with so many numbers of inputs or products made at a time."""
+    with patch.object(expert_parallel, "_AT_A_TIME", at_a_time):
+        return work(*arguments)
 
 
 def omegas_logged(
@@ -304,94 +304,6 @@ def norm_after_clipping(dtype: str, expert_parallel: int) -> tuple[float, float]
     return before, after
 
 
-def make_runner(
-    model: Path,
-    text: Dataset | IterableDataset,
-    expert_parallel: int = 1,
-    **overrides: Any,
-) -> DistributedTrainingRunner:
-    settings: dict[str, Any] = {
-        "model_class_name": "AutoModelForCausalLM",
-        "model_name": str(model),
-        "hook_name": "model.layers.0",
-        "context_size": 16,
-        "store_batch_size_prompts": 4,
-        "n_batches_in_buffer": 16,
-        "train_batch_size_tokens": 64,
-        "training_tokens": 640,
-        "n_checkpoints": 0,
-        "checkpoint_path": None,
-        "output_path": None,
-        "logger": LoggingConfig(log_to_wandb=False),
-    }
-    cfg = LanguageModelSAERunnerConfig(
-        sae=ScaleTrainingSAEConfig(
-            d_in=32, d_sae=128, num_experts=4, experts_per_token=2, k=8
-        ),
-        **(settings | overrides),
-    )
-    return DistributedTrainingRunner(
-        cfg, override_dataset=text, expert_parallel=expert_parallel
-    )
-
-
-def train_on_cache(
-    folder: Path, expert_parallel: int, **overrides: Any
-) -> dict[str, torch.Tensor] | None:
-    """Weights after 20 steps on a cache, on the first process."""
-    torch.manual_seed(0)
-    cfg = cached_config(
-        folder,
-        sae={**NORMALIZED, **WITHOUT_START},
-        training_tokens=20 * 250,
-        # None of the processes' shares of it are equal.
-        train_batch_size_tokens=250,
-        **overrides,
-    )
-    sae = DistributedTrainingRunner(cfg, expert_parallel=expert_parallel).run()
-    return None if sae is None else sae.state_dict()
-
-
-def evaluations(model: Path, expert_parallel: int) -> list[dict[str, Any]]:
-    """Metrics of the evaluations of a run, by topic, as this process logs them."""
-    os.environ["WANDB_MODE"] = "disabled"
-    found = []
-
-    def evaluate(*arguments: Any) -> dict[str, Any]:
-        metrics = DistributedTrainingRunner._evaluate(runner, *arguments)
-        # SAELens adds histograms.
-        found.append(dict(metrics))
-        return metrics
-
-    logger = LoggingConfig(
-        log_to_wandb=True, wandb_log_frequency=1, eval_every_n_wandb_logs=4
-    )
-    text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(400)]})
-    runner = make_runner(
-        model,
-        text,
-        expert_parallel,
-        logger=logger,
-        n_batches_for_norm_estimate=2,
-        eval_batch_size_prompts=2,
-        n_eval_batches=2,
-    )
-    with patch.object(runner, "_evaluate", evaluate):
-        runner.run()
-    return found
-
-
-def rows_to_read(
-    model: Path, texts: list[str | None], streaming: bool
-) -> tuple[list[str], int]:
-    """Texts that this process reads, and the tokens that it gives to a batch."""
-    text = Dataset.from_dict({"text": texts})
-    runner = make_runner(model, text.to_iterable_dataset() if streaming else text)
-    store = runner.activations_store
-    rows: Any = store.dataset
-    return [row["text"] for row in rows], store.train_batch_size_tokens
-
-
 def train_until_error(*arguments: Any) -> dict[str, Any]:
     """The same, of a run that fails: its error and the last step that changed weights."""
     many = make_trainer(*arguments)
@@ -426,27 +338,19 @@ def save_on_full_disk(folder: Path, *arguments: Any) -> str:
     raise AssertionError("saving should fail")
 
 
-def shared_checkpoints(
-    folder: Path,
-    run_id: str,
-    max_restarts: int,
-    restarts: Sequence[int],
-    resume: str | None = None,
-) -> tuple[str, str | None]:
-    """Folder of checkpoints and the one to go on from, after each process's restarts."""
-    world = mesh_of(1).world
-    cfg: Any = SimpleNamespace(
-        checkpoint_path=str(folder / str(world.rank)), resume_from_checkpoint=resume
-    )
-    environment = {
-        "TORCHELASTIC_RUN_ID": run_id,
-        "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
-        "TORCHELASTIC_RESTART_COUNT": str(restarts[world.rank]),
-    }
-    os.environ |= environment
+def wait_for_the_first(seconds: float) -> tuple[float, str | None]:
+    """Seconds that this process waited for the first one's work, and what came of it."""
+    world, start = make_mesh(1, timedelta(seconds=3)).world, time.monotonic()
+    done = on_first(world, lambda: time.sleep(seconds) or "done")
+    # They still understand each other.
+    world.all_reduce(torch.ones(1), "test")
+    return time.monotonic() - start, done
+
+
+def wait_for_a_first_that_dies(folder: Path) -> None:
+    """Have the first process die at work; the others leave a note of their error's time."""
+    world, start = make_mesh(1).world, time.monotonic()
     try:
-        share_checkpoints(cfg, world)
-    finally:
-        for name in environment:
-            del os.environ[name]
-    return cfg.checkpoint_path, cfg.resume_from_checkpoint
+        on_first(world, lambda: os._exit(1))
+    except RuntimeError:
+        write_whole(folder / "seconds", str(time.monotonic() - start))

@@ -1,6 +1,5 @@
 """Memory of a training step: what the active latents need, nothing as wide as d_sae."""
 
-import json
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -8,24 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import scale_sae, step_input, switch_sae
-from torch.profiler import ProfilerActivity, profile
+from memory import peak_bytes
 
 TOKENS, D_IN, D_SAE, K = 4096, 64, 16_384, 8
 # Memory of the part of a batch that is computed at a time.
 SCRATCH = 4 << 20
-
-
-def peak_bytes(function: Any, trace: Path) -> int:
-    """The most that torch's CPU allocator holds at once, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    profiler.export_chrome_trace(str(trace))
-    held = peak = 0
-    for event in json.loads(trace.read_text())["traceEvents"]:
-        if event.get("name") == "[memory]":
-            held += event["args"]["Bytes"]
-            peak = max(peak, held)
-    return peak
 
 
 SIZES: dict[str, Any] = {

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 
-from .selection import Selection
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -31,7 +29,3 @@ class Rows:
     experts: Int[torch.Tensor, "rows experts_per_row"]
     gates: Float[torch.Tensor, "rows experts_per_row"]
     shape: torch.Size
-
-    def adapt(self, selection: Selection) -> Selection:
-        """Adapt a rule of each token to these rows; here a row is a token."""
-        return selection

@@ -1,9 +1,9 @@
 """The forward path of a mixture SAE: input, route, products, select, keep."""
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -26,10 +26,11 @@ from sae_lens_scale.ops import (
 from .config import MixtureSAEConfig, is_integer, require_choice
 from .dispatch import Rows
 from .extension_points import ConfigTopK, is_hooked, is_overridden, pass_copy
-from .feature_scaling import ExpertScaling, expert_scaling
+from .feature_scaling import expert_scaling
 from .files import require_sizes
 from .routing import GATES, Routing, route
 from .selection import SELECTIONS, Candidates, Selection
+from .stages import AppliedEncoder, Chosen, DecoderInput, Encoding, Inputs
 
 # SAELens's run-time activation normalisation leaves these on the SAE between encode
 # and decode.
@@ -38,70 +39,14 @@ _RUN_TIME_NORM_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 T_MIXTURE_CONFIG = TypeVar("T_MIXTURE_CONFIG", bound=MixtureSAEConfig)
 
 
-class Inputs(NamedTuple):
-    """
-    Input of router and encoder.
-
-    Attributes:
-        x: The router's input, normalised, ``[..., d_in]``.
-        b_dec: Decoder bias, which the encoder subtracts, ``[d_in]``; zeros without
-            ``apply_b_dec_to_input``.
-    """
-
-    x: torch.Tensor
-    b_dec: torch.Tensor
-
-
-class DecoderInput(NamedTuple):
-    """
-    Latents of each row that decode together.
-
-    Attributes:
-        coefficients: Multipliers of their decoder rows, ``[rows, m]``: feature activations,
-            divided by decoder norms with rescale_acts_by_decoder_norm.
-        pattern: The latents, for the sparse products.
-    """
-
-    coefficients: torch.Tensor
-    pattern: SparsityPattern
-
-
-class Encoding(NamedTuple):
-    """
-    Everything that encoding a batch computes, compactly.
-
-    Attributes:
-        routing: Experts and gates of each token.
-        rows: Input of everything after the router.
-        applied_W_enc: Encoder vectors that rows are multiplied with, ``[d_in, d_sae]``.
-        scaling: Feature scaling of each row's experts; None without.
-        all_pre_acts: Pre-activations of all candidates, before decoder norms,
-            ``[rows, e, n]``; None unless asked for.
-        latents: Surviving latents and their feature activations, ``[..., k]``; a row each.
-        pre_acts: Their pre-activations before any gate, ``[..., k]``, times decoder norms
-            if TopK ranks with these.
-        survivors: The same latents for the decoder.
-        runners_up: Latents next in rank for the decoder; None unless asked for.
-    """
-
-    routing: Routing
-    rows: Rows
-    applied_W_enc: torch.Tensor
-    scaling: ExpertScaling | None
-    all_pre_acts: torch.Tensor | None
-    latents: SparseLatents
-    pre_acts: torch.Tensor
-    survivors: DecoderInput
-    runners_up: DecoderInput | None
-
-
 class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
     """
     Encoder of a mixture SAE; :class:`.MixtureSAE` describes its hooks.
 
-    Two methods are seams, for subclasses that work otherwise: :meth:`selection` (which
-    candidates survive) and :meth:`dispatch` (which rows a token has), whose counterpart is
-    :meth:`.MixtureSAE.combine`.
+    Three methods are seams, for subclasses that work otherwise: :meth:`selection` (which
+    candidates survive), :meth:`dispatch` (which rows a token has), whose counterpart is
+    :meth:`.MixtureSAE.combine`, and :meth:`choose` (how a token's rows are asked for their
+    candidates).
 
     In shapes ``rows`` counts rows (tokens, unless ``dispatch`` is overridden), ``e`` experts
     of a row, ``n`` latents of an expert and ``m`` latents of a row that are kept. Positions
@@ -214,57 +159,38 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
         routing = self._route(inputs.x)
         rows = self.dispatch(inputs, routing)
 
-        # Products.
+        # Products and select.
         W_enc, omega = self._applied_encoder()
         norms = decoder_norm(self.W_dec) if cfg.rescale_acts_by_decoder_norm else None
-        watched = with_all_pre_acts or is_hooked(self.hook_sae_acts_pre)
-        with torch.set_grad_enabled(watched and torch.is_grad_enabled()):
-            products = grouped_encode(
-                rows.x - rows.b_dec, W_enc, rows.experts, self.num_held_experts
-            )
-            means = scaling = None
-            if omega is not None:
-                means = products.mean(dim=-1)
-                scaling = expert_scaling(omega, rows.experts, means)
-        candidates = Candidates(
-            products,
-            rows.experts,
-            rows.gates,
-            b_enc=self._by_expert(self.b_enc),
-            norms=None if norms is None else self._by_expert(norms),
-            scaling=scaling,
-        )
-
-        # Select.
+        encoder = AppliedEncoder(W_enc, omega, norms)
         sizes = (self._k, self._k + runners_up) if runners_up else (self._k,)
-        selection = rows.adapt(self.selection())
-        all_pre_acts = None
+        watched = with_all_pre_acts or is_hooked(self.hook_sae_acts_pre)
+        all_pre_acts = scaling = None
         if watched:
+            candidates, _ = self._candidates(rows, encoder)
+            scaling = candidates.scaling
             all_pre_acts = self._hook_pre_acts(candidates.pre_acts(), rows)
-            selected = candidates.select(all_pre_acts, selection, sizes)
+            selected = candidates.select(all_pre_acts, self.selection(), sizes)
+            pre_acts = all_pre_acts.flatten(1).gather(1, selected.positions)
         else:
-            selected = candidates.select_in_parts(selection, sizes)
+            selected, pre_acts, means = self.choose(rows, encoder, sizes)
         slots = selected.positions // cfg.expert_size
         offsets = selected.positions % cfg.expert_size
         indices = rows.experts.gather(1, slots) * cfg.expert_size + offsets
         pattern = self._pattern(indices, selected.mask)
 
         # Keep.
-        if all_pre_acts is not None:
-            pre_acts = all_pre_acts.flatten(1).gather(1, selected.positions)
-        else:
-            pre_acts = products.flatten(1).gather(1, selected.positions)
+        if not watched:
             if torch.is_grad_enabled():
                 experts = SparsityPattern(rows.experts, self.num_held_experts)
                 pre_acts, means = encoder_products(
                     rows.x, rows.b_dec, W_enc, pre_acts, means, pattern, experts
                 )
-                if omega is not None and means is not None:
-                    scaling = expert_scaling(omega, rows.experts, means)
             bias = lookup(self.b_enc, indices)
-            if scaling is None:
+            if omega is None or means is None:
                 pre_acts = pre_acts + bias
             else:
+                scaling = expert_scaling(omega, rows.experts, means)
                 pre_acts = scaling.apply(pre_acts, bias, slots)
         # ReLU before the gate: -inf * 0 would be NaN.
         gates = rows.gates.to(pre_acts.dtype).gather(1, slots)
@@ -300,6 +226,49 @@ class MixtureEncoder(SAE[T_MIXTURE_CONFIG], ABC):
             survivors=survivors,
             runners_up=others,
         )
+
+    @torch.no_grad()
+    def choose(
+        self, rows: Rows, encoder: AppliedEncoder, sizes: Sequence[int]
+    ) -> Chosen:
+        """
+        Choose the candidates of each row that its token keeps.
+
+        Args:
+            rows: The rows.
+            encoder: What they are multiplied and ranked with.
+            sizes: Numbers of candidates that a token keeps, ascending; see
+                :class:`.Selection`.
+
+        Returns:
+            The candidates, without a gradient.
+        """
+        candidates, means = self._candidates(rows, encoder)
+        selected = candidates.select_in_parts(self.selection(), sizes)
+        products = candidates.products.flatten(1).gather(1, selected.positions)
+        return Chosen(selected, products, means)
+
+    def _candidates(
+        self, rows: Rows, encoder: AppliedEncoder
+    ) -> tuple[Candidates, torch.Tensor | None]:
+        """All candidates of rows, and the mean product of each expert, ``[rows, e]``."""
+        W_enc, omega, norms = encoder
+        products = grouped_encode(
+            rows.x - rows.b_dec, W_enc, rows.experts, self.num_held_experts
+        )
+        means = scaling = None
+        if omega is not None:
+            means = products.mean(dim=-1)
+            scaling = expert_scaling(omega, rows.experts, means)
+        candidates = Candidates(
+            products,
+            rows.experts,
+            rows.gates,
+            b_enc=self._by_expert(self.b_enc),
+            norms=None if norms is None else self._by_expert(norms),
+            scaling=scaling,
+        )
+        return candidates, means
 
     @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:

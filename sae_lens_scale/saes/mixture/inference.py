@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from sae_lens_scale.ops import (
 from sae_lens_scale.upstream import _disable_hooks
 
 from .dispatch import Rows
-from .encoding import T_MIXTURE_CONFIG, DecoderInput, Encoding, MixtureEncoder
+from .encoding import T_MIXTURE_CONFIG, MixtureEncoder
 from .extension_points import is_hooked, is_overridden
 from .files import require_tensors
 from .routing import Routing
+from .stages import DecoderInput, Encoding
 
 
 class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
@@ -127,7 +129,9 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         if not self._encodes_compactly() or is_overridden(self, "decode"):
             return self.decode(self.encode(x))
         encoding = self._encode(x)
-        return self._finish_decoding(self._recons_of(encoding, encoding.survivors))
+        partial = self._partial_recons(encoding.survivors)
+        (recons,) = self._recons_of(encoding, [partial])
+        return self._finish_decoding(recons)
 
     def _encodes_compactly(self) -> bool:
         """Say whether encode returns what ``_encode`` finds: no hook or override changes it."""
@@ -187,11 +191,23 @@ class MixtureSAE(MixtureEncoder[T_MIXTURE_CONFIG], ABC):
         """
         return partial
 
-    def _recons_of(self, encoding: Encoding, latents: DecoderInput) -> torch.Tensor:
-        """Sum of the latents' decoder rows, without bias, ``[..., d_out]``."""
-        partial = sparse_decode(latents.coefficients, self.W_dec, latents.pattern)
-        recons = self.combine(partial, encoding.rows)
-        return recons.view(*encoding.routing.indices.shape[:-1], recons.shape[-1])
+    def _combine_together(
+        self, partial: Sequence[torch.Tensor], rows: Rows
+    ) -> Sequence[torch.Tensor]:
+        """Combine several results, of any widths."""
+        return [self.combine(p, rows) for p in partial]
+
+    def _partial_recons(self, latents: DecoderInput) -> torch.Tensor:
+        """Sum of the latents' decoder rows, without bias, ``[rows, d_out]``."""
+        return sparse_decode(latents.coefficients, self.W_dec, latents.pattern)
+
+    def _recons_of(
+        self, encoding: Encoding, partial: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Reconstructions ``[..., d_out]``, from those of rows, ``[rows, d_out]``."""
+        shape = encoding.routing.indices.shape[:-1]
+        combined = self._combine_together(partial, encoding.rows)
+        return [recons.view(*shape, recons.shape[-1]) for recons in combined]
 
     def _finish_decoding(self, recons: torch.Tensor) -> torch.Tensor:
         recons = self.hook_sae_recons(recons + self.b_dec)

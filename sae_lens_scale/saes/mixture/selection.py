@@ -134,10 +134,14 @@ class Candidates:
         self, pre_acts: torch.Tensor, selection: Selection, sizes: Sequence[int]
     ) -> Selected:
         """Survivors among candidates of these pre-activations, which may be edited ones."""
-        if self.norms is not None:
-            pre_acts = pre_acts * self.norms[self.experts]
-        ranking = selection.rank(pre_acts, self.gates.to(pre_acts.dtype))
+        ranking = selection.rank(
+            self.with_norms(pre_acts), self.gates.to(pre_acts.dtype)
+        )
         return selection.select(ranking.flatten(1), sizes)
+
+    def with_norms(self, pre_acts: torch.Tensor) -> torch.Tensor:
+        """Pre-activations times the decoder norms that they are ranked with."""
+        return pre_acts if self.norms is None else pre_acts * self.norms[self.experts]
 
     @torch.no_grad()
     def select_in_parts(self, selection: Selection, sizes: Sequence[int]) -> Selected:

@@ -16,32 +16,15 @@ from sae_lens.saes.sae import (
 from typing_extensions import override
 
 from sae_lens_scale.files import replacing_files
-from sae_lens_scale.ops import (
-    decoder_norm,
-    grouped_decode,
-    grouped_encode,
-    index_select,
-    lookup,
-)
+from sae_lens_scale.ops import decoder_norm
 from sae_lens_scale.upstream import _disable_hooks
 
-from .batch import BatchSAE
-from .dead_latents import (
-    DeadLatents,
-    dead_by_expert,
-    dead_latent_loss,
-    find_dead,
-    strongest_dead,
-)
-from .encoding import Encoding
+from .dead_latents import DeadLatents, dead_by_expert, dead_latent_loss
 from .extension_points import is_hooked, is_overridden
+from .learning import LearningRecons, LearningSAE
 from .routing import load_balance_loss
-from .selection import Candidates
+from .stages import Encoding
 from .start import T_MIXTURE_TRAINING_CONFIG
-
-# Of Gao et al. 2024, section 5.3.1.
-MULTI_TOPK_FACTOR = 4
-
 
 # As TrainStepOutput types them.
 Metrics: TypeAlias = dict[
@@ -57,14 +40,16 @@ class LossInput(NamedTuple):
         sae_in: The batch, ``[tokens, d_in]``.
         encoding: Its encoding.
         dead: The dead latents; None if no loss asks for them.
+        recons: Reconstructions by all latents that learn.
     """
 
     sae_in: torch.Tensor
     encoding: Encoding
     dead: DeadLatents | None
+    recons: LearningRecons
 
 
-class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
+class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
     """Training of a mixture-of-experts SAE."""
 
     # Each routed expert's share of the selections in the last step that was logged.
@@ -157,6 +142,7 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             # The losses need an encoding of ours; hooks have seen the subclass's.
             with _disable_hooks(self), self._keep_run_time_norm_state():
                 encoding = self._encode(x, self._num_runners_up)
+            recons = self._learning_recons(encoding, dead)
         elif (
             not self.cfg.use_sparse_activations
             or is_hooked(self.hook_sae_acts_post)
@@ -165,17 +151,19 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             encoding = self._encode(x, self._num_runners_up, with_all_pre_acts=True)
             feature_acts, hidden_pre = self._hidden_pre_of(encoding)
             sae_out = self.decode(feature_acts)
+            recons = self._learning_recons(encoding, dead)
         else:
             encoding = self._encode(x, self._num_runners_up)
             feature_acts = encoding.latents.to_coo(
                 self.num_held_experts * self.cfg.expert_size
             )
             hidden_pre = encoding.pre_acts
-            recons = self._recons_of(encoding, encoding.survivors)
-            sae_out = self._finish_decoding(recons)
+            recons = self._learning_recons(encoding, dead, encoding.survivors)
+            assert recons.survivors is not None
+            sae_out = self._finish_decoding(recons.survivors)
         errors = self.mse_loss_fn(sae_out, self.target(step_input))
         losses = {"mse_loss": self.batch_mean(errors.sum(dim=-1).flatten())}
-        with self._losses_of(LossInput(x, encoding, dead)):
+        with self._losses_of(LossInput(x, encoding, dead, recons)):
             losses |= self.calculate_aux_loss(
                 step_input, feature_acts, hidden_pre, sae_out
             )
@@ -192,12 +180,6 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             losses=losses,
             metrics=metrics,
         )
-
-    def _find_dead(self, mask: torch.Tensor | None) -> DeadLatents | None:
-        """Dead latents, if there is a mask of them and a loss for them."""
-        if mask is None or not self.cfg.aux_loss_coefficient:
-            return None
-        return find_dead(mask, self.cfg.num_experts, self.cfg.expert_size)
 
     @contextmanager
     def _losses_of(self, current: LossInput) -> Iterator[None]:
@@ -235,8 +217,9 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
             dead = self._find_dead(step_input.dead_neuron_mask)
             with self._keep_run_time_norm_state():
                 encoding = self._encode(sae_in, self._num_runners_up)
-            current = LossInput(sae_in, encoding, dead)
-        encoding = current.encoding
+            recons = self._learning_recons(encoding, dead)
+            current = LossInput(sae_in, encoding, dead, recons)
+        _, encoding, _, recons = current
         losses: dict[str, torch.Tensor] = {}
         if cfg.load_balance_coefficient:
             p = encoding.routing.probabilities.reshape(-1, cfg.num_experts)
@@ -255,20 +238,13 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 )
         if cfg.multi_topk_coefficient:
             wider = sae_out
-            if encoding.runners_up is not None:
-                wider = sae_out + self._recons_of(encoding, encoding.runners_up)
+            if recons.runners_up is not None:
+                wider = sae_out + recons.runners_up
             errors = self.mse_loss_fn(wider, self.target(step_input))
             losses["multi_topk_loss"] = cfg.multi_topk_coefficient * self.batch_mean(
                 errors.sum(dim=-1).flatten()
             )
         return losses
-
-    @property
-    def _num_runners_up(self) -> int:
-        """Number of latents beyond k that a training step needs."""
-        if not self.cfg.multi_topk_coefficient:
-            return 0
-        return (MULTI_TOPK_FACTOR - 1) * self._k
 
     def calculate_topk_aux_loss(
         self,
@@ -295,77 +271,34 @@ class MixtureTrainingSAE(BatchSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
                 not by calculate_aux_loss, by an SAE whose target is another than its input.
         """
         cfg, current = self.cfg, self._current
-        dead = current.dead if current is not None else None
-        if dead is None or dead.mask is not dead_neuron_mask:
+        dead = None if current is None else current.dead
+        if current is None or dead is None or dead.mask is not dead_neuron_mask:
+            # Of another mask than the step's.
             dead = self._find_dead(dead_neuron_mask)
-        if dead is None or not dead.most.read():
-            return sae_out.new_zeros(())
-        if current is not None:
-            encoding = current.encoding
-        elif is_overridden(self, "target"):
-            raise ValueError(
-                "calculate_topk_aux_loss needs the encoding of the SAE's input: "
-                "call calculate_aux_loss instead"
-            )
+            if dead is None or not dead.most.read():
+                return sae_out.new_zeros(())
+            if current is not None:
+                encoding = current.encoding
+            elif is_overridden(self, "target"):
+                raise ValueError(
+                    "calculate_topk_aux_loss needs the encoding of the SAE's input: "
+                    "call calculate_aux_loss instead"
+                )
+            else:
+                with self._keep_run_time_norm_state():
+                    encoding = self._encode(sae_in)
+            alone = encoding._replace(runners_up=None)
+            recons = self._learning_recons(alone, dead).dead
         else:
-            with self._keep_run_time_norm_state():
-                encoding = self._encode(sae_in)
-        rows = encoding.rows
-        # Of all experts, so that their number of positions does not depend on those held.
-        offsets, is_dead = (self._held(t) for t in dead.offsets())
-        first = torch.arange(len(offsets), device=offsets.device) * cfg.expert_size
-        latents = first.unsqueeze(-1) + offsets
-        pre_acts = self._dead_pre_acts(encoding, offsets, latents)
-        taken = is_dead = is_dead[rows.experts]
-        size = max(1, sae_out.shape[-1] // 2)
-        selection = rows.adapt(self.selection())
-        # A rule of each token alone leaves none out where there are no more than that.
-        if not selection.per_token or pre_acts.shape[1:].numel() > size:
-            ranking = pre_acts.detach()
-            if cfg.rescale_acts_by_decoder_norm:
-                norms = decoder_norm(self.W_dec.detach())[latents]
-                ranking = ranking * norms[rows.experts]
-            taken = strongest_dead(ranking, is_dead, size, selection)
-        gates = rows.gates.to(pre_acts.dtype).unsqueeze(-1)
-        acts = torch.where(taken, pre_acts, 0) * gates
-        W_dec = index_select(self.W_dec, 0, latents.flatten(), self._gradient_memory)
-        recons = grouped_decode(acts, W_dec, rows.experts, self.num_held_experts)
+            encoding, recons = current.encoding, current.recons.dead
+        if recons is None:
+            return sae_out.new_zeros(())
         residual = (sae_in - sae_out).detach().reshape(-1, sae_out.shape[-1])
         experts = encoding.routing.indices.reshape(-1, cfg.experts_per_token)
         num_dead = dead.by_expert.sum(dim=-1)[experts].sum(dim=-1)
-        errors = dead_latent_loss(self.combine(recons, rows), residual, num_dead, size)
+        recons = recons.reshape(residual.shape)
+        errors = dead_latent_loss(recons, residual, num_dead, self._most_dead)
         return cfg.aux_loss_coefficient * self.batch_mean(errors)
-
-    def _dead_pre_acts(
-        self, encoding: Encoding, offsets: torch.Tensor, latents: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        Pre-activations of the dead latents of each row's experts, ``[rows, e, most_dead]``.
-
-        Args:
-            encoding: The batch's encoding.
-            offsets: Positions within each expert, ``[num_experts, most_dead]``.
-            latents: Positions among all latents, likewise.
-        """
-        rows, num_experts = encoding.rows, self.num_held_experts
-        if encoding.all_pre_acts is not None:
-            return encoding.all_pre_acts.gather(-1, offsets[rows.experts])
-        W_enc = index_select(
-            encoding.applied_W_enc, 1, latents.flatten(), self._gradient_memory
-        )
-        # As in route: the gradient of b_dec comes from a term that is zero.
-        b_dec = rows.b_dec.detach()
-        products = grouped_encode(rows.x - b_dec, W_enc, rows.experts, num_experts)
-        shift = ((b_dec - rows.b_dec) @ W_enc).view_as(latents)
-        dead = Candidates(
-            products + lookup(shift, rows.experts),
-            rows.experts,
-            rows.gates,
-            b_enc=lookup(self.b_enc, latents),
-            norms=None,
-            scaling=encoding.scaling,
-        )
-        return dead.pre_acts()
 
     @torch.no_grad()
     def _metrics(self, step_input: TrainStepInput, encoding: Encoding) -> Metrics:
