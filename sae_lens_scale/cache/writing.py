@@ -5,8 +5,6 @@ The model reads a text as in training (SAELens's store makes the contexts), and 
 are written in the order of the text, in shards: nothing is shuffled before it is read.
 """
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import save_file
@@ -31,6 +30,7 @@ from .manifest import read_manifest, require_source, source_of, write_manifest
 from .reading import map_shard, map_shards, read_ahead
 
 _SHARD_POSITIONS = 2**15
+_LOCK = ".lock"
 # Of a value in bfloat16, and of a token id.
 _VALUE_BYTES, _ID_BYTES = 2, 4
 
@@ -99,7 +99,7 @@ def _manifest(cfg: LanguageModelSAERunnerConfig[Any], folder: Path) -> dict[str,
     """Read the manifest of a folder to cache into, or make one where there is none."""
     manifest = read_manifest(folder)
     if manifest is None:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(f.name != _LOCK for f in folder.iterdir()):
             raise ValueError(
                 f"cached_activations_path {folder} must be empty, or hold a cache to go on "
                 "with, got other files"
@@ -125,18 +125,18 @@ def _holds(folder: Path, tokens: int, wanted: int) -> bool:
 def _writing_alone(folder: Path) -> Iterator[None]:
     """Keep other processes from caching into a folder, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / _LOCK)
     try:
-        try:
-            # Released by the system, however the process ends.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"cached_activations_path {folder} is being written by another process"
-            ) from error
+        # Released by the system, however the process ends.
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"cached_activations_path {folder} is being written by another process"
+        ) from error
+    try:
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def cache_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:

@@ -1,6 +1,5 @@
 """Caching: what is kept, what it costs, and how it survives interruptions."""
 
-import fcntl
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import pytest
 import torch
 from cache.runs import TOKENS, cache, cached_config, text
 from datasets import Dataset
+from filelock import FileLock
 from sae_lens import HookedSAETransformer
 from sae_lens.training.activations_store import ActivationsStore
 
@@ -113,12 +113,10 @@ def test_two_processes_do_not_mix_their_activations(
         ValueError, match="hook_name must be 'blocks.0.hook_resid_post'"
     ):
         cache_activations(other, text(), tiny_model)
-    # A lock of another descriptor is as that of another process.
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="is being written by another process"):
+    refused = pytest.raises(ValueError, match="is being written by another process")
+    # One of this process, of another descriptor, is as that of another process.
+    with FileLock(tmp_path / ".lock"), refused:
         cache(tmp_path, tiny_model)
-    os.close(descriptor)
     assert cache(tmp_path, tiny_model) >= TOKENS
 
 
