@@ -39,6 +39,12 @@ class Args:
     output: Path | None = None  # JSON; benchmarks/results/gpu.json
 
     def __post_init__(self) -> None:
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device must be one of torch's, got {self.device}"
+            ) from error
         if self.quick:
             self.batch, self.d_in, self.d_sae, self.k = 4, 16, 256, 2
             self.repeats = 1

@@ -163,6 +163,11 @@ def test_gpu_goes_on_where_it_was_killed_and_reports_a_wrong_kernel(tmp_path: Pa
     assert "Triton" in record["results"]["kernels"]["latent_sums, 4/2, float32"]
 
 
+def test_gpu_refuses_a_device_that_torch_does_not_know():
+    _, errors = gpu("--device", "nonsense").communicate()
+    assert errors == "gpu.py: error: device must be one of torch's, got nonsense\n"
+
+
 def test_gpu_ends_at_once_without_a_gpu():
     process = gpu(CUDA_VISIBLE_DEVICES="")
     shown, complaint = process.communicate()

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 T = TypeVar("T")
 
@@ -131,9 +131,21 @@ def read_ahead(source: Iterator[T]) -> Iterator[T]:
 
 
 def map_shard(file: Path) -> dict[str, torch.Tensor]:
-    """Map ``activations [tokens, d_in]`` and ``token_ids [tokens]`` of a file into memory."""
-    with safe_open(file, "pt") as shard:
-        return {name: shard.get_tensor(name) for name in ("activations", "token_ids")}
+    """
+    Map ``activations [tokens, d_in]`` and ``token_ids [tokens]`` of a file into memory.
+
+    Raises:
+        ValueError: If it is damaged; the text names the file.
+    """
+    try:
+        with safe_open(file, "pt") as shard:
+            return {
+                name: shard.get_tensor(name) for name in ("activations", "token_ids")
+            }
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged, or no shard: {error}; without it, cache again"
+        ) from error
 
 
 def map_shards(folder: Path) -> list[dict[str, torch.Tensor]]:

@@ -68,7 +68,7 @@ def cached_batches(
         those that it would have read.
 
     Raises:
-        ValueError: If a shard is missing.
+        ValueError: If a shard is missing, or damaged.
     """
     folder = Path(str(cfg.cached_activations_path))
     manifest = read_manifest(folder)
@@ -78,7 +78,7 @@ def cached_batches(
     if found < tokens:
         raise ValueError(
             f"cached_activations_path {folder} must hold {tokens} tokens, got {found}: a "
-            "shard is missing"
+            "shard is missing; cache again, to make it anew"
         )
     (buffer,) = buffer_argument(1)
     windows = Activations(shards, tokens).windows(

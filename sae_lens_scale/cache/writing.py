@@ -6,6 +6,8 @@ are written in the order of the text, in shards: nothing is shuffled before it i
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from importlib.metadata import version
 from itertools import islice
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import save_file
@@ -24,9 +27,10 @@ from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import input_device
 
 from .manifest import read_manifest, require_source, source_of, write_manifest
-from .reading import map_shard, read_ahead
+from .reading import map_shard, map_shards, read_ahead
 
 _SHARD_POSITIONS = 2**15
+_LOCK = ".lock"
 # Of a value in bfloat16, and of a token id.
 _VALUE_BYTES, _ID_BYTES = 2, 4
 
@@ -55,17 +59,47 @@ def cache_activations(
         Number of tokens in the cache, those left out (``exclude_special_tokens``) not counted.
 
     Raises:
-        ValueError: As the runner; if the folder holds something else, activations of other
-            settings, or of another text.
+        ValueError: As the runner; if the folder holds something else, a damaged shard, or
+            activations of other settings or of another text; if another process writes there.
         OSError: If the folder cannot be written into, or there is no room for the cache.
     """
     if cfg.cached_activations_path is None:
         raise ValueError("cached_activations_path must name a folder, got None")
     folder = Path(cfg.cached_activations_path)
     require_writable("cached_activations_path", folder)
+    manifest = _manifest(cfg, folder)
+    if _holds(folder, manifest["tokens"], cfg.training_tokens):
+        return manifest["tokens"]
+    _require_room(cfg, folder)
+    live = copy(cfg)
+    live.use_cached_activations = False
+    live.resume_from_checkpoint = None
+    store = InterruptibleTrainingRunner(
+        live, override_dataset, override_model
+    ).activations_store
+    with _writing_alone(folder):
+        # Another process may have written while the model was loaded.
+        manifest = _manifest(cfg, folder)
+        write_manifest(folder, manifest)
+        tokens = write_shards(
+            store,
+            folder,
+            max(cfg.training_tokens, manifest["tokens"]),
+            cfg.store_batch_size_prompts,
+        )
+        if not tokens:
+            raise ValueError(
+                f"dataset_path {cfg.dataset_path} must hold tokens, got none"
+            )
+        write_manifest(folder, {**manifest, "tokens": tokens})
+    return tokens
+
+
+def _manifest(cfg: LanguageModelSAERunnerConfig[Any], folder: Path) -> dict[str, Any]:
+    """Read the manifest of a folder to cache into, or make one where there is none."""
     manifest = read_manifest(folder)
     if manifest is None:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(f.name != _LOCK for f in folder.iterdir()):
             raise ValueError(
                 f"cached_activations_path {folder} must be empty, or hold a cache to go on "
                 "with, got other files"
@@ -77,23 +111,32 @@ def cache_activations(
             "versions": {name: version(name) for name in versions},
         }
     require_source(cfg, folder, manifest)
-    if manifest["tokens"] >= cfg.training_tokens:
-        return manifest["tokens"]
-    _require_room(cfg, folder)
-    live = copy(cfg)
-    live.use_cached_activations = False
-    live.resume_from_checkpoint = None
-    store = InterruptibleTrainingRunner(
-        live, override_dataset, override_model
-    ).activations_store
-    write_manifest(folder, manifest)
-    tokens = write_shards(
-        store, folder, cfg.training_tokens, cfg.store_batch_size_prompts
-    )
-    if not tokens:
-        raise ValueError(f"dataset_path {cfg.dataset_path} must hold tokens, got none")
-    write_manifest(folder, {**manifest, "tokens": tokens})
-    return tokens
+    return manifest
+
+
+def _holds(folder: Path, tokens: int, wanted: int) -> bool:
+    """Say whether a cache has the tokens that are wanted, and no shard is missing."""
+    if tokens < wanted:
+        return False
+    return sum(len(shard["token_ids"]) for shard in map_shards(folder)) >= tokens
+
+
+@contextmanager
+def _writing_alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from caching into a folder, which is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        # Released by the system, however the process ends.
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"cached_activations_path {folder} is being written by another process"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def cache_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
@@ -109,8 +152,8 @@ def _require_room(cfg: LanguageModelSAERunnerConfig[Any], folder: Path) -> None:
     free = shutil.disk_usage(existing).free
     if missing > free:
         raise OSError(
-            f"cached_activations_path {folder} must have room for {missing / 1e9:,.1f} GB, "
-            f"got {free / 1e9:,.1f} GB"
+            f"cached_activations_path {folder} must have room for {missing / 1e9:,.3f} GB, "
+            f"got {free / 1e9:,.3f} GB"
         )
 
 

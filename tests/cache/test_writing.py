@@ -12,6 +12,7 @@ import pytest
 import torch
 from cache.runs import TOKENS, cache, cached_config, text
 from datasets import Dataset
+from filelock import FileLock
 from sae_lens import HookedSAETransformer
 from sae_lens.training.activations_store import ActivationsStore
 
@@ -82,6 +83,43 @@ def test_an_interrupted_cache_goes_on_with_the_next_shard_and_may_grow(
     assert torch.equal(activations_in(folder)[:tokens], activations_in(whole))
 
 
+def test_a_missing_shard_is_made_anew(tiny_model: HookedSAETransformer, tmp_path: Path):
+    tokens = cache(tmp_path, tiny_model)
+    before = activations_in(tmp_path)
+    shard = tmp_path / "00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{re.escape(str(shard))} is damaged"):
+        cache(tmp_path, tiny_model)
+    shard.unlink()
+    # Fewer tokens are asked for than it has: all of them come back.
+    assert cache(tmp_path, tiny_model, 600) == tokens
+    assert torch.equal(activations_in(tmp_path), before)
+
+
+def test_two_processes_do_not_mix_their_activations(
+    tiny_model: HookedSAETransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make = writing.InterruptibleTrainingRunner
+    other = cached_config(tmp_path, hook_name="blocks.1.hook_resid_post")
+
+    def while_another_begins(*arguments: Any) -> Any:
+        runner = make(*arguments)
+        monkeypatch.setattr(writing, "InterruptibleTrainingRunner", make)
+        cache(tmp_path, tiny_model, 600)
+        return runner
+
+    monkeypatch.setattr(writing, "InterruptibleTrainingRunner", while_another_begins)
+    with pytest.raises(
+        ValueError, match="hook_name must be 'blocks.0.hook_resid_post'"
+    ):
+        cache_activations(other, text(), tiny_model)
+    refused = pytest.raises(ValueError, match="is being written by another process")
+    # One of this process, of another descriptor, is as that of another process.
+    with FileLock(tmp_path / ".lock"), refused:
+        cache(tmp_path, tiny_model)
+    assert cache(tmp_path, tiny_model) >= TOKENS
+
+
 def test_a_short_text_is_kept_whole(tiny_model: HookedSAETransformer, tmp_path: Path):
     cfg = cached_config(tmp_path, training_tokens=10**6)
     tokens = cache_activations(cfg, text().select(range(5)), tiny_model)
@@ -106,7 +144,7 @@ def test_what_cannot_be_cached_is_refused(
     no_room = lambda path: SimpleNamespace(free=1_000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", no_room)
-        refused("must have room for 0.0 GB, got 0.0 GB", OSError)
+        refused("must have room for 0.000 GB, got 0.000 GB", OSError)
     (tmp_path / "other").touch()
     refused("must be empty, or hold a cache to go on with, got other files")
     os.remove(tmp_path / "other")
