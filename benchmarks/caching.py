@@ -33,7 +33,7 @@ from simple_parsing import parse
 from tables import caching_tables
 
 from examples.train_scale_smollm2 import DemoConfig, runner_configs
-from sae_lens_scale.cache.store import cached_batches
+from sae_lens_scale.cache.store import cached_batches, cached_tokens
 from sae_lens_scale.cache.writing import cache_activations
 from sae_lens_scale.loading.smollm2 import smollm2_folder
 from sae_lens_scale.loading.text import load_text
@@ -149,7 +149,9 @@ class Work:
 
     def read(self, watch: Stopwatch) -> int:
         """Read the cache as training does."""
-        batches = cached_batches(self.cfg, self.cfg.sae, slice(None))
+        batches = cached_batches(
+            self.cfg, self.cfg.sae, slice(None), cached_tokens(self.cfg)
+        )
         watch.lap("set-up")
         # Ten epochs.
         tokens = sum(

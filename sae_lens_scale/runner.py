@@ -27,6 +27,7 @@ from sae_lens_scale.cache.store import (
     CachedActivationsStore,
     NoModel,
     cached_batches,
+    cached_tokens,
     no_text,
 )
 from sae_lens_scale.files import read_json, write_whole
@@ -247,7 +248,10 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             self.model, live, override_dataset=self.activations_store.dataset
         )
         assert isinstance(store, CachedActivationsStore)
-        store.batches = cached_batches(self.cfg, self.sae.cfg, self._share_of_batch())
+        store.tokens = cached_tokens(self.cfg)
+        store.batches = cached_batches(
+            self.cfg, self.sae.cfg, self._share_of_batch(), store.tokens
+        )
         return store
 
     def _share_of_batch(self) -> slice:

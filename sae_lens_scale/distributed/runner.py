@@ -272,7 +272,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
         if checkpoint_path is not None:
-            state = {_ROWS: torch.tensor(self._rows_read)}
+            state = self.activations_store.state_dict()
+            state[_ROWS] = torch.tensor(self._rows_read)
             save_file(state, checkpoint_path / ACTIVATIONS_STORE_STATE_FILENAME)
 
     def _go_on_reading(self, checkpoint: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache.runs import cache, cached_config, text
+from cache.runs import TOKENS, cache, cached_config, text
 from integration.runs import (
     NORMALIZED,
     WITHOUT_START,
@@ -87,18 +87,23 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
     architecture: str,
     folder: Path,
     tmp_path: Path,
+    tiny_model: HookedSAETransformer,
 ):
     settings = {**settings, "architecture": architecture}
+    folder = shutil.copytree(folder, tmp_path / "cache")
     whole = make(folder, **settings)
     want = record(whole)
     trained = weights(whole.run())
 
-    stopped = make(folder, **settings, checkpoint_path=str(tmp_path))
+    checkpoints = tmp_path / "checkpoints"
+    stopped = make(folder, **settings, checkpoint_path=str(checkpoints))
     batches = record(stopped, terminate_in=stop)
     with pytest.raises(InterruptedException):
         stopped.run()
-    (checkpoint,) = tmp_path.glob("*/*")
+    (checkpoint,) = checkpoints.glob("*/*")
     assert len(batches) == stop
+    # The run goes on with the tokens that there were.
+    assert cache(folder, tiny_model, TOKENS + 512) > TOKENS + 500
     resumed = make(folder, **settings, resume_from_checkpoint=str(checkpoint))
     rest = record(resumed)
     got = weights(resumed.run())
