@@ -175,7 +175,7 @@ class DistributedTrainer(SAETrainer[Any, Any]):
             *everywhere,
             losses,
             self._firing(output.feature_acts),
-            losses.new_tensor([float(self.stop)]),
+            losses.new_full((1,), float(self.stop)),
         ]
         dtype = torch.float32
         for column in columns:
