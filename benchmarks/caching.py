@@ -63,7 +63,7 @@ class Args:
 
 class Work:
     """
-    What is timed; each method returns the number of its tokens.
+    Work that is timed; each method returns the number of its tokens.
 
     Args:
         args: The benchmark's settings.

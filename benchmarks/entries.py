@@ -169,6 +169,15 @@ class Entry:
         return TrainingSAEConfig.from_dict(config)
 
 
+# Name of the SAE that users train by default.
+DEFAULT = "scale 256/8, Multi-TopK"
+
+
+def default_entry(d_in: int, d_sae: int, k: int) -> Entry:
+    """The SAE that users train by default."""
+    return Entry(DEFAULT, "scale", d_in, d_sae, k, 256, 8, multi_topk=True)
+
+
 def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]:
     """The SAEs to compare at one width, and the same for those too expensive to run often."""
 
@@ -176,8 +185,7 @@ def comparison(d_in: int, d_sae: int, k: int) -> tuple[list[Entry], list[Entry]]
         name = f"scale {num_experts}/{experts_per_token}"
         return Entry(name, "scale", d_in, d_sae, k, num_experts, experts_per_token)
 
-    reference, default = scale(64, 2), scale(256, 8)
-    default = replace(default, name=f"{default.name}, Multi-TopK", multi_topk=True)
+    reference, default = scale(64, 2), default_entry(d_in, d_sae, k)
     small = Entry(f"TopK {reference.active:,}", "topk", d_in, reference.active, k)
     cheap = [
         reference,

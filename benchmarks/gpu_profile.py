@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from entries import WHOLE_STEP, Entry, TrainingRun, placement
+from entries import WHOLE_STEP, Entry, TrainingRun, default_entry, placement
 from gpu_settings import ROOT, Args, Precision, without_interpreter
 from machine import Stopwatch
 from processes import Item
@@ -26,23 +26,9 @@ _CALLS = (
 )
 
 
-def default_entry(args: Args) -> Entry:
-    """The SAE that users train by default."""
-    return Entry(
-        "scale 256/8, Multi-TopK",
-        "scale",
-        args.d_in,
-        args.d_sae,
-        args.k,
-        256,
-        8,
-        multi_topk=True,
-    )
-
-
 def profiles(args: Args) -> Iterator[Item]:
     without_interpreter()
-    entry = default_entry(args)
+    entry = default_entry(args.d_in, args.d_sae, args.k)
     for dead in (0.0, 0.05):
         some = replace(entry, name=f"{entry.name}, {dead:.0%} dead", dead=dead)
         name = f"host synchronisations, {dead:.0%} dead"

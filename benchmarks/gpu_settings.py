@@ -31,9 +31,7 @@ class Args:
     d_sae: int = 24_576  # latents; a multiple of 256
     k: int = 32  # latents kept per token
     repeats: int = 20  # timed rounds
-    seconds: float = (
-        460  # to end after; what is missing then is measured by the next start
-    )
+    seconds: float = 460  # to end after; the next start goes on with what is missing
     parts: list[str] = field(default_factory=list)  # which to run; all if none is named
     quick: bool = False  # tiny sizes, to see that it runs; results go to outputs/
     output: Path | None = None  # JSON; benchmarks/results/gpu.json

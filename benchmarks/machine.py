@@ -239,7 +239,8 @@ def context(device: str) -> dict[str, Any]:
         "transparent_huge_pages": huge_pages.read_text().strip()
         if huge_pages.exists()
         else None,
-        "commit": _commit(),
+        # "-dirty" where files differ from it; none outside of git.
+        "commit": _output("git", "describe", "--always", "--dirty"),
         "versions": {name: _version(name) for name in VERSIONS},
     }
     if torch.device(device).type == "cuda":
@@ -249,7 +250,9 @@ def context(device: str) -> dict[str, Any]:
         record["multiprocessors"] = properties.multi_processor_count
         record["gpu_memory"] = properties.total_memory
         record["cuda"] = torch.version.cuda
-        record["driver"] = _driver()
+        record["driver"] = _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
     return record
 
 
@@ -260,21 +263,17 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor()
 
 
-def _commit() -> str | None:
-    """The commit that is measured, "-dirty" where files differ from it; None outside of git."""
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return done.stdout.strip() or None
-
-
-def _driver() -> str | None:
-    """Version of NVIDIA's driver."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _output(*command: str) -> str | None:
+    """First line that a command prints; None if it prints none, or is not installed."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except OSError:
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.split("\n")[0] or None
 

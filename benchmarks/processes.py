@@ -106,7 +106,8 @@ def run_together(
                     continue
                 workers.remove(worker)
                 _stop(worker)
-                if _is_unfinished(worker, record) and time.monotonic() < worker.ends_at:
+                is_unfinished = worker.part.name not in record.complete
+                if is_unfinished and time.monotonic() < worker.ends_at:
                     again = _start(worker.part, args, record, context, worker.ends_at)
                     workers.append(again)
                 else:
@@ -192,10 +193,6 @@ def _end(worker: _Worker, record: Record, cut: bool) -> None:
     if cut and worker.item:
         error = f"not done when the part's {worker.part.seconds:.0f} s were over"
         record.add(worker.part.name, worker.item, {"error": error})
-
-
-def _is_unfinished(worker: _Worker, record: Record) -> bool:
-    return worker.part.name not in record.complete
 
 
 def _stop(worker: _Worker) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 # The laboratory has what fills a page.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from entries import FORWARD_BACKWARD, WHOLE_STEP
+from entries import DEFAULT, FORWARD_BACKWARD, WHOLE_STEP
 from gpu_report import page
 from machine import markdown, read_json, summary
 
@@ -26,7 +26,7 @@ RESULTS = ROOT / "benchmarks/results"
 
 # SAEs by the names that the summary has for them.
 _SUMMARY = {
-    "scale 256/8, Multi-TopK": "Scale SAE, 24,576 latents, 256 experts, 8 per token, as by default",
+    DEFAULT: "Scale SAE, 24,576 latents, 256 experts, 8 per token, as by default",
     "scale 256/8": "the same without Multi-TopK",
     "scale 64/2": "Scale SAE, 24,576 latents, 64 experts, 2 per token, without Multi-TopK",
     "TopK 768": "SAELens's TopK SAE, 768 latents, as many as a token pays for above",
@@ -34,7 +34,6 @@ _SUMMARY = {
     "TopK 24,576, sparse activations": "SAELens's TopK SAE, 24,576 latents, sparse activations",
     "TopK 24,576, dense activations": "the same, dense activations",
 }
-_DEFAULT = "scale 256/8, Multi-TopK"
 
 _PHASES_OF_SCALING = {
     "forward": ("forward",),
@@ -125,7 +124,7 @@ def _step(results: Mapping[str, _Records], _: object) -> dict[str, str]:
         "step": _steps(results["main"]),
         "step-expensive": _steps(results["expensive"]),
     }
-    if _DEFAULT in results["expensive"]:
+    if DEFAULT in results["expensive"]:
         found["cost"] = _cost(results)
     return found
 
@@ -168,7 +167,7 @@ def _cost(results: Mapping[str, _Records]) -> str:
         group = results["main" if name in results["main"] else "expensive"]
         both = _both(group.get(name, {}))
         if both:
-            ratio = both / _both(group[_DEFAULT])
+            ratio = both / _both(group[DEFAULT])
             rows.append(
                 {
                     "forward and backward pass": label,

@@ -4,9 +4,10 @@ Profile of a training run: SAELens's runner on the demo's model and text.
     python benchmarks/training.py --steps 60
 
 Trains each SAE with SAELens's runner, first as it is, then with a fused Adam (see
-sae_lens_scale.runner), then also from cached activations, under Python's profiler, which needs no change to any code: the
-parts are functions of SAELens and torch. Half of the steps have latents that count as dead,
-so that the dead-latent loss, which a long run pays for, is paid for here too.
+sae_lens_scale.runner), then also from cached activations, under Python's profiler, which
+needs no change to any code: the parts are functions of SAELens and torch. Half of the steps
+have latents that count as dead, so that the dead-latent loss, which a long run pays for, is
+paid for here too.
 """
 
 import cProfile

@@ -6,7 +6,6 @@ The package writes them: of the splits of a grid's text here, of a run's text fo
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from sae_lens_scale.analysis.corpus import excluded_ids
-from sae_lens_scale.cache.manifest import read_manifest, write_manifest
+from sae_lens_scale.cache.manifest import read_manifest, versions, write_manifest
 from sae_lens_scale.cache.writing import write_shards
 from sae_lens_scale.loading.language_model import fast_bfloat16, load_language_model
 from sae_lens_scale.upstream import HookedSAETransformer, buffer_argument
@@ -88,7 +87,7 @@ def _cache_split(
         else fast_bfloat16(device),
         "d_in": _width(model, split.hook_name),
         "excluded_token_ids": excluded.tolist(),
-        "versions": {n: version(n) for n in ("torch", "sae-lens", "transformer-lens")},
+        "versions": versions(),
     }
     if not known:
         write_manifest(folder, manifest)

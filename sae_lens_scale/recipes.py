@@ -59,7 +59,7 @@ def recipe_of(
     train_batch_size_tokens: int | None = None,
     num_experts: int | None = None,
     experts_per_token: int | None = None,
-    device: str = "cpu",
+    prefetch: bool = False,
 ) -> Recipe:
     """
     Choose the settings of a training run by its sizes.
@@ -75,7 +75,8 @@ def recipe_of(
         train_batch_size_tokens: Tokens per training step; None for the recipe's choice.
         num_experts: Number of experts; None for the recipe's choice.
         experts_per_token: Number of experts that each token of a Scale SAE selects, likewise.
-        device: Device of the SAE.
+        prefetch: Whether a thread is to read the text ahead, with which SAELens's own runner
+            cannot go on from a checkpoint.
 
     Returns:
         The settings; all others keep their defaults.
@@ -124,9 +125,8 @@ def recipe_of(
         **buffer_argument(-(-mixed // context_size)),
         "exclude_special_tokens": True,
     }
-    if device.startswith("cuda"):
-        # The CPU reads the text meanwhile. So many batches SAELens serves before the language
-        # model fills its buffer again.
+    if prefetch:
+        # So many batches SAELens serves before the language model fills its buffer again.
         runner["prefetch_llm_batches"] = mixed // (2 * batch_size)
     return Recipe(runner | recipe.runner, recipe.sae)
 
@@ -309,11 +309,7 @@ def recommended_config(
         train_batch_size_tokens=overrides.get("train_batch_size_tokens"),
         num_experts=fields.get("num_experts"),
         experts_per_token=fields.get("experts_per_token"),
-        device=str(overrides.get("device", "cpu")),
     )
-    if overrides.get("resume_from_checkpoint") is not None:
-        # With it SAELens's own runner cannot go on from a checkpoint.
-        chosen.runner.pop("prefetch_llm_batches", None)
     sae_config_class: Any = get_sae_training_class(architecture)[1]
     # The SAE lives where the runner puts it.
     where = {n: overrides[n] for n in ("device", "dtype") if n in overrides}

@@ -236,7 +236,7 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             self.activations_store = self.evaluator.activations_store = (
                 self._cached_store(live)
             )
-        # The model is not run if activations are cached.
+        # Of cached activations the model is run in evaluations at most.
         if not cfg.use_cached_activations:
             self._require_activations(override_dataset is None)
 

@@ -69,22 +69,20 @@ def test_the_schedule_fits_the_steps(tokens: int, architecture: Any):
 
 
 @pytest.mark.parametrize(("tokens", "batches"), [(1_000_000, 32), (40_000_000, 8)])
-def test_on_a_GPU_half_of_the_buffer_is_read_ahead(
+def test_half_of_the_buffer_is_read_ahead_where_a_runner_can_resume_with_it(
     tokens: int, batches: int, architecture: Any
 ):
     run = {**_RUN, **_SIZES, "training_tokens": tokens}
-    gpu = recommended_config(architecture, **run, device="cuda:1")
-    assert gpu.prefetch_llm_batches == batches
+    cfg = recommended_config(architecture, **run, device="cuda:1")
+    assert cfg.prefetch_llm_batches is False
+    sizes = {**_SIZES, "training_tokens": tokens}
+    sizes.pop("d_in")
+    recipe = recipe_of("recommended", architecture, **sizes, prefetch=True)
+    assert recipe.runner["prefetch_llm_batches"] == batches
     served = (
-        gpu.n_batches_in_buffer * gpu.context_size * gpu.activations_mixing_fraction
+        cfg.n_batches_in_buffer * cfg.context_size * cfg.activations_mixing_fraction
     )
-    assert served == batches * gpu.train_batch_size_tokens
-    cpu = recommended_config(architecture, **run)
-    assert cpu.prefetch_llm_batches is False
-    resumed = recommended_config(
-        architecture, **run, device="cuda:1", resume_from_checkpoint="checkpoint"
-    )
-    assert resumed.prefetch_llm_batches is False
+    assert served == batches * cfg.train_batch_size_tokens
 
 
 def test_what_is_given_overrides_the_recipe(architecture: Any):

@@ -1,6 +1,7 @@
 """Manifest of a cache: what its activations are of, and how many tokens there are."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of a folder of activations, which is made if it is missing."""
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that compute activations, for a manifest."""
+    return {name: version(name) for name in ("torch", "sae-lens", "transformer-lens")}
 
 
 def source_of(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:

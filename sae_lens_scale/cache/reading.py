@@ -71,8 +71,8 @@ class Activations:
             device: Device of the result.
 
         Yields:
-            ``[tokens, d_in]`` in the type that they are stored in; fewer where the order
-            begins, and at the end of an epoch.
+            ``[tokens, d_in]`` in the type that they are stored in; fewer at ``start`` within a
+            window, and at the end of an epoch.
         """
         per_window = max(1, tokens // _BLOCK)
         epoch, skip = divmod(start, len(self))

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,13 @@ from sae_lens_scale.files import replacing_files, require_writable
 from sae_lens_scale.runner import InterruptibleTrainingRunner
 from sae_lens_scale.upstream import input_device
 
-from .manifest import read_manifest, require_source, source_of, write_manifest
+from .manifest import (
+    read_manifest,
+    require_source,
+    source_of,
+    versions,
+    write_manifest,
+)
 from .reading import map_shard, map_shards, read_ahead
 
 _SHARD_POSITIONS = 2**15
@@ -104,12 +109,7 @@ def _manifest(cfg: LanguageModelSAERunnerConfig[Any], folder: Path) -> dict[str,
                 f"cached_activations_path {folder} must be empty, or hold a cache to go on "
                 "with, got other files"
             )
-        versions = ("torch", "sae-lens", "transformer-lens")
-        manifest = {
-            **source_of(cfg),
-            "tokens": 0,
-            "versions": {name: version(name) for name in versions},
-        }
+        manifest = {**source_of(cfg), "tokens": 0, "versions": versions()}
     require_source(cfg, folder, manifest)
     return manifest
 

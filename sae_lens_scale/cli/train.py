@@ -200,8 +200,9 @@ def with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     # A config made of the sizes alone may be invalid: the recipe divides the latents.
     sizes = _read(arguments, dict.fromkeys(_SIZES, positive))
     chosen = {n: sizes[n] or default for n, default in _SIZES.items()}
-    device = given["device"] or "cpu"
-    recipe = recipe_of(name or "recommended", architecture, **chosen, device=device)
+    # The CPU reads the text while the GPU works.
+    prefetch = (given["device"] or "cpu").startswith("cuda")
+    recipe = recipe_of(name or "recommended", architecture, **chosen, prefetch=prefetch)
     settings = recipe.runner | recipe.sae
     cfg = _parse([*_flags(settings), *arguments])
     used = {n: _field(cfg, n) for n in settings}

@@ -14,7 +14,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
-from sae_lens_scale.saes.mixture.routing import Routing
+from sae_lens_scale.saes.mixture.routing import Routing, expert_counts
 from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 
 from .groups import Mesh, on_first
@@ -58,10 +58,10 @@ class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
     def _route(self, router_in: torch.Tensor) -> Routing:
         routing = super()._route(router_in)
         if self._is_counting and self._counts is None:
-            N = self.cfg.num_experts
-            counts = torch.bincount(routing.indices.flatten(), minlength=N)
+            counts = expert_counts(routing.indices, self.cfg.num_experts)
             tokens = routing.indices.shape[:-1].numel()
-            counts = torch.cat([counts, counts.new_tensor([tokens])])
+            # new_tensor would wait for the GPU.
+            counts = torch.cat([counts, counts.new_full((1,), tokens)])
             self._counts = self.mesh.world.all_reduce(counts, "load")
         return routing
 
@@ -145,7 +145,7 @@ class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
         mesh, shape = self.mesh, self.ownership.whole_shape(name, part)
         whole = on_first(mesh.world, lambda: mapped_tensor(shape, part.dtype, folder))
         if mesh.replicas.rank == 0:
-            self.ownership.gather(name, part, whole, mesh.experts)
+            self.ownership.gather(name, part, whole, mesh.world)
         return whole
 
     @override

@@ -56,8 +56,8 @@ class ExpertParallelSAE(DataParallelSAE, ABC):
     Latents of ``feature_acts`` in a training step are those of the experts that it holds,
     of the tokens that came: ``[rows, held latents]``.
 
-    What a token needs of an expert, inputs and products with all of its latents, is made for
-    some of the tokens at a time: an owner of popular experts may get all tokens.
+    Inputs, and products with all latents, of (token, expert) pairs are made for some of the
+    pairs at a time: an owner of popular experts may get all tokens.
     """
 
     # The dead latents of a training step, and what was found of them when it was encoded.

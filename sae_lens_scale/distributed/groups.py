@@ -136,20 +136,15 @@ class Group:
         Copy a process's tensor to the first one, in place; both call this, and no others need to.
 
         Args:
-            tensor: Of the same shape on both, contiguous.
-            sender: Place of the process that sends it, not the first.
+            tensor: Of the same shape on both, contiguous, on the CPU.
+            sender: Place of the process that sends it, not the first. It waits with patience.
             purpose: Name that it is counted under.
         """
         if self.rank == sender:
             self._count(purpose, tensor.nbytes)
-            dist.send(tensor, self._global_rank(0), group=self._members)
+            dist.send(tensor, 0, group=self.waiting)
         elif self.rank == 0:
-            dist.recv(tensor, self._global_rank(sender), group=self._members)
-
-    def _global_rank(self, rank: int) -> int:
-        if self._members is None:
-            return rank
-        return dist.get_global_rank(self._members, rank)
+            dist.recv(tensor, sender, group=self.waiting)
 
     def broadcast(self, tensor: torch.Tensor, purpose: str) -> torch.Tensor:
         """
@@ -164,7 +159,10 @@ class Group:
         """
         if self.size > 1:
             self._count(purpose, tensor.nbytes if self.rank == 0 else 0)
-            dist.broadcast(tensor, self._global_rank(0), group=self._members)
+            first = (
+                0 if self._members is None else dist.get_global_rank(self._members, 0)
+            )
+            dist.broadcast(tensor, first, group=self._members)
         return tensor
 
     def _count(self, purpose: str, num_bytes: int) -> None:

@@ -74,7 +74,7 @@ class Ownership:
         return experts.index_select(dim, held).flatten(dim, dim + 1)
 
     def gather(
-        self, name: str, part: torch.Tensor, whole: torch.Tensor | None, group: Group
+        self, name: str, part: torch.Tensor, whole: torch.Tensor | None, world: Group
     ) -> None:
         """
         Gather a parameter, or a tensor of its shape, from its parts, some experts at a time.
@@ -83,7 +83,7 @@ class Ownership:
             name: The parameter's name.
             part: This process's part.
             whole: The tensor to fill, on the first process; None on the others.
-            group: The processes that hold the other parts, all of which call this together.
+            world: All processes, of which the first ones hold the parts and call this together.
         """
         part = part.detach()
         if self.size == 1 or name not in EXPERT_DIMENSIONS:
@@ -104,12 +104,12 @@ class Ownership:
                 number = min(step, end - first)
                 if self.rank == rank:
                     place = held.index(first)
-                    piece = own.narrow(dim, place, number).contiguous()
-                    group.send_to_first(piece, rank, "whole SAE")
+                    piece = own.narrow(dim, place, number).cpu().contiguous()
+                    world.send_to_first(piece, rank, "whole SAE")
                 elif experts is not None:
                     target = experts.narrow(dim, first, number)
-                    piece = own.new_empty(target.shape)
-                    group.send_to_first(piece, rank, "whole SAE")
+                    piece = own.new_empty(target.shape, device="cpu")
+                    world.send_to_first(piece, rank, "whole SAE")
                     target.copy_(piece)
 
     @cache

@@ -345,6 +345,10 @@ def _newest_checkpoint(folder: Path, is_restart: bool) -> str | None:
     if not folder.is_dir():
         return None
     for unfinished in folder.glob(".saving-*") if is_restart else ():
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            # Of a tensor's memory (mapped_tensor).
+            unfinished.unlink(missing_ok=True)
     steps = [path for path in folder.iterdir() if path.name.isdecimal()]
     return str(max(steps, key=lambda path: int(path.name), default="")) or None

@@ -175,7 +175,7 @@ class DistributedTrainer(SAETrainer[Any, Any]):
             *everywhere,
             losses,
             self._firing(output.feature_acts),
-            losses.new_tensor([float(self.stop)]),
+            losses.new_full((1,), float(self.stop)),
         ]
         dtype = torch.float32
         for column in columns:
@@ -379,7 +379,7 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         names = [name for name, _ in self.sae.named_parameters()]
         states = {
             index: {
-                key: self._part_of_state(names[index], value) if value.dim() else value
+                key: self._part_of_state(names[index], value)
                 for key, value in values.items()
             }
             for index, values in state_dict["state"].items()
@@ -387,6 +387,9 @@ class DistributedTrainer(SAETrainer[Any, Any]):
         return state_dict | {"state": states}
 
     def _part_of_state(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if not value.dim():
+            # A step's number: as it is, it would keep the file mapped for the whole run.
+            return value.clone()
         part = self.sae.ownership.part(name, value)
         if name not in self._slices:
             return part

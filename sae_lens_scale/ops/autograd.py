@@ -44,7 +44,7 @@ class SparsityPattern(NamedTuple):
         return self.indices.flatten().argsort(stable=True)
 
     def starts(self) -> Int[torch.Tensor, " size_plus_1"]:
-        """Where each column's non-zeros start in ``order``, and where the last's end."""
+        """Starts of the columns' non-zeros in ``order``, and the end of the last's."""
         # bincount would wait for the GPU, to see how many columns there are.
         after = self.indices.flatten() + 1
         counts = after.new_zeros(self.size + 2)

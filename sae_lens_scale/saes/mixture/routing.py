@@ -117,6 +117,13 @@ def route(
     )
 
 
+def expert_counts(
+    indices: Int[torch.Tensor, "*batch experts_per_token"], num_experts: int
+) -> Int[torch.Tensor, " num_experts"]:
+    """Number of the tokens' selections that each expert got."""
+    return SparsityPattern(indices, num_experts).starts().diff()
+
+
 def expert_load(
     indices: Int[torch.Tensor, "*batch experts_per_token"],
     num_experts: int,
@@ -124,7 +131,7 @@ def expert_load(
     dtype: torch.dtype = torch.float32,
 ) -> Float[torch.Tensor, " num_routed_experts"]:
     """Share of the router's selections that each expert got that is not shared; sums to 1."""
-    counts = SparsityPattern(indices, num_experts).starts().diff()
+    counts = expert_counts(indices, num_experts)
     total = indices[..., num_shared_experts:].numel()
     return counts[num_shared_experts:].to(dtype) / total
 

@@ -1,4 +1,4 @@
-"""What the stages of encoding hand on to each other."""
+"""Values that the stages of encoding hand on to each other."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
 class AppliedEncoder(NamedTuple):
     """
-    What rows are multiplied and ranked with.
+    Encoder that rows are multiplied with, and norms that they are ranked with.
 
     Attributes:
         W_enc: Encoder vectors, ``[d_in, d_sae]``.

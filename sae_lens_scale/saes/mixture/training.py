@@ -34,7 +34,7 @@ Metrics: TypeAlias = dict[
 
 class LossInput(NamedTuple):
     """
-    What the losses of a batch need.
+    Input of the losses of a batch.
 
     Attributes:
         sae_in: The batch, ``[tokens, d_in]``.
@@ -54,7 +54,7 @@ class MixtureTrainingSAE(LearningSAE[T_MIXTURE_TRAINING_CONFIG], ABC):
 
     # Each routed expert's share of the selections in the last step that was logged.
     _logged_load: torch.Tensor | None = None
-    # What losses are being computed for.
+    # Input of the losses that are being computed.
     _current: LossInput | None = None
 
     def target(self, step_input: TrainStepInput) -> torch.Tensor:
