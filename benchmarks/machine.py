@@ -239,8 +239,7 @@ def context(device: str) -> dict[str, Any]:
         "transparent_huge_pages": huge_pages.read_text().strip()
         if huge_pages.exists()
         else None,
-        # "-dirty" where files differ from it; none outside of git.
-        "commit": _output("git", "describe", "--always", "--dirty"),
+        "commit": _commit(),
         "versions": {name: _version(name) for name in VERSIONS},
     }
     if torch.device(device).type == "cuda":
@@ -261,6 +260,13 @@ def _cpu_model() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit that is measured, "-dirty" where code differs from it; None outside of git."""
+    commit = _output("git", "describe", "--always")
+    changed = _output("git", "status", "--porcelain", "--", "*.py")
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def _output(*command: str) -> str | None:
