@@ -265,7 +265,7 @@ def _cpu_model() -> str:
 def _commit() -> str | None:
     """The commit that is measured, "-dirty" where code differs from it; None outside of git."""
     commit = _output("git", "describe", "--always")
-    changed = _output("git", "status", "--porcelain", "--", "*.py")
+    changed = _output("git", "status", "--porcelain", "--", ":(top)*.py")
     return f"{commit}-dirty" if commit and changed else commit
 
 

@@ -2,7 +2,7 @@
 Time and memory of training and inference on a CPU, beside the ceilings of the machine; gpu.py
 measures on a GPU.
 
-    python benchmarks/speed.py                            # all parts, half an hour
+    python benchmarks/speed.py                            # all parts, minutes
     python benchmarks/speed.py --parts step --repeats 31
 
 Parts:

@@ -32,7 +32,6 @@ _SUMMARY = {
     "TopK 768": "SAELens's TopK SAE, 768 latents, as many as a token pays for above",
     "sparsify 24,576": "sparsify, 24,576 latents",
     "TopK 24,576, sparse activations": "SAELens's TopK SAE, 24,576 latents, sparse activations",
-    "TopK 24,576, dense activations": "the same, dense activations",
 }
 
 _PHASES_OF_SCALING = {
