@@ -63,7 +63,7 @@ def lengths_kept(
         s.values.new_full((len(s.values), len(s.sizes)), s.candidates, dtype=torch.long)
         for s in shortlists
     ]
-    # Where a token keeps all that it has, nobody has to ask.
+    # Nobody has to ask for a token that keeps all that it has.
     asked = [i for i, s in enumerate(shortlists) if s.sizes[0] < e * s.candidates]
     if not asked:
         return lengths

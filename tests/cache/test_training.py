@@ -156,7 +156,7 @@ def test_evaluations_run_the_model_on_the_text(
         found.append(deepcopy(evaluator(*arguments, **kwargs)))
         return found[-1]
 
-    runner.evaluator = evaluate  # type: ignore[assignment]
+    monkeypatch.setattr(runner, "evaluator", evaluate)
     runner.run()
     (metrics,) = found
     assert metrics["model_performance_preservation"]["ce_loss_without_sae"] > 0
