@@ -3,11 +3,11 @@
 import io
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,24 +17,23 @@ import torch.multiprocessing as mp
 TIMEOUT = timedelta(seconds=60)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def _work(
-    rank: int, size: int, timeout: timedelta, port: int, results: Any, tasks: Any
+    rank: int, size: int, timeout: timedelta, folder: str, results: Any, tasks: Any
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
     }
-    dist.init_process_group("gloo", timeout=timeout)
+    # A port that is free now need not be when a process listens there.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+    )
     while (task := tasks.get()) is not None:
         function, arguments = pickle.loads(task)
         try:
@@ -53,14 +52,15 @@ class Processes:
 
     def __init__(self, size: int, timeout: timedelta = TIMEOUT):
         # A server imports everything once, and forks all processes.
-        context, port = mp.get_context("forkserver"), _free_port()
+        context = mp.get_context("forkserver")
+        self._folder = TemporaryDirectory()
         context.set_forkserver_preload(["distributed.runners"])
         self._results = context.SimpleQueue()
         self._tasks = [context.SimpleQueue() for _ in range(size)]
         self._processes = [
             context.Process(
                 target=_work,
-                args=(r, size, timeout, port, self._results, tasks),
+                args=(r, size, timeout, self._folder.name, self._results, tasks),
                 daemon=True,
             )
             for r, tasks in enumerate(self._tasks)
@@ -91,3 +91,4 @@ class Processes:
         for process in self._processes:
             process.join(20)
             process.kill()
+        self._folder.cleanup()
