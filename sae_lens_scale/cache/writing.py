@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -78,7 +79,9 @@ def cache_activations(
     _require_room(cfg, folder)
     live = copy(cfg)
     live.use_cached_activations = False
-    live.resume_from_checkpoint = None
+    live.resume_from_checkpoint = live.from_pretrained_path = None
+    # None is trained here, and the one to come may fill the memory.
+    live.sae = StandardTrainingSAEConfig(d_in=cfg.sae.d_in, d_sae=1)
     store = InterruptibleTrainingRunner(
         live, override_dataset, override_model
     ).activations_store

@@ -51,6 +51,13 @@ def test_a_cache_holds_what_SAELenss_store_would_train_on(
     assert cache_bytes(exact) == pytest.approx(size, rel=0.03)
 
 
+def test_a_cache_takes_no_memory_for_the_SAE_to_come(
+    tiny_model: HookedSAETransformer, tmp_path: Path
+):
+    too_large_for_any_machine = {"d_sae": 2**50}
+    assert cache(tmp_path, tiny_model, 300, sae=too_large_for_any_machine) >= 300
+
+
 def test_an_interrupted_cache_goes_on_with_the_next_shard_and_may_grow(
     tiny_model: HookedSAETransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
