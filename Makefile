@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# torch's newest builds pull gigabytes of CUDA packages in; this is the one tested.
+# The versions that are tested. PyPI's torch for Linux pulls gigabytes of CUDA packages in: where there is
+# no GPU, set PIP_EXTRA_INDEX_URL to the index of PyTorch's CPU builds, whose versions pip prefers.
 CONSTRAINTS := constraints.txt
 # Threads that spin while they wait starve each other on few cores.
 RUN := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python

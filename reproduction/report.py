@@ -14,6 +14,7 @@ from .records import held_out_variances, read, read_curves, require_one_text
 from .tables import (
     OURS,
     TOKENS,
+    best_cells,
     cells,
     comparison,
     flops_table,
@@ -41,10 +42,10 @@ _ABLATIONS: dict[str, tuple[str, list[str]]] = {
     "recipe": ("fvu", []),
     "redundancy": ("redundancy", []),
 }
-# The best of each kind, by names for people who do not know the others.
+# Kinds by the start of their labels, with names for people who know none of the labels.
 BEST = {
-    "Scale 512/16 Multi-TopK": "Scale SAE 512/16",
-    "Switch 32 Multi-TopK": "Switch SAE 32",
+    "Scale": "Scale SAE",
+    "Switch": "Switch SAE",
     "TopK 576": "dense TopK, 576 latents",
     "Full TopK 18432": "dense TopK, 18,432 latents",
 }
@@ -143,10 +144,8 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         measured = measured_runs(runs, metric)
         if len(measured):
             found[metric.replace("_", "-")] = markdown(cells(measured, metric), form)
-    best = runs.loc[runs["label"].isin([*BEST])]
-    if len(best):
-        best = best.assign(row=[BEST[label] for label in best["label"]])
-        found["best"] = markdown(cells(best, "fvu", "row"), forms["fvu"])
+    if len(runs) and len(best := best_cells(runs, BEST)):
+        found["best"] = markdown(best, forms["fvu"])
     for ablation, (metric, columns) in _ABLATIONS.items():
         runs = _of_preset(everything, f"{base}-{ablation}")
         names = runs.reindex(columns=["label", *columns]).replace(_WORDS)

@@ -379,6 +379,31 @@ def gap_closed(
     return _lines(["", *_headers(means)], rows)
 
 
+def best_cells(
+    runs: pd.DataFrame, kinds: Mapping[str, str], metric: str = "fvu"
+) -> pd.DataFrame:
+    """
+    Average the error of the best SAE of each kind, at each k, over seeds.
+
+    Args:
+        kinds: Names of the rows, by starts of labels.
+        metric: The error.
+
+    Returns:
+        A frame as of :func:`cells`, of the kinds that there are.
+    """
+    labelled = cells(runs, metric)
+    means = _means(runs, metric)
+    rows = {
+        row: {k: labelled.loc[label, k] for k, label in _best_of(means, kind).items()}
+        for kind, row in kinds.items()
+        if any(label.startswith(kind) for label in means.index)
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(
+        columns=labelled.columns
+    )
+
+
 def _best_of(means: pd.DataFrame, kind: str) -> pd.Series:
     """Find the label of a kind with the lowest mean, for each column that any of them has."""
     labels = [label for label in means.index if label.startswith(kind)]

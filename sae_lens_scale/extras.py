@@ -17,5 +17,5 @@ def require(package: str, extra: str) -> None:
     if find_spec(package) is None:
         raise ImportError(
             f"this needs the package {package}, which is not installed: "
-            f'pip install "sae-lens-scale[{extra}]"'
+            f"pip install '.[{extra}]' in a checkout of sae-lens-scale"
         )

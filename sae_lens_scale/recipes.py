@@ -6,6 +6,7 @@ docs/defaults.md says what they were measured on.
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal, NamedTuple, get_args
 
 from sae_lens.config import LanguageModelSAERunnerConfig
@@ -279,7 +280,7 @@ def recommended_config(
         recipe: "recommended", or "paper" for the settings of the architecture's authors.
         sae: Other fields of the SAE's config; None leaves numbers of experts to the recipe.
         **overrides: Other fields of the runner's config, such as device, logger and
-            output_path.
+            output_path; None leaves to the recipe what it chooses.
 
     Returns:
         The config. For other sizes call again: what depends on them is decided here.
@@ -292,13 +293,13 @@ def recommended_config(
         raise TypeError(
             f"sae must be a mapping of fields of the SAE's config, got {sae!r:.80}"
         )
-    fields = {
+    sae_fields = {
         name: value
         for name, value in (sae or {}).items()
         if value is not None or name not in _OPEN
     }
     if hook_name.endswith("_z") and overrides.get("hook_head_index") is None:
-        fields.setdefault("reshape_activations", "hook_z")
+        sae_fields.setdefault("reshape_activations", "hook_z")
     chosen = recipe_of(
         recipe,
         architecture,
@@ -307,25 +308,33 @@ def recommended_config(
         training_tokens=training_tokens,
         context_size=overrides.get("context_size", CONTEXT_SIZE),
         train_batch_size_tokens=overrides.get("train_batch_size_tokens"),
-        num_experts=fields.get("num_experts"),
-        experts_per_token=fields.get("experts_per_token"),
+        num_experts=sae_fields.get("num_experts"),
+        experts_per_token=sae_fields.get("experts_per_token"),
     )
     sae_config_class: Any = get_sae_training_class(architecture)[1]
+    known = {field.name for field in fields(LanguageModelSAERunnerConfig)}
+    if unknown := sorted(set(overrides) - known):
+        raise TypeError(
+            f"fields of the runner's config have other names than {unknown}; those of the "
+            f"SAE's config go into sae, as in sae={{{unknown[0]!r}: ...}}"
+        )
     # The SAE lives where the runner puts it.
     where = {n: overrides[n] for n in ("device", "dtype") if n in overrides}
-    # Chosen already, and None may leave it to the recipe.
-    overrides.pop("train_batch_size_tokens", None)
+    # None leaves to the recipe what it chooses.
+    given = {
+        n: v for n, v in overrides.items() if v is not None or n not in chosen.runner
+    }
     runner: dict[str, Any] = {
         "model_name": model_name,
         "hook_name": hook_name,
         "training_tokens": int(training_tokens),
         "dataset_path": dataset_path,
         **chosen.runner,
-        **overrides,
+        **given,
     }
     return LanguageModelSAERunnerConfig(
         sae=sae_config_class(
-            d_in=d_in, d_sae=d_sae, k=k, **{**where, **chosen.sae, **fields}
+            d_in=d_in, d_sae=d_sae, k=k, **{**where, **chosen.sae, **sae_fields}
         ),
         **runner,
     )

@@ -216,6 +216,12 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             if not hasattr(self, "cfg"):
                 raise
             if not hasattr(self, "model"):
+                # Loaded with hooks on the modules of these names alone.
+                if isinstance(error, ValueError) and "hook_names" in str(error):
+                    raise ValueError(
+                        f"hook_name must be a module of {cfg.model_name}, got "
+                        f"{cfg.hook_name!r}"
+                    ) from error
                 with naming_model("model_name", cfg.model_name):
                     raise
             reads_text = override_dataset is None and not live.use_cached_activations

@@ -11,17 +11,17 @@ from sae_lens_scale.analysis.scores import shortest_datasets
 
 def test_plots_without_matplotlib_name_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r'pip install "sae-lens-scale\[plots\]"'):
+    with pytest.raises(ImportError, match=r"pip install '\.\[plots\]'"):
         plot_token_explanations([], "title")
 
 
 def test_a_judge_without_openai_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r'"sae-lens-scale\[autointerp\]"'):
+    with pytest.raises(ImportError, match=r"pip install '\.\[autointerp\]'"):
         openai_judge("model")
 
 
 def test_probing_without_sae_probes_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "sae_probes", None)
-    with pytest.raises(ImportError, match=r'"sae-lens-scale\[score\]"'):
+    with pytest.raises(ImportError, match=r"pip install '\.\[score\]'"):
         shortest_datasets(1)

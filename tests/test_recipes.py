@@ -238,6 +238,18 @@ def test_fields_of_the_SAE_that_are_no_mapping_are_refused(sae: Any):
         recommended_config(**_SIZES, **_RUN, sae=sae)
 
 
+def test_None_leaves_to_the_recipe_what_it_chooses():
+    chosen = recommended_config(**_SIZES, **_RUN)
+    names = ("lr", "adam_beta1", "train_batch_size_tokens")
+    left = recommended_config(**_SIZES, **_RUN, **dict.fromkeys(names))
+    assert [getattr(left, n) for n in names] == [getattr(chosen, n) for n in names]
+
+
+def test_a_field_of_the_SAE_among_the_runners_is_refused_with_its_place():
+    with pytest.raises(TypeError, match=r"than \['num_experts'\].* sae=\{'num_exp"):
+        recommended_config(**_SIZES, **_RUN, num_experts=16)
+
+
 def test_a_size_cannot_be_given_twice():
     with pytest.raises(TypeError, match="multiple values for keyword argument 'k'"):
         recommended_config(**_SIZES, **_RUN, sae={"k": 8})

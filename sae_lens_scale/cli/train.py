@@ -6,12 +6,14 @@ import io
 import math
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.util import str_to_dtype
 
 from sae_lens_scale.distributed import is_launched
 from sae_lens_scale.recipes import (
@@ -22,6 +24,7 @@ from sae_lens_scale.recipes import (
 )
 from sae_lens_scale.run_settings import SIZES, read_settings
 from sae_lens_scale.runner import InterruptibleTrainingRunner
+from sae_lens_scale.saes.mixture import MixtureSAEConfig
 from sae_lens_scale.upstream import _parse_cfg_args
 
 from .arguments import filled, positive
@@ -134,6 +137,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
                 f"--{name} is for several processes: torchrun -m sae_lens_scale train ..."
             )
     cfg = with_recipe(options.recipe, arguments)
+    note(_plan(cfg))
     settings: dict[str, Any] = {
         "fused_optimizer": options.fused_optimizer,
         # None leaves them to the checkpoint that the run goes on from.
@@ -153,6 +157,25 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         InterruptibleTrainingRunner(cfg, **settings).run()
     if cfg.output_path is not None:
         note(f"next: sae-lens-scale evaluate {shlex.quote(str(cfg.output_path))}")
+
+
+def _plan(cfg: Any) -> str:
+    """Say what a run will take: tokens, steps, experts, and memory for the SAE."""
+    sae, batch = cfg.sae, cfg.train_batch_size_tokens
+    experts = ""
+    if isinstance(sae, MixtureSAEConfig):
+        experts = (
+            f" in {sae.num_experts} experts, {sae.experts_per_token} per token "
+            f"({sae.num_shared_experts} shared)"
+        )
+    # Encoder and decoder; besides the weights their gradients and Adam's two moments.
+    size = 2 * sae.d_in * sae.d_sae * 4 * str_to_dtype(sae.dtype).itemsize
+    return (
+        f"training on {cfg.training_tokens:,} tokens in "
+        f"{math.ceil(cfg.training_tokens / batch):,} steps of {batch:,}: {sae.d_sae:,} "
+        f"latents{experts}, about {size / 1e9:,.2f} GB with gradients and Adam's moments; "
+        "SAELens's bar says how long, every 100 steps"
+    )
 
 
 def with_recipe(name: Any, arguments: Sequence[str]) -> Any:
@@ -202,7 +225,13 @@ def with_recipe(name: Any, arguments: Sequence[str]) -> Any:
     chosen = {n: sizes[n] or default for n, default in _SIZES.items()}
     # The CPU reads the text while the GPU works.
     prefetch = (given["device"] or "cpu").startswith("cuda")
-    recipe = recipe_of(name or "recommended", architecture, **chosen, prefetch=prefetch)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        recipe = recipe_of(
+            name or "recommended", architecture, **chosen, prefetch=prefetch
+        )
+    for warning in warned:
+        note(str(warning.message))
     settings = recipe.runner | recipe.sae
     cfg = _parse([*_flags(settings), *arguments])
     used = {n: _field(cfg, n) for n in settings}

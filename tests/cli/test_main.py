@@ -23,11 +23,6 @@ from sae_lens_scale.cli import main
         ("train --architecture topk --k x", 2, "invalid int value: 'x'"),
         ("train --recipe none --train_batch 0", 1, "must be positive, got 0"),
         ("train --architecture topk --feature_sampling_window 0", 1, "got 0"),
-        (
-            "train --recipe none --n_batches_in_buffer 64 --resume_from_checkpoint no",
-            1,
-            "resume_from_checkpoint: there is no no/runner_cfg.json",
-        ),
         ("train --architecture scale --num_experts 7", 1, "and num_experts=7"),
         ("train --architecture switch --k 1000", 1, "got d_sae=1024 and k=1000"),
         ("evaluate nowhere", 1, "nowhere is no folder"),

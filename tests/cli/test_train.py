@@ -69,6 +69,10 @@ def test_train_help_explains_our_fields(run: Run):
         ("--lr 0", "lr must be positive and finite, got 0.0"),
         ("--lr_scheduler_name cosin", "lr_scheduler_name='cosin'"),
         ("--device meta", "device 'meta' cannot be used"),
+        (
+            "--resume_from_checkpoint {file}-no",
+            "resume_from_checkpoint: there is no {file}-no/runner_cfg.json",
+        ),
     ],
 )
 def test_train_refuses_what_would_cost_the_result(
@@ -90,6 +94,29 @@ def test_train_names_the_model_or_the_text_that_cannot_be_loaded(
         err = run(train_command("scale", model, nothing, tmp_path), 1).err
         message = f"error: {setting} {nothing} cannot be loaded: "
         assert message in err.splitlines()[-1]
+
+
+def test_train_names_a_hook_that_a_hugging_face_model_lacks(
+    tiny_llama: Path, tmp_path: Path, run: Run
+):
+    command = train_command("scale", tiny_llama, tmp_path, tmp_path)
+    err = run(f"{command} --hook_name model.layers.9", 1).err
+    message = f"hook_name must be a module of {tiny_llama}, got 'model.layers.9'"
+    assert err.splitlines()[-1].endswith(f"error: {message}")
+
+
+def test_train_says_what_it_will_take_before_it_begins(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(train, "InterruptibleTrainingRunner", MagicMock())
+    options = "--d_in 768 --d_sae 24576 --k 32 --training_tokens 1000000"
+    err = run(f"train --architecture scale {options}").err
+    assert "training on 1,000,000 tokens in 977 steps of 1,024: 24,576 latents" in err
+    # Encoder and decoder, each four times, in float32.
+    experts = "in 256 experts, 8 per token (1 shared), about 0.60 GB"
+    assert experts in err
+    err = run(f"train --architecture topk {options}").err
+    assert "in 245 steps of 4,096: 24,576 latents, about 0.60 GB" in err
 
 
 def test_an_interrupted_training_leaves_a_checkpoint_and_status_130(
@@ -159,6 +186,11 @@ def test_train_says_what_the_recipe_chose_and_what_was_given(
     assert "recipe paper for switch" in err
     assert "lr 0.0001 (given; the recipe's is 0.00028" in err
     assert "gate softmax\n" in err
+    command = "--architecture scale --d_in 64 --d_sae 9000 --k 8"
+    train.with_recipe(None, command.split())
+    err = capsys.readouterr().err
+    assert "sae-lens-scale: d_sae=9000 is divisible into 8 experts" in err
+    assert "UserWarning" not in err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from reproduction.report import preset_runs
 from reproduction.tables import (
+    best_cells,
     cells,
     comparison,
     flops_table,
@@ -96,6 +97,14 @@ def test_a_single_run_is_marked_and_a_missing_one_is_a_dash(runs: pd.DataFrame):
     runs = runs.loc[~((runs["label"] == "TopK 576") & (runs["k"] == 8))]
     table = markdown(cells(runs, "fvu"), "{:.2f}".format)
     assert line(table, "TopK 576") == ["-", "0.20*", "0.20*", "0.20*"]
+
+
+def test_the_best_of_a_kind_is_another_one_at_another_k(few: pd.DataFrame):
+    table = markdown(best_cells(few, {"Scale": "ours", "Gated": "no"}), "{:.3f}".format)
+    best = cells(few, "fvu")
+    want = [best.loc["Scale 64/2", 8], *best.loc["Scale 256/8"].iloc[1:]]
+    assert line(table, "ours") == [f"{m:.3f} ± {std:.3f}" for m, std, _ in want]
+    assert "no" not in table
 
 
 def test_comparison_names_the_best_scale_sae_and_how_much_lower_it_is(

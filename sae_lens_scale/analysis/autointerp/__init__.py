@@ -8,7 +8,7 @@ delphi's requirements include vllm: gigabytes of CUDA packages that are not used
 beside a torch without CUDA, break transformers. So it is installed in two steps, the first
 with the requirements that are needed::
 
-    pip install "sae-lens-scale[autointerp]"
+    pip install '.[autointerp]'   # in a checkout of sae-lens-scale
     pip install --no-deps eai-delphi==0.1.3
 """
 

@@ -51,7 +51,7 @@ def load_delphi() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"Automated interpretability needs delphi ({error}): pip install "
-            '"sae-lens-scale[autointerp]" and then '
+            "'.[autointerp]' in a checkout of sae-lens-scale, and then "
             "pip install --no-deps eai-delphi==0.1.3"
         ) from error
     finally:

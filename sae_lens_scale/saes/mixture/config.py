@@ -76,7 +76,7 @@ class MixtureSAEConfig(SAEConfig, ABC):
         if self.d_sae % self.num_experts:
             raise ValueError(
                 f"d_sae must be divisible by num_experts, got d_sae={self.d_sae} "
-                f"and num_experts={self.num_experts}"
+                f"and num_experts={self.num_experts}: name another num_experts"
             )
         # First, as k may follow from them.
         self.require_experts()
