@@ -329,11 +329,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def save_final_sae(self, *args: Any, **kwargs: Any) -> None:
         """Save the trained SAE; a signal that comes meanwhile takes effect afterwards."""
-        came: list[int] = []
-        with handling_signals(lambda number, _: came.append(number)):
+        with signals_afterwards():
             super().save_final_sae(*args, **kwargs)
-        for number in came:
-            signal.raise_signal(number)
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
@@ -359,6 +356,16 @@ def handling_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+@contextmanager
+def signals_afterwards() -> Iterator[None]:
+    """Let interruptions take effect afterwards."""
+    came: list[int] = []
+    with handling_signals(lambda number, _: came.append(number)):
+        yield
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _require_override(dataset: Any, sae: Any, d_in: int) -> None:

@@ -8,7 +8,7 @@ from sae_lens_scale.saes.mixture.config import MixtureTrainingSAEConfig
 from sae_lens_scale.saes.mixture.extension_points import is_overridden
 from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 
-from .data_parallel import DataParallelSAE
+from .data_parallel import DataParallelSAE, set_tensor
 from .expert_parallel import ExpertParallelSAE, require_shardable
 from .groups import Mesh
 from .ownership import Ownership
@@ -29,12 +29,17 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
         The SAE, of a subclass of its class.
 
     Raises:
-        ValueError: As :func:`make_ownership` and :func:`require_ordinary`; if experts are to be
-            shared out, and the SAE has hooks, another selection than TopK, or overrides one of
-            these methods.
+        ValueError: As :func:`make_ownership` and :func:`require_ordinary`; if the selection
+            needs the whole batch; if experts are to be shared out, and the SAE has hooks,
+            another selection than TopK, or overrides one of these methods.
     """
     require_ordinary(sae)
     ownership = make_ownership(sae.cfg, mesh)
+    if mesh.world.size > 1 and not sae.selection().per_token:
+        raise ValueError(
+            "selection must be one of each token where several processes share out a batch, "
+            f"got {type(sae).__name__}'s, with per_token=False"
+        )
     base = DataParallelSAE
     if mesh.experts.size > 1:
         for name in _NOT_OVERRIDDEN:
@@ -45,7 +50,7 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
                 )
         require_shardable(sae)
         base = ExpertParallelSAE
-    tensors = [p.data for p in sae.parameters()]
+    tensors = [t.data for t in (*sae.parameters(), *sae.buffers())]
     if sae._fresh_router is not None:
         tensors.append(sae._fresh_router)
     for tensor in tensors:
@@ -58,7 +63,7 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
     sae.mesh, sae.ownership = mesh, ownership
     for name, parameter in list(sae.named_parameters()):
         part = ownership.part(name, parameter.detach())
-        setattr(sae, name, nn.Parameter(part, parameter.requires_grad))
+        set_tensor(sae, name, nn.Parameter(part, parameter.requires_grad))
     return sae
 
 
