@@ -195,7 +195,7 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             require_sae_of_folder(cfg, Path(cfg.from_pretrained_path))
         if checkpoint is not None:
             require_checkpoint(cfg, Path(checkpoint))
-        live = copy(cfg)
+        live = self._to_load(cfg)
         is_cached = reads_cache(cfg)
         if is_cached:
             live.use_cached_activations = False
@@ -253,6 +253,12 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             self.cfg, self.sae.cfg, self._share_of_batch(), store.tokens
         )
         return store
+
+    def _to_load(
+        self, cfg: LanguageModelSAERunnerConfig[Any]
+    ) -> LanguageModelSAERunnerConfig[Any]:
+        """Make the config by which SAELens loads model, text and SAE."""
+        return copy(cfg)
 
     def _share_of_batch(self) -> slice:
         """Rows of each batch that this process trains on."""

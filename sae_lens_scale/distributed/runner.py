@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, redirect_stderr
 from copy import copy
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -130,7 +131,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         self._mesh = make_mesh(expert_parallel, timeout)
         self._num_processes = self._mesh.world.size
         self._require_shares(cfg, override_dataset)
-        if override_sae is None and cfg.from_pretrained_path is None:
+        self._is_fresh = override_sae is None and cfg.from_pretrained_path is None
+        if self._is_fresh:
             make_ownership(cfg.sae, self._mesh)
         share_checkpoints(cfg, self._mesh.world)
         with _quiet_unless_first(self._mesh.world.rank):
@@ -142,6 +144,9 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
                 fused_optimizer=fused_optimizer,
                 lr_factors=lr_factors,
             )
+        if self._is_fresh:
+            self.sae.device = torch.device(cfg.device)
+            self.sae.cfg.device = cfg.sae.device
         # Of an SAE that is given.
         make_ownership(self.sae.cfg, self._mesh)
         if cfg.use_cached_activations:
@@ -176,6 +181,16 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         # It may have grown while one process looked, or be another copy on one machine.
         require_same({"number of tokens in cached_activations_path": store.tokens})
         return store
+
+    @override
+    def _to_load(
+        self, cfg: LanguageModelSAERunnerConfig[Any]
+    ) -> LanguageModelSAERunnerConfig[Any]:
+        live = super()._to_load(cfg)
+        if self._is_fresh and self._mesh.world.rank:
+            # Its weights will be parts of the first process's.
+            live.device, live.sae = "meta", replace(cfg.sae, device="meta")
+        return live
 
     @override
     def _share_of_batch(self) -> slice:
@@ -235,7 +250,9 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
             )
         checkpoint = cfg.resume_from_checkpoint
         if checkpoint is not None:
-            self.sae.load_weights_from_checkpoint(checkpoint)
+            on_first(world, lambda: self.sae.load_weights_from_checkpoint(checkpoint))
+            if world.rank:
+                self.sae._end_start()
             self._go_on_reading(Path(checkpoint))
         assert isinstance(self.sae, MixtureTrainingSAE)
         data_provider: DataProvider = self.activations_store

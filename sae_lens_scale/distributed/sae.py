@@ -11,7 +11,7 @@ from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 from .data_parallel import DataParallelSAE, set_tensor
 from .expert_parallel import ExpertParallelSAE, require_shardable
 from .groups import Mesh
-from .ownership import Ownership
+from .ownership import Ownership, of_first
 
 # Methods whose results would need all of a token's experts, or all latents.
 _NOT_OVERRIDDEN = ("dispatch", "choose", "combine", "decode", "encode_with_hidden_pre")
@@ -22,7 +22,8 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
     Share out an SAE's tokens, and its experts, among processes; in place.
 
     Args:
-        sae: The SAE, as on all processes. All get the first one's weights.
+        sae: The SAE, as on all processes. All get the first one's weights; the others' may be
+            on the meta device.
         mesh: The processes.
 
     Returns:
@@ -50,11 +51,10 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
                 )
         require_shardable(sae)
         base = ExpertParallelSAE
-    tensors = [t.data for t in (*sae.parameters(), *sae.buffers())]
     if sae._fresh_router is not None:
-        tensors.append(sae._fresh_router)
-    for tensor in tensors:
-        mesh.world.broadcast(tensor, "start")
+        sae._fresh_router = of_first(sae._fresh_router, sae.device, mesh.world)
+    for name, buffer in list(sae.named_buffers()):
+        set_tensor(sae, name, of_first(buffer, sae.device, mesh.world))
     ordinary = type(sae)
     name = f"{base.__name__.removesuffix('SAE')}{ordinary.__name__}"
     # Its methods are ours: SAELens's extension points see the ordinary class's.
@@ -62,7 +62,7 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
     assert isinstance(sae, DataParallelSAE)
     sae.mesh, sae.ownership = mesh, ownership
     for name, parameter in list(sae.named_parameters()):
-        part = ownership.part(name, parameter.detach())
+        part = ownership.share(name, parameter.detach(), sae.device, mesh.world)
         set_tensor(sae, name, nn.Parameter(part, parameter.requires_grad))
     return sae
 

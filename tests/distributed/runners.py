@@ -22,6 +22,7 @@ from sae_lens_scale.distributed.runner import (
     DistributedTrainingRunner,
     share_checkpoints,
 )
+from sae_lens_scale.distributed.sae import distribute
 from sae_lens_scale.runner import handling_signals
 
 
@@ -93,6 +94,23 @@ def evaluations(model: Path, expert_parallel: int) -> list[dict[str, Any]]:
     with patch.object(runner, "_evaluate", evaluate):
         runner.run()
     return found
+
+
+def start_of_run(
+    model: Path, expert_parallel: int
+) -> list[dict[str, torch.Tensor] | None]:
+    """
+    Make a runner, and share out its SAE.
+
+    Returns:
+        Weights that this process made, and those of the whole SAE; None if it has none.
+    """
+    text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(40)]})
+    sae: Any = make_runner(model, text, expert_parallel).sae
+    weights = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    made = None if sae.W_dec.is_meta else weights
+    whole = distribute(sae, mesh_of(expert_parallel)).whole()
+    return [made, None if whole is None else whole.state_dict()]
 
 
 def interrupted_at_the_end(model: Path, output: Path) -> list[bool]:

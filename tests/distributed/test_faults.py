@@ -175,7 +175,10 @@ def test_a_run_of_an_earlier_ones_name_has_to_say_that_it_goes_on_from_there(
     found = processes(2).run(runners.shared_checkpoints, *arguments)
     assert found == [(str(tmp_path / "job"), None)] * 2
     (tmp_path / "job" / "512").mkdir()
-    with pytest.raises(RuntimeError, match="--rdzv-id must be another than job, or checkpoint_path.*/512"):
+    with pytest.raises(
+        RuntimeError,
+        match="--rdzv-id must be another than job, or checkpoint_path.*/512",
+    ):
         processes(2).run(runners.shared_checkpoints, *arguments)
     # It may be about to finish.
     assert (tmp_path / "job" / ".saving-512").exists()

@@ -88,7 +88,9 @@ def test_settings_that_differ_are_refused_before_the_model_is_loaded(
     processes: Callable[[int], Processes], by_rank: list[dict[str, Any]], error: str
 ):
     assert the_same(processes(2).run(refusals.of_settings, by_rank)) == error.format(
-        "must be the same on all processes, got", "on the first and", "on that of rank 1"
+        "must be the same on all processes, got",
+        "on the first and",
+        "on that of rank 1",
     )
 
 
