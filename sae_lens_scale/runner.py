@@ -195,7 +195,7 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             require_sae_of_folder(cfg, Path(cfg.from_pretrained_path))
         if checkpoint is not None:
             require_checkpoint(cfg, Path(checkpoint))
-        live = copy(cfg)
+        live = self._to_load(cfg)
         is_cached = reads_cache(cfg)
         if is_cached:
             live.use_cached_activations = False
@@ -259,6 +259,12 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
             self.cfg, self.sae.cfg, self._share_of_batch(), store.tokens
         )
         return store
+
+    def _to_load(
+        self, cfg: LanguageModelSAERunnerConfig[Any]
+    ) -> LanguageModelSAERunnerConfig[Any]:
+        """Make the config by which SAELens loads model, text and SAE."""
+        return copy(cfg)
 
     def _share_of_batch(self) -> slice:
         """Rows of each batch that this process trains on."""
@@ -335,11 +341,8 @@ class InterruptibleTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def save_final_sae(self, *args: Any, **kwargs: Any) -> None:
         """Save the trained SAE; a signal that comes meanwhile takes effect afterwards."""
-        came: list[int] = []
-        with handling_signals(lambda number, _: came.append(number)):
+        with signals_afterwards():
             super().save_final_sae(*args, **kwargs)
-        for number in came:
-            signal.raise_signal(number)
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
@@ -365,6 +368,16 @@ def handling_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+@contextmanager
+def signals_afterwards() -> Iterator[None]:
+    """Let interruptions take effect afterwards."""
+    came: list[int] = []
+    with handling_signals(lambda number, _: came.append(number)):
+        yield
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _require_override(dataset: Any, sae: Any, d_in: int) -> None:

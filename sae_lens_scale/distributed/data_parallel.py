@@ -120,7 +120,10 @@ class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
         sae._end_start()
         for name, tensor in gathered.items():
             assert tensor is not None
-            setattr(sae, name, nn.Parameter(tensor, parameters[name].requires_grad))
+            requires_grad = parameters[name].requires_grad
+            set_tensor(sae, name, nn.Parameter(tensor, requires_grad))
+        for name, buffer in self.named_buffers():
+            set_tensor(sae, name, buffer.cpu())
         cfg.device = torch.device(self.cfg.device).type
         return sae
 
@@ -159,6 +162,12 @@ class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
         whole = self.whole(path)
         on_first(self.mesh.world, lambda: whole and whole.save_inference_model(path))
         return _paths(path)
+
+
+def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Set a parameter or a buffer of a module, or of one within it, by its dotted name."""
+    owner, _, last = name.rpartition(".")
+    setattr(module.get_submodule(owner), last, tensor)
 
 
 def mapped_tensor(

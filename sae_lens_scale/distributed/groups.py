@@ -1,10 +1,10 @@
 """Groups of processes, and what they send each other."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -168,6 +168,30 @@ class Group:
     def _count(self, purpose: str, num_bytes: int) -> None:
         self.sent[purpose] += num_bytes
         self.calls[purpose] += 1
+
+
+def require_same(settings: Mapping[str, Any]) -> None:
+    """
+    Refuse settings that are not the same on all processes, which call this together.
+
+    Args:
+        settings: The settings of this process, by name.
+
+    Raises:
+        ValueError: On all processes; names the first one that differs.
+    """
+    texts = {name: repr(value) for name, value in settings.items()}
+    everywhere = [texts] * dist.get_world_size()
+    dist.all_gather_object(everywhere, texts)
+    first = everywhere[0]
+    for rank, other in enumerate(everywhere):
+        for name in first | other:
+            want, got = first.get(name), other.get(name)
+            if got != want:
+                raise ValueError(
+                    f"{name} must be the same on all processes, got {want} on the first and "
+                    f"{got} on that of rank {rank}"
+                )
 
 
 def on_first(world: Group, action: Callable[[], T]) -> T | None:

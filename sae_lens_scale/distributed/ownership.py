@@ -14,6 +14,21 @@ EXPERT_DIMENSIONS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "omega": 0}
 _AT_A_TIME = 1 << 20
 
 
+def of_first(tensor: torch.Tensor, device: torch.device, world: Group) -> torch.Tensor:
+    """
+    The first process's tensor, on all; contiguous.
+
+    Args:
+        tensor: The tensor on the first process; one of its shape on the others, which may be on
+            the meta device.
+        device: Device of the result.
+        world: All processes, which call this together.
+    """
+    if tensor.is_meta:
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return world.broadcast(tensor.detach().contiguous(), "start")
+
+
 @dataclass(frozen=True)
 class Ownership:
     """
@@ -72,6 +87,35 @@ class Ownership:
         held = torch.tensor(self.held(self.rank), device=whole.device)
         experts = whole.unflatten(dim, (self.num_experts, -1))
         return experts.index_select(dim, held).flatten(dim, dim + 1)
+
+    def share(
+        self, name: str, whole: torch.Tensor, device: torch.device, world: Group
+    ) -> torch.Tensor:
+        """
+        This process's part of the first one's parameter, which is sent some experts at a time.
+
+        Args:
+            name: The parameter's name.
+            whole: The parameter; on all processes but the first it may be on the meta device.
+            device: Device of the part.
+            world: All processes, which call this together.
+        """
+        if self.size == 1 or name not in EXPERT_DIMENSIONS:
+            return of_first(whole, device, world)
+        dim = EXPERT_DIMENSIONS[name]
+        held = self.held(self.rank)
+        experts = whole.unflatten(dim, (self.num_experts, -1))
+        shape = list(experts.shape)
+        shape[dim] = len(held)
+        part = torch.empty(shape, dtype=whole.dtype, device=device)
+        step = max(1, _AT_A_TIME * self.num_experts // whole.numel())
+        for first in range(0, self.num_experts, step):
+            number = min(step, self.num_experts - first)
+            piece = of_first(experts.narrow(dim, first, number), device, world)
+            for place, expert in enumerate(held):
+                if first <= expert < first + number:
+                    part.select(dim, place).copy_(piece.select(dim, expert - first))
+        return part.flatten(dim, dim + 1)
 
     def gather(
         self, name: str, part: torch.Tensor, whole: torch.Tensor | None, world: Group

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, redirect_stderr
 from copy import copy
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,18 +28,39 @@ from safetensors.torch import load_file, save_file
 from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
+from sae_lens_scale.cache.store import CachedActivationsStore
 from sae_lens_scale.loading.errors import require_device
-from sae_lens_scale.runner import InterruptibleTrainingRunner, handling_signals
+from sae_lens_scale.runner import (
+    InterruptibleTrainingRunner,
+    handling_signals,
+    signals_afterwards,
+)
 from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 from sae_lens_scale.upstream import InterruptedException
 
-from .groups import Group, make_mesh, on_first
+from .groups import Group, make_mesh, on_first, require_same
 from .sae import distribute, make_ownership, require_ordinary
 from .trainer import DistributedTrainer
 
 _ROWS = "n_dataset_processed"
 # Fields that name a device, of which each process has its own.
 _DEVICES = ("device", "llm_device", "act_store_device")
+# Besides those, fields that may differ: each machine may have its files elsewhere. Of the logger
+# the first process's counts, but for what all do together.
+_OF_EACH = (
+    *_DEVICES,
+    "model_name",
+    "model_kwargs",
+    "model_from_pretrained_kwargs",
+    "dataset_path",
+    "cached_activations_path",
+    "from_pretrained_path",
+    "resume_from_checkpoint",
+    "checkpoint_path",
+    "output_path",
+    "logger",
+)
+_LOGGED = ("log_to_wandb", "wandb_log_frequency", "eval_every_n_wandb_logs")
 
 
 class DistributedTrainingRunner(InterruptibleTrainingRunner):
@@ -66,8 +88,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         lr_factors: Likewise.
 
     Raises:
-        ValueError: As that; if the processes cannot share out the batch, the text or the
-            experts, if the config has an option that several processes cannot have, or if
+        ValueError: As that; if settings differ from process to process; if the processes
+            cannot share out the batch, the text or the experts, if the config has an option that several processes cannot have, or if
             torchrun is to restart a run that it gives no name.
     """
 
@@ -98,10 +120,19 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         self._owns_processes = not dist.is_initialized()
         if self._owns_processes:
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+        require_same(
+            {
+                "torchrun's --max-restarts": _max_restarts(),
+                "expert_parallel": expert_parallel,
+                "lr_factors": lr_factors,
+                **_common_settings(cfg),
+            }
+        )
         self._mesh = make_mesh(expert_parallel, timeout)
         self._num_processes = self._mesh.world.size
         self._require_shares(cfg, override_dataset)
-        if override_sae is None and cfg.from_pretrained_path is None:
+        self._is_fresh = override_sae is None and cfg.from_pretrained_path is None
+        if self._is_fresh:
             make_ownership(cfg.sae, self._mesh)
         share_checkpoints(cfg, self._mesh.world)
         with _quiet_unless_first(self._mesh.world.rank):
@@ -113,6 +144,9 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
                 fused_optimizer=fused_optimizer,
                 lr_factors=lr_factors,
             )
+        if self._is_fresh:
+            self.sae.device = torch.device(cfg.device)
+            self.sae.cfg.device = cfg.sae.device
         # Of an SAE that is given.
         make_ownership(self.sae.cfg, self._mesh)
         if cfg.use_cached_activations:
@@ -138,6 +172,25 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
                 "override_dataset must be a Dataset or an IterableDataset with several "
                 f"processes, got {type(text).__name__}"
             )
+
+    @override
+    def _cached_store(
+        self, live: LanguageModelSAERunnerConfig[Any]
+    ) -> CachedActivationsStore:
+        store = super()._cached_store(live)
+        # It may have grown while one process looked, or be another copy on one machine.
+        require_same({"number of tokens in cached_activations_path": store.tokens})
+        return store
+
+    @override
+    def _to_load(
+        self, cfg: LanguageModelSAERunnerConfig[Any]
+    ) -> LanguageModelSAERunnerConfig[Any]:
+        live = super()._to_load(cfg)
+        if self._is_fresh and self._mesh.world.rank:
+            # Its weights will be parts of the first process's.
+            live.device, live.sae = "meta", replace(cfg.sae, device="meta")
+        return live
 
     @override
     def _share_of_batch(self) -> slice:
@@ -197,7 +250,9 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
             )
         checkpoint = cfg.resume_from_checkpoint
         if checkpoint is not None:
-            self.sae.load_weights_from_checkpoint(checkpoint)
+            on_first(world, lambda: self.sae.load_weights_from_checkpoint(checkpoint))
+            if world.rank:
+                self.sae._end_start()
             self._go_on_reading(Path(checkpoint))
         assert isinstance(self.sae, MixtureTrainingSAE)
         data_provider: DataProvider = self.activations_store
@@ -219,10 +274,12 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
             if checkpoint is not None:
                 trainer.load_trainer_state(checkpoint)
             self.run_trainer_with_interruption_handling(trainer)
-            whole = trainer.sae.whole(cfg.output_path)
-            if cfg.output_path is not None:
-                final = (whole, cfg.output_path, trainer.log_feature_sparsity)
-                on_first(world, lambda: self.save_final_sae(*final))
+            # Here a signal to one would lose what all have trained since the last checkpoint.
+            with signals_afterwards():
+                whole = trainer.sae.whole(cfg.output_path)
+                if cfg.output_path is not None:
+                    final = (whole, cfg.output_path, trainer.log_feature_sparsity)
+                    on_first(world, lambda: self.save_final_sae(*final))
         if cfg.logger.log_to_wandb:
             wandb.finish()
         if self._owns_processes:
@@ -286,6 +343,14 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
             self.activations_store.load(path)
 
 
+def _common_settings(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
+    """Settings that all processes have to have in common, by name."""
+    settings = cfg.to_dict()
+    settings |= settings.pop("sae")
+    settings |= {name: getattr(cfg.logger, name) for name in _LOGGED}
+    return {name: v for name, v in settings.items() if name not in _OF_EACH}
+
+
 @contextmanager
 def _quiet_unless_first(rank: int) -> Iterator[None]:
     """Show progress and warnings of the first process only; errors come afterwards."""
@@ -296,9 +361,13 @@ def _quiet_unless_first(rank: int) -> Iterator[None]:
         yield
 
 
+def _max_restarts() -> str:
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+
+
 def share_checkpoints(cfg: LanguageModelSAERunnerConfig[Any], world: Group) -> None:
     """
-    Let all processes, and all lives of a run that torchrun restarts, have one folder of
+    Let all processes, and all lives of a run that torchrun may restart, have one folder of
     checkpoints, and go on from the newest in it after a restart.
 
     Args:
@@ -312,16 +381,19 @@ def share_checkpoints(cfg: LanguageModelSAERunnerConfig[Any], world: Group) -> N
     if cfg.checkpoint_path is None:
         return
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if run_id == "none" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    may_restart = _max_restarts() != "0"
+    if run_id == "none" and may_restart:
         raise ValueError(
             "torchrun's --rdzv-id must name the run where --max-restarts is given, whose "
             "checkpoints a restart looks for, got none"
         )
     paths = [cfg.checkpoint_path]
-    if run_id != "none":
+    if may_restart:
         paths = [str(Path(cfg.checkpoint_path).parent / run_id)]
     dist.broadcast_object_list(paths)
     cfg.checkpoint_path = paths[0]
+    if not may_restart:
+        return
     # Each machine counts the restarts that its own processes have caused.
     restarts = [""] * world.size
     dist.all_gather_object(restarts, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -334,8 +406,9 @@ def share_checkpoints(cfg: LanguageModelSAERunnerConfig[Any], world: Group) -> N
     if newest[0] and not is_restart:
         # A restart would take an earlier run's for its own.
         raise ValueError(
-            f"torchrun's --rdzv-id must be another than {run_id}, or resume_from_checkpoint "
-            f"be given: an earlier run of that name has left {newest[0]}"
+            f"torchrun's --rdzv-id must be another than {run_id}, or checkpoint_path another, "
+            "or resume_from_checkpoint be given: an earlier run of that name has left "
+            f"{newest[0]}"
         )
     cfg.resume_from_checkpoint = newest[0] or cfg.resume_from_checkpoint
 

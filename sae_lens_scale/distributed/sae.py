@@ -8,10 +8,10 @@ from sae_lens_scale.saes.mixture.config import MixtureTrainingSAEConfig
 from sae_lens_scale.saes.mixture.extension_points import is_overridden
 from sae_lens_scale.saes.mixture.training import MixtureTrainingSAE
 
-from .data_parallel import DataParallelSAE
+from .data_parallel import DataParallelSAE, set_tensor
 from .expert_parallel import ExpertParallelSAE, require_shardable
 from .groups import Mesh
-from .ownership import Ownership
+from .ownership import Ownership, of_first
 
 # Methods whose results would need all of a token's experts, or all latents.
 _NOT_OVERRIDDEN = ("dispatch", "choose", "combine", "decode", "encode_with_hidden_pre")
@@ -22,19 +22,25 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
     Share out an SAE's tokens, and its experts, among processes; in place.
 
     Args:
-        sae: The SAE, as on all processes. All get the first one's weights.
+        sae: The SAE, as on all processes. All get the first one's weights; the others' may be
+            on the meta device.
         mesh: The processes.
 
     Returns:
         The SAE, of a subclass of its class.
 
     Raises:
-        ValueError: As :func:`make_ownership` and :func:`require_ordinary`; if experts are to be
-            shared out, and the SAE has hooks, another selection than TopK, or overrides one of
-            these methods.
+        ValueError: As :func:`make_ownership` and :func:`require_ordinary`; if the selection
+            needs the whole batch; if experts are to be shared out, and the SAE has hooks,
+            another selection than TopK, or overrides one of these methods.
     """
     require_ordinary(sae)
     ownership = make_ownership(sae.cfg, mesh)
+    if mesh.world.size > 1 and not sae.selection().per_token:
+        raise ValueError(
+            "selection must be one of each token where several processes share out a batch, "
+            f"got {type(sae).__name__}'s, with per_token=False"
+        )
     base = DataParallelSAE
     if mesh.experts.size > 1:
         for name in _NOT_OVERRIDDEN:
@@ -45,11 +51,10 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
                 )
         require_shardable(sae)
         base = ExpertParallelSAE
-    tensors = [p.data for p in sae.parameters()]
     if sae._fresh_router is not None:
-        tensors.append(sae._fresh_router)
-    for tensor in tensors:
-        mesh.world.broadcast(tensor, "start")
+        sae._fresh_router = of_first(sae._fresh_router, sae.device, mesh.world)
+    for name, buffer in list(sae.named_buffers()):
+        set_tensor(sae, name, of_first(buffer, sae.device, mesh.world))
     ordinary = type(sae)
     name = f"{base.__name__.removesuffix('SAE')}{ordinary.__name__}"
     # Its methods are ours: SAELens's extension points see the ordinary class's.
@@ -57,8 +62,8 @@ def distribute(sae: MixtureTrainingSAE[Any], mesh: Mesh) -> DataParallelSAE:
     assert isinstance(sae, DataParallelSAE)
     sae.mesh, sae.ownership = mesh, ownership
     for name, parameter in list(sae.named_parameters()):
-        part = ownership.part(name, parameter.detach())
-        setattr(sae, name, nn.Parameter(part, parameter.requires_grad))
+        part = ownership.share(name, parameter.detach(), sae.device, mesh.world)
+        set_tensor(sae, name, nn.Parameter(part, parameter.requires_grad))
     return sae
 
 

@@ -302,7 +302,7 @@ class ScaleTrainingSAE(MixtureTrainingSAE[ScaleTrainingSAEConfig]):
     @torch.no_grad()
     def _fold_encoder(self) -> None:
         if self.omega is not None:
-            record_omega(self.cfg, self.omega)
+            record_omega(self.cfg, self._of_all_experts(self.omega))
             self.W_enc.data.copy_(self.effective_W_enc())
             self.omega.data.zero_()
 

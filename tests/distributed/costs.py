@@ -16,6 +16,7 @@ from helpers import draw, scale_sae, step_input
 from memory import peak_bytes
 from sae_lens.training.sae_trainer import SAETrainer
 
+from sae_lens_scale import ScaleTrainingSAE
 from sae_lens_scale.distributed.sae import distribute
 from sae_lens_scale.distributed.trainer import DistributedTrainer
 
@@ -115,6 +116,27 @@ def state_bytes_of_one(overrides: dict[str, Any]) -> int:
     )
     trainer.step(draw(96, sae.cfg.d_in).to(sae.dtype))
     return memory[0]
+
+
+def memory_of_start(overrides: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """
+    Memory that this process needs for its part of a new SAE.
+
+    Args:
+        overrides: Fields of the SAE's config.
+        folder: Folder for traces.
+
+    Returns:
+        Bytes of its weights; the most bytes that its allocator holds at once, beyond those
+        before, which on the first process are the whole SAE's.
+    """
+    mesh = mesh_of(2)
+    cfg = scale_sae(**overrides).cfg
+    cfg.device = "meta" if mesh.world.rank else "cpu"
+    sae = ScaleTrainingSAE(cfg)
+    sae.device = torch.device("cpu")
+    peak = peak_bytes(lambda: distribute(sae, mesh), folder / f"{mesh.world.rank}.json")
+    return sum(p.nbytes for p in sae.parameters()), peak
 
 
 def _anonymous_bytes() -> int:

@@ -54,7 +54,10 @@ class Processes:
         # A server imports everything once, and forks all processes.
         context = mp.get_context("forkserver")
         self._folder = TemporaryDirectory()
-        context.set_forkserver_preload(["distributed.runners"])
+        # Python 3.11 passes over modules that are found by pytest's path alone.
+        context.set_forkserver_preload(
+            ["sae_lens_scale.distributed.runner", "distributed.runners"]
+        )
         self._results = context.SimpleQueue()
         self._tasks = [context.SimpleQueue() for _ in range(size)]
         self._processes = [

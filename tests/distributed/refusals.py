@@ -1,9 +1,11 @@
 """Refusals of processes, for tests."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from cache.runs import cached_config
 from datasets import Dataset
 from distributed.runners import make_runner
 from distributed.work import mesh_of
@@ -26,6 +28,11 @@ class _KeepsTheFirst(ScaleTrainingSAE):
         )
 
 
+class _OfTheBatch(ScaleTrainingSAE):
+    def selection(self) -> Selection:
+        return replace(super().selection(), per_token=False)
+
+
 class _Decodes(ScaleTrainingSAE):
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
         return super().decode(feature_acts)
@@ -40,6 +47,7 @@ class _EncodesWithHiddenPre(ScaleTrainingSAE):
 
 SUBCLASSES = {
     "selection": _KeepsTheFirst,
+    "the batch": _OfTheBatch,
     "decode": _Decodes,
     "encode_with_hidden_pre": _EncodesWithHiddenPre,
 }
@@ -71,6 +79,18 @@ def of_hooks(expert_parallel: int) -> list[tuple[str, str, str]]:
     return found
 
 
+def of_settings(by_rank: list[dict[str, Any]]) -> str:
+    """Error of a runner whose settings are others on each process."""
+    rank = mesh_of(1).world.rank
+    return of_runner("no-such-model", by_rank[rank])
+
+
+def of_caches(folder: Path) -> str:
+    """Error of a runner that reads another cache on each process."""
+    cfg = cached_config(folder / str(mesh_of(1).world.rank))
+    return _message(lambda: DistributedTrainingRunner(cfg))
+
+
 def of_saes(expert_parallel: int) -> dict[str, str]:
     """Errors for SAEs whose experts cannot be shared out, and for what these cannot do."""
     mesh = mesh_of(expert_parallel)
@@ -79,6 +99,8 @@ def of_saes(expert_parallel: int) -> dict[str, str]:
         for name, cls in SUBCLASSES.items()
     }
     sae = distribute(scale_sae(), mesh)
+    if expert_parallel == 1:
+        return errors
     return errors | {
         "a call": _message(lambda: sae.encode_with_hidden_pre(draw(4, 10))),
         "use_sparse_activations": _message(

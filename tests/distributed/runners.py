@@ -1,6 +1,7 @@
 """Runners that tests give to groups of processes."""
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,16 @@ from datasets import Dataset
 from distributed.work import mesh_of
 from integration.runs import NORMALIZED, WITHOUT_START
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 
 from sae_lens_scale import ScaleTrainingSAEConfig
+from sae_lens_scale.distributed.data_parallel import DataParallelSAE
 from sae_lens_scale.distributed.runner import (
     DistributedTrainingRunner,
     share_checkpoints,
 )
+from sae_lens_scale.distributed.sae import distribute
+from sae_lens_scale.runner import handling_signals
 
 
 def make_runner(
@@ -87,6 +92,48 @@ def evaluations(model: Path, expert_parallel: int) -> list[dict[str, Any]]:
         n_eval_batches=2,
     )
     with patch.object(runner, "_evaluate", evaluate):
+        runner.run()
+    return found
+
+
+def start_of_run(
+    model: Path, expert_parallel: int
+) -> list[dict[str, torch.Tensor] | None]:
+    """
+    Make a runner, and share out its SAE.
+
+    Returns:
+        Weights that this process made, and those of the whole SAE; None if it has none.
+    """
+    text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(40)]})
+    sae: Any = make_runner(model, text, expert_parallel).sae
+    weights = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    made = None if sae.W_dec.is_meta else weights
+    whole = distribute(sae, mesh_of(expert_parallel)).whole()
+    return [made, None if whole is None else whole.state_dict()]
+
+
+def interrupted_at_the_end(model: Path, output: Path) -> list[bool]:
+    """
+    Train, with a signal to the last process while the SAE is gathered.
+
+    Returns:
+        For each signal that took effect here, whether the SAE had been saved before.
+    """
+    text = Dataset.from_dict({"text": [f"{i} " * 30 for i in range(40)]})
+    settings = {"training_tokens": 64, "n_batches_for_norm_estimate": 1}
+    runner = make_runner(model, text, 2, output_path=str(output), **settings)
+    whole, found = DataParallelSAE.whole, []
+
+    def interrupted(sae: DataParallelSAE, *arguments: Any) -> Any:
+        if sae.mesh.world.rank == sae.mesh.world.size - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(sae, *arguments)
+
+    def note(*_: Any) -> None:
+        found.append((output / SAE_WEIGHTS_FILENAME).exists())
+
+    with handling_signals(note), patch.object(DataParallelSAE, "whole", interrupted):
         runner.run()
     return found
 

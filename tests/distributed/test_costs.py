@@ -155,6 +155,15 @@ def test_an_owner_of_all_tokens_holds_no_more_where_they_have_more_experts(
     assert peaks[1] < 1.25 * peaks[0] < 16 * of_inputs
 
 
+def test_only_the_first_process_makes_a_whole_sae(
+    processes: Callable[[int], Processes], tmp_path: Path
+):
+    shape = Shape(128, 1 << 16, 512, experts_per_token=2, k=4)
+    results = processes(2).run(costs.memory_of_start, overrides_of(shape), tmp_path)
+    for weights, peak in results:
+        assert weights <= peak < 1.3 * weights
+
+
 def test_no_process_holds_a_whole_checkpoint(
     processes: Callable[[int], Processes], tmp_path: Path
 ):

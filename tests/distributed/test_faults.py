@@ -131,6 +131,13 @@ def test_without_room_on_the_disk_all_fail_and_earlier_checkpoints_stay(
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
+def test_a_signal_at_the_end_takes_effect_once_the_sae_is_saved(
+    processes: Callable[[int], Processes], tiny_llama: Path, tmp_path: Path
+):
+    found = processes(2).run(runners.interrupted_at_the_end, tiny_llama, tmp_path)
+    assert found == [[], [True]]
+
+
 def test_a_save_may_take_longer_than_any_other_wait():
     group = Processes(2, timedelta(seconds=3))
     (first, done), (second, nothing) = group.run(work.wait_for_the_first, 5.0)
@@ -168,7 +175,10 @@ def test_a_run_of_an_earlier_ones_name_has_to_say_that_it_goes_on_from_there(
     found = processes(2).run(runners.shared_checkpoints, *arguments)
     assert found == [(str(tmp_path / "job"), None)] * 2
     (tmp_path / "job" / "512").mkdir()
-    with pytest.raises(RuntimeError, match="--rdzv-id must be another than job.*/512"):
+    with pytest.raises(
+        RuntimeError,
+        match="--rdzv-id must be another than job, or checkpoint_path.*/512",
+    ):
         processes(2).run(runners.shared_checkpoints, *arguments)
     # It may be about to finish.
     assert (tmp_path / "job" / ".saving-512").exists()
@@ -179,8 +189,12 @@ def test_a_run_of_an_earlier_ones_name_has_to_say_that_it_goes_on_from_there(
 def test_processes_that_torchrun_may_restart_need_a_name_of_the_run(
     processes: Callable[[int], Processes], tmp_path: Path
 ):
-    found = processes(2).run(runners.shared_checkpoints, tmp_path, "none", 0, [0, 0])
-    assert found == [(str(tmp_path / "0"), None)] * 2
+    for run_id in ("none", "job"):
+        # Several runs of one launch have folders of their own.
+        (tmp_path / "job" / "512").mkdir(parents=True, exist_ok=True)
+        arguments = (tmp_path, run_id, 0, [0, 0])
+        found = processes(2).run(runners.shared_checkpoints, *arguments)
+        assert found == [(str(tmp_path / "0"), None)] * 2
     with pytest.raises(RuntimeError, match="--rdzv-id must name the run .* got none"):
         processes(2).run(runners.shared_checkpoints, tmp_path, "none", 1, [0, 0])
 

@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from cache.runs import cache
 from datasets import Array2D, Dataset, Features
 from distributed import refusals
 from distributed.processes import Processes
-from sae_lens import StandardTrainingSAEConfig
+from sae_lens import HookedSAETransformer, LoggingConfig, StandardTrainingSAEConfig
 
 pytestmark = pytest.mark.slow
 
 AMONG = "where experts are shared out among processes"
+OF_THE_BATCH = (
+    "selection must be one of each token where several processes share out a batch, got "
+    "_OfTheBatch's, with per_token=False"
+)
 
 
 def the_same(results: list[Any]) -> Any:
@@ -52,7 +57,54 @@ def test_saes_whose_experts_cannot_be_shared_out(
         "use_sparse_activations": f"use_sparse_activations must be True {AMONG}, got False",
         "num_experts": "expert_parallel must be at most the 2 experts that are not shared, "
         "got 4",
+        "the batch": OF_THE_BATCH,
     }
+
+
+def test_a_selection_from_the_whole_batch_which_no_process_has(
+    processes: Callable[[int], Processes],
+):
+    errors = the_same(processes(2).run(refusals.of_saes, 1))
+    assert errors.pop("the batch") == OF_THE_BATCH
+    # Of each token's latents all are here.
+    assert set(errors.values()) == {"nothing was refused"}
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "error"),
+    [
+        ([{"lr": 0.1}, {"lr": 0.2}], "lr {} 0.1 {} 0.2 {}"),
+        ([{"sae": {"k": 4}}, {}], "k {} 4 {} 8 {}"),
+        ([{}, {"training_tokens": 320}], "training_tokens {} 640 {} 320 {}"),
+        ([{}, {"expert_parallel": 2}], "expert_parallel {} 1 {} 2 {}"),
+        (
+            [{"logger": LoggingConfig()}, {}],
+            "log_to_wandb {} True {} False {}",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_differ_are_refused_before_the_model_is_loaded(
+    processes: Callable[[int], Processes], by_rank: list[dict[str, Any]], error: str
+):
+    assert the_same(processes(2).run(refusals.of_settings, by_rank)) == error.format(
+        "must be the same on all processes, got",
+        "on the first and",
+        "on that of rank 1",
+    )
+
+
+def test_caches_of_other_lengths(
+    processes: Callable[[int], Processes],
+    tiny_model: HookedSAETransformer,
+    tmp_path: Path,
+):
+    for rank, tokens in enumerate((1_000, 2_000)):
+        cache(tmp_path / str(rank), tiny_model, tokens)
+    error = the_same(processes(2).run(refusals.of_caches, tmp_path))
+    assert error.startswith(
+        "number of tokens in cached_activations_path must be the same on all processes, got"
+    )
 
 
 @pytest.mark.parametrize(

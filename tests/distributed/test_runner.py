@@ -56,6 +56,16 @@ def test_the_command_trains_on_several_processes_what_it_trains_on_one(
     assert (resumed / "sae" / "cfg.json").exists()
 
 
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_all_processes_begin_with_the_weights_that_the_first_one_made(
+    processes: Callable[[int], Processes], tiny_llama: Path, expert_parallel: int
+):
+    results = processes(2).run(runners.start_of_run, tiny_llama, expert_parallel)
+    (made, whole), others = results
+    assert others == [None, None]
+    torch.testing.assert_close(whole, made, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_row_of_the_text_is_read_by_one_process(
     processes: Callable[[int], Processes], tiny_llama: Path, streaming: bool

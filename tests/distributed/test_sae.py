@@ -185,6 +185,29 @@ def test_omegas_that_are_logged_are_those_of_all_experts(
         assert values == histogram
 
 
+@pytest.mark.parametrize(
+    "normalize_activations", ["expected_average_only_in", "covariance_whitening"]
+)
+def test_omegas_on_record_once_folded_are_those_of_all_experts(
+    processes: Callable[[int], Processes], normalize_activations: str
+):
+    results = processes(2).run(work.omegas_of_folded, normalize_activations, 2)
+    (omegas, on_record), (_, nothing) = results
+    assert nothing is None
+    assert on_record == omegas
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_a_subclass_keeps_the_first_processs_layers_and_buffers(
+    processes: Callable[[int], Processes], expert_parallel: int
+):
+    results = processes(2).run(work.whole_of_subclass, expert_parallel)
+    (before, whole), (other, nothing) = results
+    assert nothing is None
+    assert not torch.equal(before["numbers"], other["numbers"])
+    torch.testing.assert_close(whole, before, rtol=0, atol=0)
+
+
 def test_a_process_without_tokens_decodes_with_the_others(
     processes: Callable[[int], Processes],
 ):

@@ -116,6 +116,48 @@ def omegas_logged(
     return found, sae.log_histograms()["weights/omega"].tolist()
 
 
+class _WithLayer(ScaleTrainingSAE):
+    """A subclass with a layer, and a buffer, of its own."""
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.layer = torch.nn.Linear(3, 2)
+        self.register_buffer("numbers", torch.randn(4))
+
+
+def whole_of_subclass(expert_parallel: int) -> list[dict[str, torch.Tensor] | None]:
+    """A subclass's weights before, and the whole SAE's, on this process."""
+    mesh = mesh_of(expert_parallel)
+    torch.manual_seed(mesh.world.rank)
+    sae = _WithLayer(scale_sae().cfg)
+    before = {name: t.clone() for name, t in sae.state_dict().items()}
+    whole = distribute(sae, mesh).whole()
+    return [before, None if whole is None else whole.state_dict()]
+
+
+def omegas_of_folded(
+    normalize_activations: str, expert_parallel: int
+) -> tuple[list[float], list[float] | None]:
+    """Omegas of one process's SAE, and those that the whole SAE has on record."""
+    overrides = {
+        "normalize_activations": normalize_activations,
+        # With any other only whitening folds omega.
+        "decomposition": "identity",
+        "num_shared_experts": 1,
+    }
+    one, mesh = scale_sae(**overrides), mesh_of(expert_parallel)
+    assert one.omega is not None
+    sae = distribute(scale_sae(**overrides), mesh)
+    if normalize_activations == "covariance_whitening":
+        eye = torch.eye(sae.cfg.d_in, dtype=sae.dtype)
+        sae.fold_activation_whitening(eye[0], 2 * eye, eye / 2)
+    else:
+        sae.fold_activation_norm_scaling_factor(2.0)
+    whole = sae.whole()
+    on_record = None if whole is None else whole.cfg.metadata.omega
+    return one.omega.tolist(), on_record
+
+
 @torch.no_grad()
 def inference(
     architecture: str, overrides: dict[str, Any], x: torch.Tensor, expert_parallel: int
