@@ -89,8 +89,9 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
 
     Raises:
         ValueError: As that; if settings differ from process to process; if the processes
-            cannot share out the batch, the text or the experts, if the config has an option that several processes cannot have, or if
-            torchrun is to restart a run that it gives no name.
+            cannot share out the batch, the text or the experts, if the config has an option that
+            several processes cannot have, or if torchrun is to restart a run that it gives no
+            name.
     """
 
     def __init__(
