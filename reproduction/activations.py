@@ -118,7 +118,7 @@ class Activations(reading.Activations):
         if len(self._parts) == 1:
             return first[indices.to(first.device)].float()
         rows = torch.empty(len(indices), self.d_in, dtype=first.dtype)
-        part_of = torch.searchsorted(self._ends, indices, right=True)
+        part_of = torch.searchsorted(torch.tensor(self._ends), indices, right=True)
         for i in part_of.unique().tolist():
             here = (part_of == i).nonzero().squeeze(-1)
             part = self._parts[i]
