@@ -82,7 +82,6 @@ def test_a_selection_from_the_whole_batch_which_no_process_has(
             "log_to_wandb {} True {} False {}",
         ),
     ],
-    ids=str,
 )
 def test_settings_that_differ_are_refused_before_the_model_is_loaded(
     processes: Callable[[int], Processes], by_rank: list[dict[str, Any]], error: str
