@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from sae_lens import SAE, upload_saes_to_huggingface
@@ -99,7 +100,13 @@ def upload(
     upload_saes_to_huggingface(
         {sae_id: folder}, repo_id, show_progress=False, add_default_readme=False
     )
-    card.push_to_hub(repo_id, commit_message=f"Describe SAE {sae_id}")
+    # Checks the card where it uploads it; huggingface-hub 0's card.push_to_hub knows one hub only.
+    api.upload_file(
+        path_or_fileobj=str(card).encode(),
+        path_in_repo=REPOCARD_NAME,
+        repo_id=repo_id,
+        commit_message=f"Describe SAE {sae_id}",
+    )
     return f"{api.endpoint}/{repo_id}"
 
 
