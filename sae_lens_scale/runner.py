@@ -372,7 +372,7 @@ def handling_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 @contextmanager
 def signals_afterwards() -> Iterator[None]:
-    """Let interruptions take effect afterwards."""
+    """Let interruptions take effect afterwards, unless an error comes first."""
     came: list[int] = []
     with handling_signals(lambda number, _: came.append(number)):
         yield

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 T = TypeVar("T")
 
-# Neighbouring tokens that are read in one piece, of tens of kB in most models. With 128 a window has
-# fewer contexts, and SAEs up to 1 % more error (reproduction/LOG.md, "The start inside the SAE").
+# Neighbouring tokens that are read in one piece, of tens of kB in most models. With 128 a window
+# has fewer contexts, and SAEs up to 1.5 % more error (reproduction/LOG.md, "The start inside the
+# SAE").
 _BLOCK = 16
 
 

@@ -123,7 +123,7 @@ class DataParallelSAE(MixtureTrainingSAE[Any], ABC):
             requires_grad = parameters[name].requires_grad
             set_tensor(sae, name, nn.Parameter(tensor, requires_grad))
         for name, buffer in self.named_buffers():
-            set_tensor(sae, name, buffer.cpu())
+            set_tensor(sae, name, buffer.detach().to("cpu", copy=True))
         cfg.device = torch.device(self.cfg.device).type
         return sae
 

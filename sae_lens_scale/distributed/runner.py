@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
+from sae_lens_scale.cache.manifest import reads_cache
 from sae_lens_scale.cache.store import CachedActivationsStore
 from sae_lens_scale.loading.errors import require_device
 from sae_lens_scale.runner import (
@@ -45,6 +46,13 @@ from .trainer import DistributedTrainer
 _ROWS = "n_dataset_processed"
 # Fields that name a device, of which each process has its own.
 _DEVICES = ("device", "llm_device", "act_store_device")
+# Files that a run may have or not, which decides what the processes do together.
+_OPTIONAL = (
+    "from_pretrained_path",
+    "resume_from_checkpoint",
+    "checkpoint_path",
+    "output_path",
+)
 # Besides those, fields that may differ: each machine may have its files elsewhere. Of the logger
 # the first process's counts, but for what all do together.
 _OF_EACH = (
@@ -54,11 +62,10 @@ _OF_EACH = (
     "model_from_pretrained_kwargs",
     "dataset_path",
     "cached_activations_path",
-    "from_pretrained_path",
-    "resume_from_checkpoint",
-    "checkpoint_path",
-    "output_path",
+    *_OPTIONAL,
     "logger",
+    "metadata",
+    "verbose",
 )
 _LOGGED = ("log_to_wandb", "wandb_log_frequency", "eval_every_n_wandb_logs")
 
@@ -179,6 +186,8 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
         self, live: LanguageModelSAERunnerConfig[Any]
     ) -> CachedActivationsStore:
         store = super()._cached_store(live)
+        # The first process has made the SAE meanwhile, which may take longer than a message.
+        on_first(self._mesh.world, lambda: None)
         # It may have grown while one process looked, or be another copy on one machine.
         require_same({"number of tokens in cached_activations_path": store.tokens})
         return store
@@ -274,6 +283,9 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
             )
             if checkpoint is not None:
                 trainer.load_trainer_state(checkpoint)
+                # Each machine may have a copy of its own.
+                step = trainer.n_training_samples
+                require_same({"tokens trained on in resume_from_checkpoint": step})
             self.run_trainer_with_interruption_handling(trainer)
             # Here a signal to one would lose what all have trained since the last checkpoint.
             with signals_afterwards():
@@ -347,9 +359,13 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
 def _common_settings(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
     """Settings that all processes have to have in common, by name."""
     settings = cfg.to_dict()
-    settings |= settings.pop("sae")
+    for name, value in settings.pop("sae").items():
+        # Both have a dtype.
+        settings[f"sae.{name}" if name in settings else name] = value
     settings |= {name: getattr(cfg.logger, name) for name in _LOGGED}
-    return {name: v for name, v in settings.items() if name not in _OF_EACH}
+    common = {name: v for name, v in settings.items() if name not in _OF_EACH}
+    common |= {f"{n} is None": getattr(cfg, n) is None for n in _OPTIONAL}
+    return common | {"cached_activations_path is a cache": reads_cache(cfg)}
 
 
 @contextmanager

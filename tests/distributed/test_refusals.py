@@ -76,6 +76,15 @@ def test_a_selection_from_the_whole_batch_which_no_process_has(
         ([{"lr": 0.1}, {"lr": 0.2}], "lr {} 0.1 {} 0.2 {}"),
         ([{"sae": {"k": 4}}, {}], "k {} 4 {} 8 {}"),
         ([{}, {"training_tokens": 320}], "training_tokens {} 640 {} 320 {}"),
+        (
+            [{}, {"sae": {"aux_loss_coefficient": 0.5}}],
+            "aux_loss_coefficient {} 0.125 {} 0.5 {}",
+        ),
+        ([{"dtype": "bfloat16"}, {}], "dtype {} 'bfloat16' {} 'float32' {}"),
+        (
+            [{"output_path": "out"}, {"output_path": None}],
+            "output_path is None {} False {} True {}",
+        ),
         ([{}, {"expert_parallel": 2}], "expert_parallel {} 1 {} 2 {}"),
         (
             [{"logger": LoggingConfig()}, {}],
