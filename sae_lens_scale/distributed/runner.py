@@ -258,13 +258,13 @@ class DistributedTrainingRunner(InterruptibleTrainingRunner):
                 id=cfg.logger.wandb_id,
                 mode="disabled" if world.rank else None,
             )
+        assert isinstance(self.sae, MixtureTrainingSAE)
         checkpoint = cfg.resume_from_checkpoint
         if checkpoint is not None:
             on_first(world, lambda: self.sae.load_weights_from_checkpoint(checkpoint))
             if world.rank:
                 self.sae._end_start()
             self._go_on_reading(Path(checkpoint))
-        assert isinstance(self.sae, MixtureTrainingSAE)
         data_provider: DataProvider = self.activations_store
         reading = nullcontext()
         if cfg.prefetch_llm_batches:
