@@ -95,7 +95,11 @@ def batches(sae: SAE[Any], model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_same_metrics(
-    actual: Evaluation, expected: Evaluation, rtol: float = 1e-4, atol: float = 1e-5
+    # Scores are quotients of small differences of float32 losses, which CPUs round differently.
+    actual: Evaluation,
+    expected: Evaluation,
+    rtol: float = 5e-4,
+    atol: float = 1e-5,
 ) -> None:
     assert actual.metrics == pytest.approx(expected.metrics, rel=rtol, abs=atol)
 
