@@ -10,7 +10,7 @@ from .groups import Group
 # Dimensions of parameters that count experts or their latents. All others are the same on
 # every process.
 EXPERT_DIMENSIONS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "omega": 0}
-# Numbers that are gathered at a time.
+# Numbers that are sent at a time.
 _AT_A_TIME = 1 << 20
 
 
