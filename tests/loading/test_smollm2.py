@@ -113,7 +113,7 @@ def test_load_smollm2_names_the_extra_unless_this_transformers_saved_the_model(
 ):
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr("transformers.__version__", "0.1")
-    with pytest.raises(ImportError, match=r"sae-lens-scale\[demo\]"):
+    with pytest.raises(ImportError, match=r"gguf, .* pip install '\.\[demo\]'"):
         load_smollm2()
 
 
