@@ -10,7 +10,7 @@ from datasets import load_dataset
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
-from sae_lens_scale.upstream import model_size
+from sae_lens_scale.upstream import InterruptedException, model_size
 
 # Those that SAELens's store reads.
 _COLUMNS = ("text", "tokens", "input_ids", "problem")
@@ -84,8 +84,15 @@ def _reason(error: Exception) -> str:
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Tell a missing package or a lack of memory, which no other name or file would mend."""
-    if isinstance(error, (ImportError, MemoryError, torch.OutOfMemoryError)):
+    """
+    Tell what no other name or file would mend: a missing package, a lack of memory, a signal.
+
+    SAELens answers signals with an exception, also after its runners have trained.
+    """
+    if isinstance(
+        error,
+        (ImportError, MemoryError, torch.OutOfMemoryError, InterruptedException),
+    ):
         return True
     # Torch's error where the CPU's memory is short has no type of its own.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

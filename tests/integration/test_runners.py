@@ -313,6 +313,8 @@ def offline_wandb(
     monkeypatch.setattr(wandb.Run, "log", recording)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    # Its capture of the process' output has crashed a process whose threads wrote.
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
     for kind in ("", "DATA_", "CACHE_", "CONFIG_"):
         monkeypatch.setenv(f"WANDB_{kind}DIR", str(tmp_path))
     # Forget settings read from the environment, before the test and after it.

@@ -1,6 +1,7 @@
 """Errors that name the setting at fault, before any work is done with it."""
 
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from datasets import Dataset
 from helpers import small_corpus
 from integration.runs import HOOK, new_sae
 from sae_lens import HookedSAETransformer
+from sae_lens.llm_sae_training_runner import (
+    InterruptedException,
+    interrupt_callback,
+)
 from sae_lens.load_model import load_model
 from sae_lens.training.activations_store import ActivationsStore
 
@@ -33,6 +38,16 @@ def test_a_lack_of_memory_is_of_the_machine_whatever_its_type():
         assert not is_of_the_machine(error)
     with pytest.raises(RuntimeError, match="^.enforce"), naming_text("text", "name"):
         torch.empty(10**14)
+
+
+def test_an_interruption_while_a_text_is_read_is_not_blamed_on_its_name():
+    # What SAELens's runners leave behind.
+    before = signal.signal(signal.SIGTERM, interrupt_callback)
+    try:
+        with pytest.raises(InterruptedException), naming_text("text", "name"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_an_empty_text_is_called_empty():
