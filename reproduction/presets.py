@@ -276,44 +276,57 @@ class _Experiment:
             runs.append(self.run("scale", sae, **how))
         return runs
 
-    def _as_users(self, k: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _as_users(
+        self, k: int, tokens: int | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sizes of an SAE, and a runner's text, as a user names them."""
         sizes = {"d_in": self.d_in, "d_sae": 32 * self.d_in, "k": k}
         text = {
             "model_name": self.cache.model,
             "hook_name": self.cache.hook_name,
             "dataset_path": self.cache.text,
-            "training_tokens": self.training["training_tokens"],
+            "training_tokens": tokens or self.training["training_tokens"],
             "verbose": False,
         }
         return sizes, text
 
     def recommended(
-        self, architecture: Architecture, k: int, variant: str = "", **sae: Any
+        self,
+        architecture: Architecture,
+        k: int,
+        variant: str = "",
+        tokens: int | None = None,
+        **sae: Any,
     ) -> RunSettings:
         """A run by the recommended recipe, but for these fields of the SAE."""
-        sizes, text = self._as_users(k)
+        sizes, text = self._as_users(k, tokens)
         cfg = recommended_config(architecture, **sizes, **text, sae=sae)
         name = f"{VARIANTS_OF_DEFAULTS[0]} {variant}".strip()
         return RunSettings.of_runner(cfg, name)
 
+    def _of_users(
+        self, architecture: Architecture, k: int, tokens: int | None = None
+    ) -> list[RunSettings]:
+        """Runs as users make them: :data:`VARIANTS_OF_DEFAULTS`."""
+        _, stock, old = VARIANTS_OF_DEFAULTS
+        sizes, text = self._as_users(k, tokens)
+        sae_class = get_sae_training_class(architecture)[1]
+        alone = LanguageModelSAERunnerConfig(sae=sae_class(**sizes), **text)
+        run = RunSettings.of_runner(alone, stock)
+        # SAELens's own default, which the SAEs had then.
+        then = {**sizes, "normalize_activations": "none"}
+        del then["d_in"]
+        return [
+            self.recommended(architecture, k, tokens=tokens),
+            run,
+            replace(run, sae=then, variant=old),
+        ]
+
     def defaults(self) -> list[RunSettings]:
         """Runs as users make them, the best that was found, and a dense SAE of the same cost."""
-        _, stock, old = VARIANTS_OF_DEFAULTS
         runs = []
         for k, architecture in product(self.ks, ARCHITECTURES):
-            sizes, text = self._as_users(k)
-            sae_class = get_sae_training_class(architecture)[1]
-            alone = LanguageModelSAERunnerConfig(sae=sae_class(**sizes), **text)
-            run = RunSettings.of_runner(alone, stock)
-            # SAELens's own default, which the SAEs had then.
-            then = {**sizes, "normalize_activations": "none"}
-            del then["d_in"]
-            runs += [
-                self.recommended(architecture, k),
-                run,
-                replace(run, sae=then, variant=old),
-            ]
+            runs += self._of_users(architecture, k)
         for k in self.ks:
             switch = self.run("switch", {"k": k, "num_experts": 32})
             runs += [
@@ -323,6 +336,11 @@ class _Experiment:
                 self.run("topk", {"k": k, "d_sae": self.d_in}),
             ]
         return runs
+
+    def short_defaults(self) -> list[RunSettings]:
+        """Runs as users make them, of two fifths of the tokens."""
+        tokens = 2 * self.training["training_tokens"] // 5
+        return [run for a in ARCHITECTURES for run in self._of_users(a, 32, tokens)]
 
     def evidence(self) -> list[RunSettings]:
         """Recommended SAEs, dense ones of their cost and of their width, and parts of Scale SAE."""
@@ -440,6 +458,7 @@ PRESETS: dict[str, Preset] = {
         ("-recipe", experiment.recipe),
         ("-redundancy", experiment.redundancy),
         ("-defaults", experiment.defaults),
+        ("-short-defaults", experiment.short_defaults),
         ("-evidence", experiment.evidence, 2),
     )
 }

@@ -154,17 +154,16 @@ def tables(folder: str | Path, base: str) -> dict[str, str]:
         if len(set(runs["row"])) > 1 and not set(runs["name"]) <= main:
             table = markdown(cells(runs, metric, "row"), forms[metric])
             found[f"ablation-{ablation}"] = table
-    runs = _of_preset(everything, f"{base}-defaults")
-    if len(runs):
-        runs = runs.assign(row=_by_variant(runs))
-        for name, metric in (
-            ("defaults", "fvu"),
-            ("defaults-other-domain", "fvu_other_domain"),
-            ("defaults-unseen-text", "fvu_unseen_text"),
-        ):
-            measured = measured_runs(runs, metric)
-            if len(measured):
-                found[name] = markdown(cells(measured, metric, "row"), forms[metric])
+    for name, preset, metric in (
+        ("defaults", "defaults", "fvu"),
+        ("defaults-other-domain", "defaults", "fvu_other_domain"),
+        ("defaults-unseen-text", "defaults", "fvu_unseen_text"),
+        ("short-defaults", "short-defaults", "fvu"),
+    ):
+        runs = _of_preset(everything, f"{base}-{preset}")
+        if len(measured := measured_runs(runs, metric)):
+            measured = measured.assign(row=_by_variant(measured))
+            found[name] = markdown(cells(measured, metric, "row"), forms[metric])
     if (scores := Path(folder, "scores.json")).exists():
         found["scores"] = groups_table(read_json(scores), _SCORED)
     runs = _of_preset(everything, f"{base}-evidence")
