@@ -33,7 +33,7 @@ def run(name: str, arguments: str) -> None:
 
 DEMO_ARGUMENTS = (
     "--training_tokens 2048 --batch_size 128 --expansion 2 --num_experts 8 "
-    "--k 16 --context_size 64 --eval_batches 1 --prompts_per_batch 8 "
+    "--k 16 --context_size 32 --eval_batches 1 --prompts_per_batch 8 "
     "--explorer_tokens 512"
 )
 
@@ -75,7 +75,7 @@ def test_demo_leaves_SAEs_metrics_and_picture(demo: Path):
     facts, arrays = read((demo / "explorer.html").read_text(encoding="utf-8"))
     assert facts["num_experts"] == 8
     assert facts["num_prompts"] == 1
-    assert arrays["lengths"].tolist()[1:] == [64] * 8
+    assert arrays["lengths"].tolist()[1:] == [32] * 16
 
 
 def test_the_command_line_evaluates_what_the_demo_leaves(
