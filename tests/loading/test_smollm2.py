@@ -12,6 +12,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from transformers import LlamaForCausalLM
 
+from sae_lens_scale.loading import smollm2 as smollm2_module
 from sae_lens_scale.loading.smollm2 import (
     fetch_smollm2,
     load_smollm2,
@@ -112,7 +113,8 @@ def test_load_smollm2_names_the_extra_unless_this_transformers_saved_the_model(
     smollm2: HookedSAETransformer, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.setattr("transformers.__version__", "0.1")
+    # transformers 4 may put another module of its name in the place of this one.
+    monkeypatch.setattr(smollm2_module.transformers, "__version__", "0.1")
     with pytest.raises(ImportError, match=r"gguf, .* pip install '\.\[demo\]'"):
         load_smollm2()
 
