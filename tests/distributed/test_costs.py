@@ -151,7 +151,7 @@ def test_an_owner_of_all_tokens_holds_no_more_where_they_have_more_experts(
         arguments = (costs.memory_of_owners, overrides, 1024, dead, tmp_path)
         peaks.append(processes(2).run(work.in_parts, 1 << 16, *arguments)[1])
     # Beside inputs and reconstructions, little for each pair: its best latents' ranking. Threads
-    # of the collectives let go of an eighth sooner or later.
+    # of the collectives free an eighth of it sooner or later.
     of_inputs = 2 * 1024 * 256 * 4
     assert peaks[1] < 1.5 * peaks[0] < 1.5 * 16 * of_inputs
 

@@ -41,7 +41,7 @@ def test_a_lack_of_memory_is_of_the_machine_whatever_its_type():
 
 
 def test_an_interruption_while_a_text_is_read_is_not_blamed_on_its_name():
-    # What SAELens's runners leave behind.
+    # SAELens's runners leave this handler behind.
     before = signal.signal(signal.SIGTERM, interrupt_callback)
     try:
         with pytest.raises(InterruptedException), naming_text("text", "name"):
