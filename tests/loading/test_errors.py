@@ -11,11 +11,8 @@ from datasets import Dataset
 from helpers import small_corpus
 from integration.runs import HOOK, new_sae
 from sae_lens import HookedSAETransformer
-from sae_lens.llm_sae_training_runner import (
-    InterruptedException,
-    interrupt_callback,
-)
 from sae_lens.load_model import load_model
+from sae_lens.training._interruption import InterruptedException, interrupt_callback
 from sae_lens.training.activations_store import ActivationsStore
 
 from sae_lens_scale.loading.errors import (
